@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Everything that needs a CUDA device, in one run: build, tests, benches with CSV files.
+#   bench/gpu.sh [DIR]      results go to $OUT or DIR (default bench/results); needs torch, pytest, pytest-benchmark
+# Each step has a time limit, and a step that fails does not keep the next from running; the exit status tells.
+set -u
+cd "$(dirname "$0")/.."
+export OUT="${OUT:-${1:-bench/results}}"
+mkdir -p "$OUT"
+python="${PYTHON:-python3}"
+status=0
+
+step() { # step SECONDS NAME COMMAND...
+    local limit=$1 name=$2
+    shift 2
+    echo "== $name"
+    timeout "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
+    local code=${PIPESTATUS[0]}
+    [ "$code" -eq 0 ] || { echo "== $name failed ($code)"; status=1; }
+}
+
+step 180 build "$python" -m pip install --no-build-isolation --no-deps -e .
+step 60 doctor "$python" -m gas_engine.doctor
+step 300 tests "$python" -m pytest tests -q -m gpu
+step 300 benches "$python" -m pytest bench -q --benchmark-disable-gc
+exit $status

@@ -1,0 +1,111 @@
+// Host vectors: `Vec<A, W>` holds W lanes of A (compiler vectors, so one source serves SSE, AVX2, AVX-512 and
+// NEON), with loads and stores that convert between storage and accumulation types. W lanes of Acc<T> fill
+// one register.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#include "dtypes.h"
+
+namespace gas {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Acc<T>));
+
+template <class A, int W>
+struct VecOf {
+    typedef A type __attribute__((vector_size(W * sizeof(A))));
+};
+template <class A, int W>
+using Vec = typename VecOf<A, W>::type;
+
+// The conversions below are branch-free on whole vectors: F holds floats, U the same number of 32-bit words.
+
+template <class F, class U>
+GAS_HD F from_bf16(U h) {
+    return std::bit_cast<F>(h << 16);
+}
+
+template <class F, class U>
+GAS_HD U to_bf16(F v) {
+    const U u = std::bit_cast<U>(v);
+    const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // nearest, ties to even
+    return (u & 0x7fffffffu) > 0x7f800000u ? (rounded | 0x7fc0u) & 0xffffu : rounded;  // a NaN stays one
+}
+
+template <class F, class U>
+GAS_HD F from_f16(U h) {
+    const U magnitude = (h & 0x7fffu) << 13;
+    // Scaling by 2^112 moves the exponent bias from 15 to 127, exactly, subnormal numbers included.
+    const U scaled = std::bit_cast<U>(std::bit_cast<F>(magnitude) * 0x1p112f);
+    const U finite_or_not = magnitude >= 0x0f800000u ? scaled | 0x7f800000u : scaled;
+    return std::bit_cast<F>(finite_or_not | ((h & 0x8000u) << 16));
+}
+
+template <class F, class U>
+GAS_HD U to_f16(F v) {
+    const U u = std::bit_cast<U>(v);
+    const U magnitude = u & 0x7fffffffu;
+    // Subnormal results: adding 1/2 leaves the ten low bits rounded in place by the float adder.
+    const U tiny = std::bit_cast<U>(std::bit_cast<F>(magnitude) + 0.5f) - 0x3f000000u;
+    const U normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const U small = magnitude < 0x38800000u ? tiny : normal;
+    const U large = magnitude > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;  // NaN, or overflow to infinity
+    return (magnitude >= 0x47800000u ? large : small) | ((u & 0x80000000u) >> 16);
+}
+
+// Load W elements as Acc<T>; unless Full, only `count` of them (clamped to 0..W), and zeros.
+template <bool Full, class T, int W = kLanes<T>>
+GAS_HD Vec<Acc<T>, W> load(const T* p, std::int64_t count) {
+    using Raw = std::conditional_t<sizeof(T) == 2, std::uint16_t, T>;
+    Vec<Raw, W> raw{};
+    if constexpr (Full) {
+        std::memcpy(&raw, p, sizeof raw);
+    } else if (count > 0) {
+        std::memcpy(&raw, p, sizeof(T) * static_cast<std::size_t>(count < W ? count : W));
+    }
+    if constexpr (sizeof(T) != 2) {
+        return raw;
+    } else {
+        using F = Vec<float, W>;
+        const auto h = __builtin_convertvector(raw, Vec<std::uint32_t, W>);
+        if constexpr (std::is_same_v<T, bf16>)
+            return from_bf16<F>(h);
+        else
+            return from_f16<F>(h);
+    }
+}
+
+// Store W lanes as T; unless Full, only `count` of them (clamped to 0..W).
+template <bool Full, class T, class V, int W>
+GAS_HD void store_lanes(T* p, V v, std::int64_t count) {
+    using Raw = std::conditional_t<sizeof(T) == 2, std::uint16_t, T>;
+    Vec<Raw, W> raw;
+    if constexpr (sizeof(T) != 2) {
+        raw = __builtin_convertvector(v, Vec<Raw, W>);
+    } else {
+        using U = Vec<std::uint32_t, W>;
+        const auto f = __builtin_convertvector(v, Vec<float, W>);
+        if constexpr (std::is_same_v<T, bf16>)
+            raw = __builtin_convertvector((to_bf16<Vec<float, W>, U>(f)), Vec<Raw, W>);
+        else
+            raw = __builtin_convertvector((to_f16<Vec<float, W>, U>(f)), Vec<Raw, W>);
+    }
+    if constexpr (Full) {
+        std::memcpy(p, &raw, sizeof raw);
+    } else if (count > 0) {
+        std::memcpy(p, &raw, sizeof(T) * static_cast<std::size_t>(count < W ? count : W));
+    }
+}
+
+}  // namespace gas

@@ -1,0 +1,8 @@
+#include "check.h"
+
+int main() {
+    test_dtypes();
+    test_ops();
+    std::printf("%d failures\n", failures);
+    return failures == 0 ? 0 : 1;
+}

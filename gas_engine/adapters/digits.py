@@ -1,0 +1,25 @@
+"""The embedded model: an 8x8 class-conditional EDM network of handwritten digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..denoiser import EDMDenoiser
+from .edm import load_edm
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+def load_digits() -> EDMDenoiser:
+    """The digits denoiser: states [B, 1, 8, 8] in [-1, 1], classes 0..9, about 0.7 M frozen float32 parameters."""
+    return load_edm(ASSETS / "digits.safetensors", name="digits")
+
+
+def digit_images() -> tuple[Tensor, Tensor]:
+    """The data it was trained on: images [1797, 1, 8, 8] in [-1, 1] and classes [1797]."""
+    with np.load(ASSETS / "digits.npz") as data:
+        return torch.from_numpy(data["images"]).float()[:, None] / 8 - 1, torch.from_numpy(data["classes"]).long()

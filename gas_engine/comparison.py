@@ -1,0 +1,108 @@
+"""Distances to the teacher on held-out seeds: a student beside the best of every classical family at the same K."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from .denoiser import Denoiser, seeded
+from .rollout import rollout
+from .solvers.grids import GRIDS
+from .solvers.named import FAMILIES, named_solver
+from .tableau import Tableau
+
+T_EPS = (1e-3, 1e-4)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Seeds with their noise, conditions and teacher samples, [N, *shape], on one device."""
+
+    noise: Tensor
+    cond: Any
+    teacher: Tensor
+
+    @classmethod
+    def of(cls, denoiser: Denoiser, seeds: Iterable[int], teacher: Tensor, device: torch.device) -> Samples:
+        noise, cond = seeded(denoiser, list(seeds))
+        return cls(noise.to(device), cond.to(device) if cond is not None else None, teacher.to(device))
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far samples are from the teacher's: mean |x-y|, root mean square, PSNR in dB for a range of 2."""
+
+    solver: str
+    setting: str
+    l1: float
+    rmse: float
+    samples: Tensor
+
+    @property
+    def psnr(self) -> float:
+        return 20 * math.log10(2 / self.rmse) if self.rmse > 0 else math.inf
+
+
+@torch.no_grad()
+def distance(
+    denoiser: Denoiser, tableau: Tableau, data: Samples, name: str, setting: str = "", batch: int = 128
+) -> Distance:
+    """Run one solver on the data's noise and measure its distance to the teacher."""
+    rows = []
+    for start in range(0, len(data.noise), batch):
+        part = slice(start, start + batch)
+        rows.append(rollout(denoiser, data.noise[part], tableau, None if data.cond is None else data.cond[part]))
+    samples = torch.cat(rows)
+    error = (samples - data.teacher).double()
+    return Distance(name, setting, float(error.abs().mean()), float(error.square().mean().sqrt()), samples.cpu())
+
+
+def classical_distances(
+    denoiser: Denoiser, steps: int, selection: Samples, held_out: Samples, advance: Callable[[], None] | None = None
+) -> list[Distance]:
+    """For every classical family, the variant, grid and t_eps best on ``selection``, measured on ``held_out``."""
+    found = []
+    for family, variants in FAMILIES.items():
+        best: tuple[float, str, Tableau] | None = None
+        for name in variants:
+            for grid in GRIDS:
+                for t_eps in T_EPS:
+                    tableau = named_solver(name, denoiser.schedule, steps, grid, t_eps)
+                    l1 = distance(denoiser, tableau, selection, name).l1
+                    if best is None or l1 < best[0]:
+                        best = (l1, f"{name}, {grid}, t_eps {t_eps:g}", tableau)
+            if advance is not None:
+                advance()
+        assert best is not None
+        found.append(distance(denoiser, best[2], held_out, family, best[1]))
+    return sorted(found, key=lambda row: row.l1)
+
+
+def as_rich(rows: list[Distance], title: str) -> Table:
+    """The comparison for a terminal, closest first."""
+    table = Table("solver", "setting", "L1", "RMSE", "PSNR", "L1 / student", title=title)
+    student = rows[0].l1
+    for row in rows:
+        numbers = (f"{row.l1:.4f}", f"{row.rmse:.4f}", f"{row.psnr:.1f}", f"{row.l1 / student:.2f}")
+        table.add_row(row.solver, row.setting, *numbers, style="bold" if row is rows[0] else None)
+    return table
+
+
+def as_markdown(rows: list[Distance]) -> str:
+    """The comparison as a Markdown table."""
+    lines = ["| solver | setting | L1 | RMSE | PSNR, dB |", "|---|---|---|---|---|"]
+    lines += [f"| {r.solver} | {r.setting} | {r.l1:.4f} | {r.rmse:.4f} | {r.psnr:.1f} |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(rows: list[Distance]) -> str:
+    """The comparison as CSV."""
+    lines = ["solver,setting,l1,rmse,psnr"]
+    lines += [f'{r.solver},"{r.setting}",{r.l1:.6g},{r.rmse:.6g},{r.psnr:.4g}' for r in rows]
+    return "\n".join(lines) + "\n"

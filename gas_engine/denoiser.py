@@ -1,0 +1,94 @@
+"""Any frozen network behind one call: ``net(x, t, cond) -> F`` with a schedule, a prediction type and a shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .schedule import Schedule
+from .tableau import PREDICTIONS
+
+Network = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+class Denoiser(nn.Module):
+    """A network with the facts a sampler needs; the class to build, or to derive from, for one's own model.
+
+    ``function(x, t, cond) -> F``: x [B, *shape] in the state's dtype, t a float64 scalar tensor on x's device (the
+    schedule's time; it may require a gradient), cond whatever the model takes (None, class indices [B], a dict of
+    tensors). It turns t into its own label and input scale, differentiably, and returns F [B, *shape], the raw
+    "noise", "data", "velocity" or "flow" output. ``network`` is the module whose weights must be frozen (found by
+    itself when ``function`` is a module). ``classes`` says how many classes a class-conditional model has; ``name``
+    goes into solver files.
+
+        denoiser = Denoiser(lambda x, t, cond: net(x, 1000 * t), Schedule.flow(), "flow", shape=(4, 64, 64))
+        x = rollout(denoiser, noise, tableau)
+    """
+
+    def __init__(
+        self,
+        function: Network,
+        schedule: Schedule,
+        prediction: str,
+        shape: Sequence[int],
+        *,
+        network: nn.Module | None = None,
+        classes: int | None = None,
+        t_eps: float = 1e-3,
+        name: str = "custom",
+    ) -> None:
+        super().__init__()
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction is {prediction!r}; it must be one of {', '.join(PREDICTIONS)}")
+        self.function = function
+        self.network = network if network is not None or isinstance(function, nn.Module) else None
+        self.schedule, self.prediction, self.shape = schedule, prediction, tuple(int(n) for n in shape)
+        self.classes, self.t_eps, self.name = classes, t_eps, name
+
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        return self.function(x, t, cond)
+
+
+class EDMDenoiser(Denoiser):
+    """An EDM network ``network(x, sigma, labels=None) -> D`` in variance-preserving time, predicting data.
+
+    At time t the network sees ``x / alpha(t)`` at noise level ``sigma(t) / alpha(t)`` (arXiv 2510.17699, appendix;
+    the schedule is ``Schedule.edm`` for the network's own sigma_min and sigma_max). ``cond``: class indices [B], or
+    one-hot labels [B, label_dim]. Weights stay where they are; nothing is copied.
+
+        denoiser = EDMDenoiser(build_edm(kwargs, state_dict))
+        D = denoiser(x, torch.tensor(0.5))
+    """
+
+    def __init__(self, network: nn.Module, t_eps: float = 1e-3, name: str = "edm") -> None:
+        sigma_min, sigma_max = float(getattr(network, "sigma_min", 0.0)), float(getattr(network, "sigma_max", "inf"))
+        channels, size = getattr(network, "img_channels", 3), getattr(network, "img_resolution", 32)
+        super().__init__(
+            self._call, Schedule.edm(t_eps, sigma_min, sigma_max), "data", (channels, size, size), network=network,
+            classes=getattr(network, "label_dim", 0) or None, t_eps=t_eps, name=name,
+        )  # fmt: skip
+
+    def _call(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        assert self.network is not None
+        alpha, sigma, _ = self.schedule(t)
+        if cond is not None and self.classes and not cond.is_floating_point():
+            cond = nn.functional.one_hot(cond.long(), self.classes)
+        return self.network(x / alpha.to(x.dtype), sigma / alpha, cond)
+
+
+def seeded(denoiser: Denoiser, seeds: Sequence[int]) -> tuple[Tensor, Any]:
+    """Noise [B, *shape] (float32, CPU) and conditions of the given seeds, each from a generator of its own.
+
+    One CPU generator per seed makes a sample independent of batch size, device and number of processes. A
+    class-conditional model gets the class drawn next from the same generator, int64 [B]; others None.
+    """
+    noise, classes = [], []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(int(seed))
+        noise.append(torch.randn(denoiser.shape, generator=generator))
+        if denoiser.classes:
+            classes.append(torch.randint(denoiser.classes, (), generator=generator))
+    return torch.stack(noise), torch.stack(classes) if classes else None

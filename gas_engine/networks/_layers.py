@@ -1,0 +1,199 @@
+"""Layers of the EDM U-Nets: convolution with built-in resampling, group norm, time embeddings, residual block.
+
+Shape legend: B batch, C channels, H W height and width, E embedding channels.
+Every layer follows the dtype of its input, so one network runs in float32 and, for checks, in float64.
+Tensor names are those of the published EDM networks (arXiv 2206.00364), so their state dicts load as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _xavier_uniform(shape: Sequence[int], fan_in: int, fan_out: int, gain: float) -> nn.Parameter:
+    bound = math.sqrt(6.0 / (fan_in + fan_out)) * gain
+    return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
+
+
+class Linear(nn.Module):
+    """Affine map ``x W^T + b`` in the dtype of ``x``; x [B, in] -> [B, out]."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, gain: float = 1.0) -> None:
+        super().__init__()
+        self.weight = _xavier_uniform((out_features, in_features), in_features, out_features, gain)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Conv2d(nn.Module):
+    """Convolution, optionally preceded (up) or followed in effect (down) by separable FIR resampling by 2.
+
+    ``kernel=0`` resamples only. ``fused`` pads once for convolution and filter together, as the residual encoder
+    of NCSN++ does. x [B, C, H, W] -> [B, C', H', W'].
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        up: bool = False,
+        down: bool = False,
+        resample_filter: Sequence[float] = (1, 1),
+        fused: bool = False,
+        gain: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.up, self.down, self.fused = up, down, fused
+        self.weight: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
+        if kernel:
+            area = kernel * kernel
+            shape = (out_channels, in_channels, kernel, kernel)
+            self.weight = _xavier_uniform(shape, in_channels * area, out_channels * area, gain)
+            self.bias = nn.Parameter(torch.zeros(out_channels))
+        taps = torch.as_tensor(resample_filter, dtype=torch.float32)
+        outer = torch.outer(taps, taps)[None, None] / taps.sum().square()
+        self.register_buffer("resample_filter", outer if up or down else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        pad = 0 if weight is None else weight.shape[-1] // 2
+        if self.resample_filter is None:
+            return F.conv2d(x, weight, bias, padding=pad)
+        filter_ = self.resample_filter.to(x.dtype)
+        filter_pad = (filter_.shape[-1] - 1) // 2
+        fused = self.fused and weight is not None
+        if self.up:
+            taps = (4 * filter_).expand(self.in_channels, 1, -1, -1)
+            shared = max(filter_pad - pad, 0) if fused else filter_pad
+            x = F.conv_transpose2d(x, taps, groups=self.in_channels, stride=2, padding=shared)
+            pad = max(pad - filter_pad, 0) if fused else pad
+        if self.down and not fused:
+            taps = filter_.expand(self.in_channels, 1, -1, -1)
+            x = F.conv2d(x, taps, groups=self.in_channels, stride=2, padding=filter_pad)
+        if weight is None:
+            return x
+        if self.down and fused:
+            x = F.conv2d(x, weight, padding=pad + filter_pad)
+            x = F.conv2d(x, filter_.expand(self.out_channels, 1, -1, -1), groups=self.out_channels, stride=2)
+            return x if bias is None else x + bias[:, None, None]
+        return F.conv2d(x, weight, bias, padding=pad)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation with at most 32 groups and at least 4 channels in each."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.groups = min(32, channels // 4)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class PositionalEmbedding(nn.Module):
+    """Cosines, then sines, of geometric frequencies 1 .. 1/10000; t [B] -> [B, channels]."""
+
+    def __init__(self, channels: int, endpoint: bool = False) -> None:
+        super().__init__()
+        self.half = channels // 2
+        self.spacing = self.half - (1 if endpoint else 0)
+
+    def forward(self, t: Tensor) -> Tensor:
+        exponent = torch.arange(self.half, dtype=t.dtype, device=t.device) / self.spacing
+        phase = torch.outer(t, (1 / 10000) ** exponent)
+        return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
+class FourierEmbedding(nn.Module):
+    """Cosines, then sines, of fixed random frequencies N(0, 16^2); t [B] -> [B, channels]."""
+
+    freqs: Tensor
+
+    def __init__(self, channels: int, scale: float = 16.0) -> None:
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+
+    def forward(self, t: Tensor) -> Tensor:
+        phase = torch.outer(t, 2 * math.pi * self.freqs.to(t.dtype))
+        return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
+class UNetBlock(nn.Module):
+    """Residual block conditioned on a time embedding, with optional resampling and self-attention.
+
+    x [B, C, H, W], embedding [B, E] -> [B, C', H', W']. With ``adaptive_scale`` the embedding scales and shifts
+    the second norm (ADM); without, it is added before it (DDPM++, NCSN++).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding_channels: int,
+        *,
+        up: bool = False,
+        down: bool = False,
+        attention: bool = False,
+        heads: int | None = None,
+        dropout: float = 0.0,
+        skip_scale: float = 1.0,
+        eps: float = 1e-5,
+        resample_filter: Sequence[float] = (1, 1),
+        project_resampled: bool = False,
+        adaptive_scale: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.heads = (heads or out_channels // 64) if attention else 0
+        self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
+
+        self.norm0 = GroupNorm(in_channels, eps)
+        resample = dict(up=up, down=down, resample_filter=resample_filter)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, **resample)
+        self.affine = Linear(embedding_channels, out_channels * (2 if adaptive_scale else 1))
+        self.norm1 = GroupNorm(out_channels, eps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3, gain=1e-5)
+        self.skip: Conv2d | None = None
+        if out_channels != in_channels or up or down:
+            kernel = 1 if project_resampled or out_channels != in_channels else 0
+            self.skip = Conv2d(in_channels, out_channels, kernel, **resample)
+        if self.heads:
+            self.norm2 = GroupNorm(out_channels, eps)
+            self.qkv = Conv2d(out_channels, 3 * out_channels, 1, gain=math.sqrt(0.2))
+            self.proj = Conv2d(out_channels, out_channels, 1, gain=1e-5)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        skip = x if self.skip is None else self.skip(x)
+        h = self.conv0(F.silu(self.norm0(x)))
+        label = self.affine(embedding)[:, :, None, None]
+        if self.adaptive_scale:
+            scale, shift = label.chunk(2, dim=1)
+            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+        else:
+            h = F.silu(self.norm1(h + label))
+        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        x = (h + skip) * self.skip_scale
+        return (self._attend(x) + x) * self.skip_scale if self.heads else x
+
+    def _attend(self, x: Tensor) -> Tensor:
+        batch, channels = x.shape[:2]
+        # Published layout: channels split as [head, channel, (q, k, v)], positions last.
+        qkv = self.qkv(self.norm2(x)).reshape(batch, self.heads, channels // self.heads, 3, -1)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(2, 3).reshape(x.shape))

@@ -1,0 +1,102 @@
+"""Pictures of samples, learned times and tableaux, as PNG files written atomically."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from .files import atomic  # noqa: E402
+from .schedule import Schedule  # noqa: E402
+from .tableau import Tableau  # noqa: E402
+
+
+def image_rows(path: Path, rows: list[tuple[str, Tensor]], title: str = "", columns: int = 12) -> None:
+    """Labelled rows of images, [N, C, H, W] in [-1, 1]; a row whose label starts with "|" is drawn as an error.
+
+    Errors are the mean over channels of |x|, all rows on one colour scale that reaches their 99.5 % quantile.
+    """
+    columns = min(columns, *(len(images) for _, images in rows))
+    errors = [images[:columns].abs().mean(1) for label, images in rows if label.startswith("|")]
+    top = float(torch.quantile(torch.cat(errors).flatten(), 0.995)) if errors else 1.0
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(0.85 * columns + 1.7, 0.87 * len(rows) + 0.7), squeeze=False
+    )  # fmt: skip
+    drawn = None
+    for line, (label, images) in zip(axes, rows, strict=True):
+        for axis, image in zip(line, images, strict=False):
+            axis.axis("off")
+            if label.startswith("|"):
+                drawn = axis.imshow(image.abs().mean(0), cmap="magma", vmin=0, vmax=max(top, 1e-6))
+            else:
+                axis.imshow(_displayable(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        line[0].text(-0.12, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    left = 1.5 / figure.get_figwidth()
+    right = 1 - (0.75 if errors else 0.1) / figure.get_figwidth()
+    figure.subplots_adjust(left=left, right=right, top=1 - 0.45 / figure.get_figheight(), bottom=0.02, wspace=0.06, hspace=0.06)
+    if drawn is not None:
+        bar_axis = figure.add_axes((right + 0.012, 0.06, 0.012, 0.55))
+        bar = figure.colorbar(drawn, cax=bar_axis)
+        bar.ax.tick_params(labelsize=7)
+    _save(figure, path)
+
+
+def schedule_plot(path: Path, schedule: Schedule, times: dict[str, Tensor], told: dict[str, Tensor]) -> None:
+    """Times of each solver's states against sigma, one line each, with the told times as crosses."""
+    figure, (by_step, by_sigma) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    for index, (name, t) in enumerate(times.items()):
+        t = t.detach()
+        by_step.plot(t, "o-", label=name, ms=4)
+        alpha, sigma, _ = schedule(t)
+        by_sigma.semilogx(sigma / alpha, torch.full_like(t, -index), "o", label=name)
+        if name in told:
+            by_step.plot(told[name].detach(), "kx", ms=7, label=f"{name}: told to the network")
+            alpha, sigma, _ = schedule(told[name].detach())
+            by_sigma.semilogx(sigma / alpha, torch.full_like(alpha, -index), "kx", ms=7)
+    by_step.set(xlabel="state", ylabel="time t", title="times")
+    by_step.xaxis.get_major_locator().set_params(integer=True)
+    by_step.legend(fontsize=8)
+    by_sigma.set(xlabel="noise-to-signal ratio sigma / alpha", title="noise levels", yticks=[], ylim=(-len(times), 1))
+    _save(figure, path)
+
+
+def tableau_plot(path: Path, tableau: Tableau, start: Tableau | None = None) -> None:
+    """Heat maps of A and B, and of their change since ``start``."""
+    panels = [("A", tableau.A), ("B", tableau.B)]
+    if start is not None:
+        panels += [("A, learned change", tableau.A - start.A), ("B, learned change", tableau.B - start.B)]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.4), constrained_layout=True)
+    steps = tableau.steps
+    for axis, (title, matrix) in zip(axes, panels, strict=True):
+        values = matrix.detach().numpy()
+        limit = max(float(np.abs(values).max()), 1e-12)
+        masked = np.ma.masked_where(np.triu(np.ones_like(values), 1) > 0, values)
+        axis.imshow(masked, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axis.set(title=title, xlabel="from j", ylabel="to n + 1", xticks=range(steps), yticks=range(steps))
+        axis.set_yticklabels([str(n + 1) for n in range(steps)])
+        if steps <= 8:
+            for n in range(steps):
+                for j in range(n + 1):
+                    dark = abs(values[n, j]) > 0.6 * limit
+                    axis.text(j, n, f"{values[n, j]:.2f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+    _save(figure, path)
+
+
+def _displayable(image: Tensor) -> Tensor:
+    image = (image.clamp(-1, 1) + 1) / 2
+    return image[0] if image.shape[0] not in (3, 4) else image[:3].permute(1, 2, 0)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    plt.close(figure)

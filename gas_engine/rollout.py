@@ -1,0 +1,238 @@
+"""The only sampling loop: forward, and its hand-written adjoint beside it.
+
+    x[n+1] = sum_{j<=n} A[n,j] x[j] + B[n,j] F[j],      F[j] = net(c_in[j] x[j], t_net[j])
+
+Backward, for j = K-1 .. 0, with g[n] = dL/dx[n] and all g[n+1], n >= j, known::
+
+    mu[j]   = sum_{n>=j} B[n,j] g[n+1]
+    dA[n,j] = <g[n+1], x[j]>,   dB[n,j] = <g[n+1], F[j]>
+    g[j]    = sum_{n>=j} A[n,j] g[n+1] + c_in[j] VJP(j, mu[j]),   dc_in[j] = <VJP, x[j]>,   dt_net[j] from the VJP
+
+F[j] is rebuilt by the evaluation that the VJP needs anyway, so the states x[0..K] are all that must survive the
+forward pass, and g[j] takes the place of x[j]. Shape legend: K steps, B batch, states [B, ...].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
+
+from .denoiser import Denoiser
+from .memory import MemoryPolicy
+from .ops import adjoint_step, lincomb
+from .tableau import Tableau
+
+OnStep = Callable[[int, Tensor], None]
+
+
+def rollout(
+    denoiser: Denoiser,
+    x: Tensor,
+    tableau: Tableau,
+    cond: Any = None,
+    memory: MemoryPolicy | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Run a solver: noise x [B, *shape] -> x[K] of the same shape, dtype and device, by K network evaluations.
+
+    A tableau that is not folded yet is folded for the denoiser's prediction type. Differentiable once, in x and in
+    every number of the tableau (``A, B, t_net, c_in``); ``cond`` and the weights are constants. ``on_step(n, x[n])``
+    sees each new state, for progress bars and pictures, and must not change it.
+
+    Memory: without gradients, the states and outputs that later steps still use. With gradients, the states x[0..K]
+    and at most k = ``memory.checkpoint_every`` network graphs, for K - k more evaluations in the backward pass.
+
+    Raises ValueError for an x that does not fit the denoiser, RuntimeError for weights or a ``cond`` that want a
+    gradient, and for a second backward pass through one rollout.
+
+        tableau = classical.unipc(denoiser.schedule, times)
+        images = rollout(denoiser, noise, tableau, cond=labels)
+    """
+    _check_state(denoiser, x)
+    if tableau.prediction is not None:
+        tableau = tableau.fold(denoiser.prediction)
+    assert tableau.c_in is not None
+    scaled = tableau.explicit_input_scale
+    if torch.is_grad_enabled():
+        _check_constants(denoiser, cond)
+        if x.requires_grad or tableau.requires_grad:
+            kept = (memory or MemoryPolicy()).kept(tableau.steps)
+            numbers = (tableau.A, tableau.B, tableau.t_net, tableau.c_in)
+            return _Rollout.apply(denoiser, cond, kept, on_step, scaled, x, *numbers)
+    with torch.no_grad():
+        network = _Network(denoiser, cond, tableau.t_net.to(x.device), tableau.c_in.to(x.device) if scaled else None)
+        return _forward(network, tableau.A, tableau.B, x, 0, on_step)[0][-1]
+
+
+@dataclass
+class _Graph:
+    """One live network graph: leaves, and the output that a VJP starts from."""
+
+    x: Tensor
+    t: Tensor
+    output: Tensor
+
+
+@dataclass
+class _Network:
+    """The denoiser with its told times [K] and input scales [K] or None, on the states' device."""
+
+    denoiser: Denoiser
+    cond: Any
+    t_net: Tensor
+    c_in: Tensor | None
+    x_wanted: bool = False
+    t_wanted: bool = False
+
+    def output(self, j: int, x: Tensor) -> Tensor:
+        return self.denoiser(x, self.t_net[j], self.cond)
+
+    def graph(self, j: int, x: Tensor) -> _Graph:
+        # The first state is noise: nothing but its told time needs a derivative there, unless x itself wants one.
+        leaf = x.detach().requires_grad_(j > 0 or self.x_wanted)
+        t = self.t_net[j].clone().requires_grad_(self.t_wanted)
+        with torch.enable_grad():
+            return _Graph(leaf, t, self.denoiser(leaf, t, self.cond))
+
+    def input(self, j: int, x: Tensor) -> Tensor:
+        return x if self.c_in is None else self.c_in[j].to(x.dtype) * x
+
+
+def _forward(
+    network: _Network, A: Tensor, B: Tensor, x: Tensor, kept: int, on_step: OnStep | None, keep_states: bool = False
+) -> tuple[list[Tensor | None], list[_Graph | None]]:
+    """All states (None where none is needed any more) and the graphs of the last ``kept`` evaluations."""
+    steps = len(A)
+    state_terms, output_terms = _nonzero(A), _nonzero(B)
+    packed = [c for n in range(steps) for c in (A[n, state_terms[n]], B[n, output_terms[n]])]
+    coefficients = torch.cat(packed).to(x.device).split([len(state_terms[n]) + len(output_terms[n]) for n in range(steps)])
+    last_state, last_output = _last_use(state_terms), _last_use(output_terms)
+
+    states: list[Tensor | None] = [x.detach()]
+    outputs: list[Tensor | None] = []
+    graphs: list[_Graph | None] = []
+    shown = network.input(0, x.detach())
+    for n in range(steps):
+        graphs.append(network.graph(n, shown) if n >= steps - kept else None)
+        graph = graphs[n]
+        outputs.append(network.output(n, shown) if graph is None else graph.output.detach())
+        # A network in another precision hands its output over in its own dtype; states keep theirs.
+        outputs[n] = outputs[n].to(x.dtype)
+        terms = [states[j] for j in state_terms[n]] + [outputs[j] for j in output_terms[n]]
+        if network.c_in is None or n + 1 == steps:
+            shown = lincomb(terms, coefficients[n])
+            states.append(shown)
+        else:
+            state, shown = lincomb(terms, coefficients[n], scale=network.c_in[n + 1 : n + 2], cast=x.dtype)
+            states.append(state)
+        for j in last_output.get(n, ()):
+            outputs[j] = None
+        if not keep_states:
+            for j in last_state.get(n, ()):
+                states[j] = None
+        if on_step is not None:
+            on_step(n + 1, states[n + 1])
+    return states, graphs
+
+
+class _Rollout(torch.autograd.Function):
+    """The differentiable rollout. Scalars cross to the device once on the way in and once on the way out."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, denoiser: Denoiser, cond: Any, kept: int, on_step: OnStep | None, scaled: bool, x: Tensor,
+        A: Tensor, B: Tensor, t_net: Tensor, c_in: Tensor,
+    ) -> Tensor:  # fmt: skip
+        x_wanted, _, _, t_wanted, c_wanted = ctx.needs_input_grad[5:]
+        device = x.device
+        network = _Network(
+            denoiser, cond, t_net.detach().to(device), c_in.detach().to(device) if scaled else None,
+            x_wanted or c_wanted, t_wanted,
+        )  # fmt: skip
+        states, graphs = _forward(network, A.detach(), B.detach(), x, kept, on_step, keep_states=True)
+        ctx.network, ctx.states, ctx.graphs = network, states[:-1], graphs
+        # Columns of A and B, as the adjoint reads them.
+        ctx.columns = torch.stack([A.detach().T, B.detach().T]).to(device)
+        return states[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        network, slots, graphs = ctx.network, ctx.states, ctx.graphs
+        if slots is None:
+            raise RuntimeError("the backward pass of this rollout has run and freed its states; run the rollout again")
+        ctx.states = ctx.graphs = None
+        steps = len(graphs)
+        slots.append(grad.contiguous())
+        columns_a, columns_b = ctx.columns
+        scalars = torch.zeros(2 * steps + 2, steps, dtype=torch.float64, device=grad.device)
+        d_a, d_b, d_t, d_c = scalars[:steps], scalars[steps : 2 * steps], scalars[-2], scalars[-1]
+        for j in reversed(range(steps)):
+            graph = graphs[j] or network.graph(j, network.input(j, slots[j]))
+            graphs[j] = None
+            output = graph.output.detach().to(grad.dtype)
+            mu, partial, d_a[j:, j], d_b[j:, j] = adjoint_step(
+                slots[j], output, slots[j + 1 :], columns_a[j, j:], columns_b[j, j:]
+            )
+            vjp_x, vjp_t = _vjp(graph, mu.to(graph.output.dtype))
+            del graph, output, mu
+            if vjp_t is not None:
+                d_t[j] = vjp_t
+            if vjp_x is not None:
+                if network.c_in is None:
+                    partial += vjp_x
+                else:
+                    d_c[j] = torch.dot(vjp_x.flatten().double(), slots[j].flatten().double())
+                    partial.addcmul_(vjp_x, network.c_in[j].to(vjp_x.dtype))
+            slots[j] = partial
+        scalars = scalars.cpu()
+        d_a, d_b, d_t, d_c = scalars[:steps], scalars[steps : 2 * steps], scalars[-2], scalars[-1]
+        return None, None, None, None, None, slots[0], d_a, d_b, d_t, d_c
+
+
+def _vjp(graph: _Graph, mu: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    wanted = [leaf for leaf in (graph.x, graph.t) if leaf.requires_grad]
+    if not wanted or not graph.output.requires_grad:
+        return None, None
+    grads = iter(torch.autograd.grad(graph.output, wanted, mu, allow_unused=True))
+    return next(grads) if graph.x.requires_grad else None, next(grads) if graph.t.requires_grad else None
+
+
+def _nonzero(matrix: Tensor) -> list[list[int]]:
+    """Columns of each row that hold something: an exact zero needs neither a read nor a slot."""
+    return [[j for j, value in enumerate(row) if value != 0.0] for row in matrix.tolist()]
+
+
+def _last_use(terms: list[list[int]]) -> dict[int, list[int]]:
+    """Step -> the columns that no later step reads. A column that is never read is dropped at its own step."""
+    last = {j: j for j in range(len(terms))}
+    for n, columns in enumerate(terms):
+        last.update((j, n) for j in columns)
+    steps: dict[int, list[int]] = {}
+    for j, n in last.items():
+        steps.setdefault(n, []).append(j)
+    return steps
+
+
+def _check_state(denoiser: Denoiser, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"the initial state must be floating point, got {x.dtype}")
+    shape = tuple(denoiser.shape)
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(f"the initial state has shape {tuple(x.shape)}, but the model needs [batch, {', '.join(map(str, shape))}]")
+
+
+def _check_constants(denoiser: Denoiser, cond: Any) -> None:
+    if isinstance(denoiser, nn.Module) and any(p.requires_grad for p in denoiser.parameters()):
+        raise RuntimeError(
+            "the network has trainable weights, and rollout gives them no gradient; freeze them with "
+            "network.requires_grad_(False), or sample under torch.no_grad()"
+        )
+    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(cond)):
+        raise RuntimeError("cond wants a gradient, and rollout gives it none; pass cond.detach()")

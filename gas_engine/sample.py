@@ -1,0 +1,137 @@
+"""Draw samples: ``gas-engine sample --model digits --solver solver.safetensors --seeds 0-63 --out DIR``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._cli import InputError, command, console, parse_seeds, pick_device, progress, writable
+from .adapters import load_denoiser
+from .denoiser import Denoiser, seeded
+from .files import atomic
+from .pictures import image_rows
+from .rollout import rollout
+from .solvers.files import load_solver
+from .solvers.named import named_solver
+from .tableau import Tableau
+
+
+@dataclass
+class Config:
+    """Draw samples with a classical solver or a learned one."""
+
+    model: str = "digits"
+    """The embedded digits, a .safetensors EDM network, or module:factory."""
+    solver: str = "unipc"
+    """A solver file (.safetensors, or a published .pt), or euler, heun, dpmpp2m, dpmpp3m, unipc, ipndm, deis, ..."""
+    steps: int | None = None
+    """Network evaluations; needed for classical solvers, a solver file brings its own."""
+    grid: str = "quadratic"
+    """Times of a classical solver: logSNR, uniform, quadratic, karras."""
+    t_eps: float | None = None
+    """Time at which a classical solver, or a published .pt, stops; the model's unless given."""
+    seeds: str | None = None
+    """Seeds to sample, such as 0-63; by default 0-63, or one per row of --noise."""
+    noise: Path | None = None
+    """Initial noise from a .npy file, [N, C, H, W], instead of the seeds' own (which then give the classes only)."""
+    classes: str | None = None
+    """Classes of a class-conditional model, such as 0-9, repeated over the samples; by default drawn from the seeds."""
+    out: Path = field(default=Path("samples"))
+    """Directory for samples.png or samples.npy."""
+    format: Literal["png", "npy"] = "png"
+    """A picture grid, or float32 [N, C, H, W] in the network's range."""
+    batch: int = 128
+    """Samples at a time."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:0, ..."""
+
+
+def run(config: Config) -> Path:
+    """Sample and write; return the file's path."""
+    if config.batch < 1:
+        raise InputError(f"--batch must be at least 1, got {config.batch}")
+    device = pick_device(config.device)
+    denoiser = load_denoiser(config.model).to(device)
+    tableau = _tableau(config, denoiser)
+    noise, cond = _inputs(config, denoiser)
+    done: list[Tensor] = []
+    with torch.no_grad(), progress() as bar:
+        task = bar.add_task("sample", total=len(noise), note="")
+        for start in range(0, len(noise), config.batch):
+            part = slice(start, start + config.batch)
+            here = cond[part].to(device) if cond is not None else None
+            done.append(rollout(denoiser, noise[part].to(device), tableau, here).float().cpu())
+            bar.advance(task, len(done[-1]))
+    samples = torch.cat(done)
+    if not bool(torch.isfinite(samples).all()):
+        raise InputError(f"{tableau.name} gave samples that are not finite; try more --steps or another --grid")
+    path = writable(config.out) / f"samples.{config.format}"
+    if config.format == "npy":
+        with atomic(path) as temporary:
+            np.save(temporary, samples.numpy())
+    else:
+        columns = 8 if len(samples) >= 8 else len(samples)
+        rows = [(str(i), samples[i : i + columns]) for i in range(0, len(samples) - columns + 1, columns)]
+        image_rows(path, rows, f"{denoiser.name}, {tableau.name}, {tableau.steps} evaluations", columns)
+    console.print(f"{len(samples)} samples with {tableau.name}, {tableau.steps} evaluations each: {path}")
+    return path
+
+
+def _tableau(config: Config, denoiser: Denoiser) -> Tableau:
+    file = Path(config.solver)
+    if not file.suffix and not file.exists():
+        if config.steps is None:
+            raise InputError(f"--solver {config.solver} needs --steps, the number of network evaluations")
+        return named_solver(config.solver, denoiser.schedule, config.steps, config.grid, config.t_eps or denoiser.t_eps)
+    t_eps = config.t_eps or (denoiser.t_eps if file.suffix == ".pt" else None)
+    solver = load_solver(file, denoiser.schedule, t_eps, model=denoiser.name)
+    if config.steps is not None and config.steps != solver.steps:
+        raise InputError(f"{file} is a solver of {solver.steps} steps, but --steps {config.steps} was given")
+    with torch.no_grad():
+        return solver.tableau(denoiser.prediction)
+
+
+def _inputs(config: Config, denoiser: Denoiser) -> tuple[Tensor, Any]:
+    rows = None if config.noise is None else _read_noise(config.noise, denoiser)
+    seeds = parse_seeds(config.seeds or f"0-{(64 if rows is None else len(rows)) - 1}")
+    if rows is not None and len(rows) != len(seeds):
+        raise InputError(f"{config.noise} holds {len(rows)} rows of noise, but --seeds names {len(seeds)}")
+    noise, cond = seeded(denoiser, seeds)
+    if config.classes is not None:
+        if not denoiser.classes:
+            raise InputError(f"--classes was given, but {denoiser.name} takes no classes")
+        wanted = torch.tensor(parse_seeds(config.classes))
+        if int(wanted.max()) >= denoiser.classes:
+            raise InputError(f"classes run from 0 to {denoiser.classes - 1}, got {config.classes}")
+        cond = wanted[torch.arange(len(seeds)) % len(wanted)]
+    return (noise if rows is None else rows), cond
+
+
+def _read_noise(path: Path, denoiser: Denoiser) -> Tensor:
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"cannot read the noise {path}: {error}") from None
+    if not isinstance(rows, np.ndarray) or rows.dtype.kind != "f" or rows.shape[1:] != denoiser.shape or not len(rows):
+        seen = f"{rows.dtype} {rows.shape}" if isinstance(rows, np.ndarray) else type(rows).__name__
+        needed = ", ".join(map(str, denoiser.shape))
+        raise InputError(f"{path} holds {seen}; {denoiser.name} needs floating point noise [N, {needed}]")
+    bad = int((~np.isfinite(rows)).sum())
+    if bad:
+        raise InputError(f"{path} holds {bad} numbers that are not finite")
+    return torch.from_numpy(rows.astype(np.float32))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``gas-engine sample``."""
+    command("sample", Config, run, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What every exponential-integrator solver shares: phi functions, step sizes, divided differences, bands.
+
+Shape legend: K steps, J lags (0 is the newest evaluation). float64, vectorised over the steps, differentiable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..schedule import Schedule
+
+_SERIES_BELOW = 1e-2
+_SERIES_TERMS = 8
+
+
+def phi(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """phi1 = expm1(-h), phi2 = phi1/h + 1, phi3 = phi2/h - 1/2, by their Taylor series where |h| < 1e-2.
+
+    The closed forms lose every digit to cancellation as h shrinks (DPM-Solver++, arXiv 2211.01095, appendix B).
+    """
+    small = h.abs() < _SERIES_BELOW
+    safe = torch.where(small, torch.ones_like(h), h)
+    phi1 = torch.expm1(-h)
+    phi2 = torch.expm1(-safe) / safe + 1
+    phi3 = phi2 / safe - 0.5
+    # phi2 = sum_{k>=1} -(-h)^k / (k+1)!,  phi3 = sum_{k>=1} (-h)^k / (k+2)!
+    powers = (-h)[..., None] ** torch.arange(1, _SERIES_TERMS + 1, dtype=h.dtype)
+    factorial = torch.cumprod(torch.arange(2, _SERIES_TERMS + 3, dtype=h.dtype), 0)
+    series2 = -(powers / factorial[:-1]).sum(-1)
+    series3 = (powers / factorial[1:]).sum(-1)
+    return phi1, torch.where(small, series2, phi2), torch.where(small, series3, phi3)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Per-step quantities of a grid of times t[0..K], each [K]; alpha_next and sigma_next are at t[n+1]."""
+
+    alpha: Tensor
+    sigma: Tensor
+    alpha_next: Tensor
+    sigma_next: Tensor
+    lam: Tensor  # [K+1]
+    h: Tensor
+
+    @classmethod
+    def of(cls, schedule: Schedule, times: Tensor) -> Steps:
+        alpha, sigma, lam = schedule(times)
+        return cls(alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], lam, lam[1:] - lam[:-1])
+
+
+def checked_times(schedule: Schedule, times: Tensor) -> Tensor:
+    """``times`` as float64, or ValueError unless they are K+1 >= 2 strictly falling times inside the schedule."""
+    times = times.to("cpu", torch.float64) if isinstance(times, Tensor) else torch.tensor(times, dtype=torch.float64)
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(f"times must be one row of at least two, from noise to data, got shape {tuple(times.shape)}")
+    low, high = schedule.domain
+    seen = times.detach()
+    if not bool((seen[1:] < seen[:-1]).all()) or not low < float(seen[-1]) or not float(seen[0]) < high:
+        raise ValueError(f"times must fall strictly within ({low:.3g}, {high:.3g}), got {seen.tolist()}")
+    return times
+
+
+def dpmpp_terms(steps: Steps, orders: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """DPM-Solver++ multistep, orders 1 to 3 per step: (ratio [K], gains [K, 3], differences [K, 3, 3]).
+
+        x[n+1] = ratio x[n] + sum_i gains[i] sum_j differences[i, j] m[n-j]
+
+    with data estimates m (arXiv 2211.01095, algorithm 2 and appendix B; third order with D1, D2 of section 3 of the
+    theory): m_0; then D10 at order 2 or D1 at order 3; then D2.
+    """
+    h = steps.h
+    phi1, phi2, phi3 = phi(h)
+    one, zero = torch.ones_like(h), torch.zeros_like(h)
+    r0 = torch.cat([one[:1], h[:-1] / h[1:]])
+    r1 = torch.cat([one[:2], h[:-2] / h[2:]])[: len(h)]
+    d10 = torch.stack([1 / r0, -1 / r0, zero], -1)
+    d11 = torch.stack([zero, 1 / r1, -1 / r1], -1)
+    bend = d10 - d11
+    d1 = d10 + (r0 / (r0 + r1))[:, None] * bend
+    d2 = bend / (r0 + r1)[:, None]
+    newest = torch.stack([one, zero, zero], -1)
+    second, third = orders == 2, orders >= 3
+    alpha = steps.alpha_next
+    middle = torch.where(second, -alpha * phi1 / 2, torch.where(third, alpha * phi2, zero))
+    last = torch.where(third, -alpha * phi3, zero)
+    gains = torch.stack([-alpha * phi1, middle, last], -1)
+    middle_difference = torch.where(third[:, None], d1, torch.where(second[:, None], d10, torch.zeros_like(d10)))
+    last_difference = torch.where(third[:, None], d2, torch.zeros_like(d2))
+    return steps.sigma_next / steps.sigma, gains, torch.stack([newest, middle_difference, last_difference], 1)
+
+
+def band(weights: Tensor) -> Tensor:
+    """Lower-triangular M [K, K] with ``M[n, n-j] = weights[n, j]``; lags that reach before the first step drop out."""
+    steps, lags = weights.shape
+    index = torch.arange(steps)
+    lag = index[:, None] - index[None, :]
+    inside = (lag >= 0) & (lag < lags)
+    return weights.gather(1, lag.clamp(0, lags - 1)).masked_fill(~inside, 0.0)

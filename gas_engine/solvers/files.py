@@ -1,0 +1,130 @@
+"""Solver files: a few kilobytes of safetensors that describe themselves, and the published students' .pt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..files import atomic
+from ..schedule import Schedule
+from .generalized import GeneralizedSolver
+
+FORMAT = "gas_engine.solver/1"
+PARAMETERS = ("theta", "phi_a", "phi_c", "xi")
+
+
+def save_solver(solver: GeneralizedSolver, path: Path | str, **facts: Any) -> None:
+    """Write a solver with everything needed to use it; ``facts`` (model, metrics, version, ...) are kept as JSON."""
+    metadata = {
+        "format": FORMAT, "family": "gs", "steps": solver.steps, "order": solver.order, "base": solver.base,
+        "theory": solver.theory, "schedule": solver.schedule.config(), "t_eps": solver.t_eps,
+        "checksum": _checksum(solver.state_dict()), **facts,
+    }  # fmt: skip
+    data = save(solver.state_dict(), {key: json.dumps(value) for key, value in metadata.items()})
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def load_solver(
+    path: Path | str, schedule: Schedule | None = None, t_eps: float | None = None, model: str | None = None
+) -> GeneralizedSolver:
+    """Read a solver from ``solver.safetensors`` or from a published student's ``.pt``.
+
+    A ``.pt`` (``{"ema": {"shadow_params": [theta, xi, c_1, a_1, c_2, a_2, ...]}}``, read with ``weights_only``) says
+    nothing about its schedule, so it needs ``schedule`` and ``t_eps``. For a safetensors file these two and ``model``
+    are what the caller is about to use: where the file was trained for others, a warning names both, and the file's
+    own schedule is kept. The facts in the file are ``solver.facts``.
+
+    Raises ValueError for a file that is missing, truncated, corrupted or no solver.
+
+        solver = load_solver("runs/digits/solver.safetensors")
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no solver file {path}")
+    if path.suffix in (".pt", ".pth"):
+        if schedule is None or t_eps is None:
+            raise ValueError(f"{path} does not say what it was trained for: give schedule= and t_eps=")
+        return _published(path, schedule, t_eps)
+    metadata, tensors = _read(path)
+    try:
+        solver = GeneralizedSolver(
+            metadata["steps"], Schedule.from_config(metadata["schedule"]), metadata["t_eps"], metadata["order"],
+            metadata["base"], metadata["theory"],
+        )  # fmt: skip
+        _fill(solver, tensors, path)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a complete solver file: {error!r} is missing or wrong") from None
+    solver.facts = {key: metadata[key] for key in metadata.keys() - {"format"}}
+    trained_for = metadata.get("model")
+    if model is not None and trained_for is not None and model != trained_for:
+        warnings.warn(f"{path} was trained for the model {trained_for!r} and is used with {model!r}", stacklevel=2)
+    if schedule is not None and schedule != solver.schedule:
+        warnings.warn(f"{path} was trained for {solver.schedule} and is used with {schedule}", stacklevel=2)
+    if t_eps is not None and t_eps != solver.t_eps:
+        warnings.warn(f"{path} was trained to t_eps={solver.t_eps} and is used with t_eps={t_eps}", stacklevel=2)
+    return solver
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            raw = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        metadata = {key: json.loads(value) if key != "format" else value.strip('"') for key, value in raw.items()}
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read the solver {path}: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a solver of this package (format {metadata.get('format')!r})")
+    if metadata.get("checksum") != _checksum(tensors):
+        raise ValueError(f"{path} is corrupted: its numbers do not match its checksum")
+    return metadata, tensors
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _published(path: Path, schedule: Schedule, t_eps: float) -> GeneralizedSolver:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        rows = [torch.as_tensor(row).detach().to(torch.float64) for row in content["ema"]["shadow_params"]]
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a published student ({str(error).splitlines()[0]})") from None
+    if len(rows) < 4:
+        raise ValueError(f"{path} holds {len(rows)} tensors; a published student of K steps holds 2 + 2K")
+    theta, xi, *corrections = rows
+    steps, order = len(xi), len(corrections) // 2
+    if not 1 <= order <= steps:
+        raise ValueError(f"{path} holds {len(rows)} tensors for {steps} steps; a published student holds 2 + 2K")
+    solver = GeneralizedSolver(steps, schedule, t_eps, order)
+    stacked = {"phi_c": corrections[0::2], "phi_a": corrections[1::2]}
+    if any(row.shape != (steps,) for row in corrections) or len(corrections) % 2:
+        raise ValueError(f"{path} does not hold one coefficient per step and lag")
+    _fill(solver, {"theta": theta, "xi": xi, **{k: torch.stack(v, 1) for k, v in stacked.items()}}, path)
+    solver.facts = {"family": "gs", "published": str(path)}
+    return solver
+
+
+def _fill(solver: GeneralizedSolver, tensors: dict[str, Tensor], path: Path) -> None:
+    for name in PARAMETERS:
+        parameter = getattr(solver, name)
+        value = tensors[name]
+        if value.shape != parameter.shape or not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"{path}: {name} must be {tuple(parameter.shape)} finite numbers, got shape {tuple(value.shape)}"
+            )
+        with torch.no_grad():
+            parameter.copy_(value)

@@ -1,0 +1,170 @@
+"""Write a set of teacher samples: ``gas-engine teacher --model digits --seeds 0-1399 --out DIR``.
+
+A set is a directory: ``index.json`` (what made it, which shards are done, their checksums) and safetensors shards of
+``seeds`` [n] and ``samples`` [n, C, H, W]. Noise and classes are not stored: they follow from the seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ._cli import InputError, command, console, parse_seeds, pick_device, progress, writable
+from .adapters import load_denoiser
+from .denoiser import Denoiser, seeded
+from .files import atomic, sha256, write_json
+from .rollout import rollout
+from .solvers.named import named_solver
+
+
+@dataclass
+class TeacherSolver:
+    """The many-step solver that a student learns to match."""
+
+    solver: str = "unipc3-bh1"
+    """Name of a classical solver."""
+    steps: int = 20
+    """Network evaluations."""
+    grid: str = "logSNR"
+    """Grid of times."""
+    t_eps: float = 1e-4
+    """Time at which the teacher stops."""
+
+
+@dataclass
+class Config(TeacherSolver):
+    """Write a set of teacher samples, resuming where an earlier call was stopped."""
+
+    model: str = "digits"
+    """The embedded digits, a .safetensors EDM network, or module:factory."""
+    seeds: str = "0-1399"
+    """Seeds to sample, such as 0-1399 or 0-9,42."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = field(default=Path("runs/teacher"))
+    """Directory of the set."""
+    batch: int = 128
+    """Samples at a time."""
+    shard: int = 1024
+    """Samples per file."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:0, ..."""
+
+
+@torch.no_grad()
+def teacher_samples(
+    denoiser: Denoiser, seeds: Sequence[int], solver: TeacherSolver, batch: int = 128, device: torch.device | None = None,
+    advance: Any = None,
+) -> Tensor:  # fmt: skip
+    """Samples of the given seeds, float32 on the CPU, [N, *shape]; ``advance(n)`` is told of every n finished."""
+    device = device or torch.device("cpu")
+    tableau = named_solver(solver.solver, denoiser.schedule, solver.steps, solver.grid, solver.t_eps)
+    done: list[Tensor] = []
+    for start in range(0, len(seeds), batch):
+        noise, cond = seeded(denoiser, seeds[start : start + batch])
+        cond = cond.to(device) if cond is not None else None
+        done.append(rollout(denoiser, noise.to(device), tableau, cond).cpu())
+        if advance is not None:
+            advance(len(noise))
+    return torch.cat(done)
+
+
+def make_teacher_set(
+    denoiser: Denoiser, seeds: Sequence[int], solver: TeacherSolver, out: Path, *, batch: int = 128, shard: int = 1024,
+    device: torch.device | None = None,
+) -> Path:  # fmt: skip
+    """Write the set, or the shards of it that are missing or damaged; return its directory.
+
+    Every shard is written atomically and entered into the index with its SHA-256 afterwards, so a killed run loses at
+    most one shard. Raises InputError if ``out`` holds a set that was made otherwise.
+    """
+    if batch < 1 or shard < 1:
+        raise InputError(f"batch and shard must be at least 1, got {batch} and {shard}")
+    named_solver(solver.solver, denoiser.schedule, solver.steps, solver.grid, solver.t_eps)  # refuse before writing
+    writable(out)
+    made_by = {
+        "model": denoiser.name, "schedule": denoiser.schedule.config(), "shape": list(denoiser.shape),
+        **{name: getattr(solver, name) for name in TeacherSolver.__dataclass_fields__}, "shard": shard,
+    }  # fmt: skip
+    index = _read_index(out)
+    if index is not None and {**index["made_by"]} != made_by:
+        changed = [key for key in made_by if index["made_by"].get(key) != made_by[key]]
+        raise InputError(
+            f"{out} holds a teacher set made with another {changed[0]} ({index['made_by'].get(changed[0])!r}, now "
+            f"{made_by[changed[0]]!r}); give another directory"
+        )
+    known = {tuple(entry["seeds"]): entry for entry in (index or {}).get("shards", ())}
+    groups = [list(seeds[i : i + shard]) for i in range(0, len(seeds), shard)]
+    entries = [known.get(tuple(group)) for group in groups]
+    kept = [entry for entry in entries if entry and _intact(out, entry)]
+    missing = [group for group in groups if not any(entry["seeds"] == group for entry in kept)]
+    with progress() as bar:
+        task = bar.add_task("teacher", note="", total=len(seeds), completed=len(seeds) - sum(map(len, missing)))
+        for group in missing:
+            samples = teacher_samples(denoiser, group, solver, batch, device, lambda n: bar.advance(task, n))
+            if not bool(torch.isfinite(samples).all()):
+                raise InputError(f"{denoiser.name} with {solver.solver} gave samples that are not finite; check the model")
+            file = f"shard-{group[0]:08d}-{group[-1]:08d}.safetensors"
+            with atomic(out / file) as temporary:
+                save_file({"seeds": torch.tensor(group), "samples": samples.contiguous()}, temporary)
+            kept.append({"file": file, "seeds": group, "sha256": sha256(out / file)})
+            kept.sort(key=lambda entry: groups.index(entry["seeds"]))
+            write_json(out / "index.json", {"format": "gas_engine.teacher/1", "made_by": made_by, "shards": kept})
+    return out
+
+
+def load_teacher_set(out: Path) -> tuple[list[int], Tensor]:
+    """Seeds and samples [N, *shape] of a set. Raises InputError if it is missing, incomplete or damaged."""
+    index = _read_index(out)
+    if index is None:
+        raise InputError(f"there is no teacher set in {out}")
+    seeds: list[int] = []
+    samples: list[Tensor] = []
+    for entry in index["shards"]:
+        if not _intact(out, entry):
+            raise InputError(f"{out / entry['file']} is missing or damaged; run `gas-engine teacher` again to mend it")
+        try:
+            samples.append(load_file(out / entry["file"])["samples"])
+        except SafetensorError as error:
+            raise InputError(f"cannot read {out / entry['file']}: {error}") from None
+        seeds += entry["seeds"]
+    return seeds, torch.cat(samples)
+
+
+def _read_index(out: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((out / "index.json").read_text())
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, OSError) as error:
+        raise InputError(f"cannot read {out / 'index.json'}: {error}") from None
+
+
+def _intact(out: Path, entry: dict[str, Any]) -> bool:
+    return (out / entry["file"]).is_file() and sha256(out / entry["file"]) == entry["sha256"]
+
+
+def run(config: Config) -> None:
+    device = pick_device(config.device)
+    denoiser = load_denoiser(config.model).to(device)
+    seeds = parse_seeds(config.seeds)
+    out = make_teacher_set(
+        denoiser, seeds, config, config.out, batch=config.batch, shard=config.shard, device=device
+    )  # fmt: skip
+    console.print(f"{len(seeds)} samples of {denoiser.name} in {out}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``gas-engine teacher``."""
+    command("teacher", Config, run, argv)
+
+
+if __name__ == "__main__":
+    main()

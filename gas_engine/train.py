@@ -1,0 +1,301 @@
+"""Learn a few-step solver: ``python -m gas_engine.train --checkpoint-every 1`` trains on the embedded digits.
+
+Writes a run directory: config, metrics, TensorBoard events, sample grids, plots of the learned times and tableau,
+checkpoints, the solver itself, and at the end a table against every classical solver at the same K.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from . import comparison, pictures
+from ._cli import InputError, command, console, parse_seeds, pick_device, progress
+from .adapters import load_denoiser
+from .denoiser import Denoiser
+from .files import atomic
+from .losses import distillation_loss
+from .memory import MemoryPolicy
+from .rollout import rollout
+from .run_directory import RunDirectory
+from .solvers import GRIDS, GeneralizedSolver, grid, save_solver
+from .teacher import TeacherSolver, load_teacher_set, make_teacher_set, teacher_samples
+from .trainer import RECIPES, Recipe, Trainer
+
+SELECTION_SEEDS = range(40_000, 40_064)
+HELD_OUT_SEEDS = range(50_000, 50_512)
+FORMS: dict[str, bool | str] = {"gs": True, "s4s": False, "linear": "linear"}
+
+
+@dataclass
+class Config:
+    """Learn a few-step solver for a frozen diffusion or flow model."""
+
+    model: str = "digits"
+    """The embedded digits, a .safetensors EDM network, or module:factory."""
+    steps: int = 4
+    """Network evaluations K of the student, 1 to 32."""
+    student: Literal["gs", "s4s", "linear"] = "gs"
+    """gs: corrections around DPM-Solver++ theory; s4s, linear: the forms without it."""
+    order: int | None = None
+    """Highest order; K unless given."""
+    loss: Literal["l1", "l2", "lpips"] = "l1"
+    """Distance to the teacher's samples."""
+    checkpoint_every: int = 1
+    """At most this many network graphs are alive; 0 keeps all."""
+    recipe: Literal["auto", "quick", "paper"] = "auto"
+    """auto is quick for digits and paper for everything else."""
+    iterations: int | None = None
+    """Updates; the recipe's unless given."""
+    batch: int | None = None
+    """Samples per update; the recipe's unless given."""
+    rate: float | None = None
+    """Learning rate; the recipe's unless given."""
+    ema: float | None = None
+    """Decay of the average; the recipe's unless given."""
+    start_grid: str | None = None
+    """uniform, quadratic, logSNR, karras, or a JSON file of K+1 falling times; the recipe's unless given."""
+    t_eps: float = 1e-3
+    """Time at which the student stops."""
+    teacher: TeacherSolver = field(default_factory=TeacherSolver)
+    """The many-step solver to match."""
+    train_seeds: str = "0-1399"
+    """Seeds of the teacher set."""
+    teacher_set: Path | None = None
+    """Directory of the teacher set; made if missing. By default runs/teacher-MODEL-..."""
+    out: Path | None = None
+    """Run directory; by default runs/MODEL-STUDENT-kK, numbered if taken."""
+    resume: bool = False
+    """Continue the run in --out from its newest checkpoint, bit for bit."""
+    save_every: int = 200
+    """Updates between checkpoints."""
+    sample_every: int = 200
+    """Updates between sample grids."""
+    log_every: int = 20
+    """Updates between rows of metrics."""
+    seed: int = 0
+    """Order of the batches."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:0, ..."""
+
+
+def run(config: Config) -> None:
+    """Train, or go on training, and compare."""
+    directory, config = _open(config)
+    device = pick_device(config.device)
+    denoiser = load_denoiser(config.model).to(device)
+    recipe = _recipe(config)
+    solver = _solver(config, denoiser, recipe)
+    loss = distillation_loss(config.loss, device)
+    seeds, targets = _teacher_set(config, denoiser, device)
+    start = solver.tableau(denoiser.prediction)
+    trainer = Trainer(
+        denoiser, solver, seeds, targets, loss, recipe, MemoryPolicy(config.checkpoint_every), config.seed, device
+    )
+    if config.resume:
+        checkpoint = directory.restore()
+        if checkpoint is not None:
+            trainer.load(*checkpoint)
+        directory.forget_after(trainer.step)
+        console.print(f"resuming {directory.path} at update {trainer.step}")
+    else:
+        directory.create(_plain(config))
+    selection = _samples(denoiser, SELECTION_SEEDS, config.teacher, device)
+    _train(trainer, directory, config, selection)
+    _finish(trainer, directory, config, selection, start)
+
+
+def _train(trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples) -> None:
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
+
+    began, first = time.monotonic(), trainer.step
+    with SummaryWriter(str(directory.path), purge_step=first or None) as events, progress() as bar:
+        task = bar.add_task("train", total=trainer.recipe.iterations, completed=first, note="")
+        for step, loss in trainer:
+            bar.advance(task)
+            last = step == trainer.recipe.iterations
+            if step % config.log_every == 0 or last:
+                row = {
+                    "step": step, "loss": float(loss), "rate": trainer.recipe.rate_at(step - 1),
+                    "skipped": trainer.skipped, "memory_mib": round(_memory_mib(trainer.device), 1),
+                    "seconds_per_update": round((time.monotonic() - began) / (step - first), 4),
+                }  # fmt: skip
+                directory.log(row)
+                for name in ("loss", "rate", "memory_mib"):
+                    events.add_scalar(f"train/{name}", row[name], step)
+                for n, t in enumerate(trainer.solver.times().tolist()):
+                    events.add_scalar(f"times/{n}", t, step)
+                bar.update(task, note=f"loss {row['loss']:.4f}  {row['memory_mib']:.0f} MiB")
+                if trainer.skipped_in_a_row:
+                    console.print(f"update {step}: loss or gradient not finite, skipped ({trainer.skipped} so far)")
+            if step % config.sample_every == 0 or last:
+                _picture(trainer, directory.path / "samples" / f"step-{step:06d}.png", selection)
+            if step % config.save_every == 0 or last:
+                directory.save(step, *trainer.state())
+
+
+def _finish(
+    trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples, start: object
+) -> None:
+    """Measure on held-out seeds, write the solver, the table and the pictures."""
+    denoiser, student, device = trainer.denoiser, trainer.average, trainer.device
+    tableau = student.tableau(denoiser.prediction)
+    held_out = _samples(denoiser, HELD_OUT_SEEDS, config.teacher, device)
+    mine = comparison.distance(denoiser, tableau, held_out, f"learned ({config.student})", f"{trainer.step} updates")
+    with progress() as bar:
+        task = bar.add_task("classical solvers", total=len(comparison.FAMILIES), note="")
+        others = comparison.classical_distances(
+            denoiser, config.steps, selection, held_out, lambda: bar.advance(task)
+        )  # fmt: skip
+    rows = [mine, *others]
+    save_solver(
+        student, directory.solver, model=denoiser.name, guidance=1.0, loss=config.loss, version=_version(),
+        metrics={"l1": mine.l1, "rmse": mine.rmse, "psnr": mine.psnr, "held_out_seeds": "50000-50511"},
+    )  # fmt: skip
+    _write(directory.path / "comparison.md", comparison.as_markdown(rows))
+    _write(directory.path / "comparison.csv", comparison.as_csv(rows))
+    teacher = held_out.teacher.cpu()
+    best = others[0]
+    pictures.image_rows(
+        directory.path / "comparison.png",
+        [
+            (f"teacher, {config.teacher.steps}", teacher), (f"learned, {config.steps}", mine.samples),
+            (f"{best.solver}", best.samples), ("|learned - teacher|", mine.samples - teacher),
+            ("|classical - teacher|", best.samples - teacher),
+        ],
+        f"{denoiser.name}: {config.steps} evaluations, held-out seeds 50000 on; L1 {mine.l1:.4f} against {best.l1:.4f}",
+    )  # fmt: skip
+    times = {"learned": student.times()} | {
+        name: grid(name, student.schedule, config.steps, config.t_eps) for name in ("uniform", "quadratic", "logSNR")
+    }
+    pictures.schedule_plot(directory.path / "schedule.png", student.schedule, times, {"learned": student.told_times()})
+    pictures.tableau_plot(directory.path / "tableau.png", tableau, start)
+    console.print(
+        comparison.as_rich(rows, f"distance to the {config.teacher.steps}-evaluation teacher at K = {config.steps}")
+    )
+    console.print(
+        f"solver    {directory.solver} ({directory.solver.stat().st_size / 1024:.1f} kB)\n"
+        f"pictures  {directory.path}/comparison.png  schedule.png  tableau.png\n"
+        f"sample    python -m gas_engine.sample --model {config.model} --solver {directory.solver} --out samples"
+    )
+
+
+def _open(config: Config) -> tuple[RunDirectory, Config]:
+    """The run directory and the configuration that counts: the stored one if resuming."""
+    for name in ("save_every", "sample_every", "log_every"):
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    MemoryPolicy(config.checkpoint_every)
+    if config.out is None:
+        stem = f"runs/{Path(config.model).stem.replace(':', '-')}-{config.student}-k{config.steps}"
+        taken = [Path(stem), *(Path(f"{stem}-{n}") for n in range(2, 10_000))]
+        free = next(i for i, path in enumerate(taken) if not RunDirectory(path).exists())
+        config = dataclasses.replace(config, out=taken[max(0, free - 1) if config.resume else free])
+    assert config.out is not None
+    directory = RunDirectory(config.out)
+    if not config.resume:
+        if directory.exists():
+            directory.create({})  # refuses, before any work is done
+        return directory, config
+    stored, given, default = directory.config(), _plain(config), _plain(Config())
+    for name, value in given.items():
+        if name not in ("out", "resume", "device") and value != default[name] and value != stored.get(name):
+            raise InputError(
+                f"--resume continues with {name}={stored.get(name)!r} from {directory.path}/config.json, but "
+                f"{name}={value!r} was given; leave it out, or start a new run"
+            )
+    paths = {"teacher_set": stored["teacher_set"] and Path(stored["teacher_set"])}
+    kept = {"out": config.out, "resume": True, "device": config.device}
+    return directory, Config(**{**stored, "teacher": TeacherSolver(**stored["teacher"]), **paths, **kept})
+
+
+def _recipe(config: Config) -> Recipe:
+    name = config.recipe if config.recipe != "auto" else ("quick" if config.model == "digits" else "paper")
+    given = {k: getattr(config, k) for k in ("iterations", "batch", "rate", "ema", "start_grid")}
+    recipe = dataclasses.replace(RECIPES[name], **{k: v for k, v in given.items() if v is not None})
+    if recipe.iterations < 1 or recipe.batch < 1 or recipe.rate <= 0 or not 0 <= recipe.ema < 1:
+        raise InputError(f"iterations and batch must be at least 1, rate above 0 and ema in [0, 1), got {recipe}")
+    return recipe
+
+
+def _solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> GeneralizedSolver:
+    start: str | Tensor = recipe.start_grid
+    if recipe.start_grid not in GRIDS:
+        try:
+            start = torch.tensor(json.loads(Path(recipe.start_grid).read_text()), dtype=torch.float64)
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(
+                f"--start-grid must be {', '.join(GRIDS)} or a JSON file of {config.steps + 1} falling times, "
+                f"got {recipe.start_grid!r} ({error})"
+            ) from None
+    return GeneralizedSolver(
+        config.steps, denoiser.schedule, config.t_eps, config.order, theory=FORMS[config.student], start=start
+    )
+
+
+def _teacher_set(config: Config, denoiser: Denoiser, device: torch.device) -> tuple[list[int], Tensor]:
+    seeds = parse_seeds(config.train_seeds)
+    if {*SELECTION_SEEDS, *HELD_OUT_SEEDS} & {*seeds}:
+        raise InputError(f"training seeds must leave 40000-40063 and 50000-50511 for evaluation, got {config.train_seeds}")
+    teacher = config.teacher
+    name = f"teacher-{Path(config.model).stem.replace(':', '-')}-{teacher.solver}-{teacher.steps}-{teacher.grid}"
+    out = config.teacher_set or Path("runs") / name
+    make_teacher_set(denoiser, seeds, teacher, out, device=device)
+    found, samples = load_teacher_set(out)
+    row = {seed: i for i, seed in enumerate(found)}
+    return seeds, samples[[row[seed] for seed in seeds]]
+
+
+def _samples(denoiser: Denoiser, seeds: range, teacher: TeacherSolver, device: torch.device) -> comparison.Samples:
+    return comparison.Samples.of(denoiser, seeds, teacher_samples(denoiser, seeds, teacher, device=device), device)
+
+
+@torch.no_grad()
+def _picture(trainer: Trainer, path: Path, data: comparison.Samples) -> None:
+    shown = slice(0, 12)
+    cond = None if data.cond is None else data.cond[shown]
+    student = rollout(trainer.denoiser, data.noise[shown], trainer.average.tableau(trainer.denoiser.prediction), cond).cpu()
+    teacher = data.teacher[shown].cpu()
+    rows = [("teacher", teacher), ("student", student), ("|difference|", student - teacher)]
+    pictures.image_rows(path, rows, f"{trainer.step} updates")
+
+
+def _memory_mib(device: torch.device) -> float:
+    """Peak memory: of torch's allocator on a GPU, of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _plain(config: Config) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``gas-engine train``."""
+    command("train", Config, run, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Fixtures: reference numbers and the small network they were computed on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gas_engine import EDMDenoiser
+from gas_engine.networks import build_edm
+
+GOLDEN = Path(__file__).parent / "golden"
+Arrays = dict[str, torch.Tensor]
+
+
+def arrays(name: str) -> Arrays:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return {key: torch.as_tensor(file[key]) for key in file.files if file[key].dtype.kind in "fiu"}
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Arrays]:
+    return arrays
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[[float], EDMDenoiser]:
+    """The reference network as a denoiser for a given t_eps."""
+    arguments = json.loads((GOLDEN / "tiny_edm_ctor.json").read_text())
+    network = build_edm(arguments["kwargs"], arrays("tiny_edm_state"), arguments["cls"])
+    return lambda t_eps=1e-3: EDMDenoiser(network, t_eps)

@@ -1,0 +1,132 @@
+"""The native core as a build: its C++ tests, its ways to fail, and what ptxas says of every kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+CMAKE = shutil.which("cmake", path=PATH)
+
+needs_source = pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="needs the source tree")
+needs_build = pytest.mark.skipif(
+    CMAKE is None or shutil.which("ninja", path=PATH) is None or importlib.util.find_spec("pybind11") is None,
+    reason="needs cmake, ninja and pybind11 in this environment (pip install cmake ninja pybind11)",
+)
+pytestmark = needs_source
+
+
+def environment(**variables: str) -> dict[str, str]:
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith("GAS_ENGINE_") and k not in ("CXX", "CXXFLAGS")
+    }
+    return {**clean, "PATH": PATH, **variables}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a build reads: nothing here touches the tree or the environment under test."""
+    copy = tmp_path_factory.mktemp("tree")
+    for name in ("pyproject.toml", "setup.py", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "csrc", copy / "csrc")
+    (copy / "README.md").write_text("# gas_engine\n")
+    (copy / "gas_engine").mkdir()
+    (copy / "gas_engine" / "__init__.py").touch()
+    return copy
+
+
+def build(tree: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`setup.py build`: the same code path as pip, without pip's frame around the output."""
+    shutil.rmtree(tree / "build", ignore_errors=True)
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", "build"],
+        cwd=tree,
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@needs_build
+def test_host_paths_in_cpp(tmp_path: Path) -> None:
+    configure = [CMAKE, "-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DGAS_ENGINE_TESTS=ON"]
+    for command in (configure, [CMAKE, "--build", tmp_path]):
+        step = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        assert step.returncode == 0, step.stdout + step.stderr
+    run = subprocess.run([tmp_path / "gas_host_tests"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+@needs_build
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"CXX": "/bin/false"}, "install a C++20 compiler"),
+        ({"GAS_ENGINE_MARCH": "no-such-cpu", "GAS_ENGINE_CUDA": "off"}, "install a C++20 compiler"),
+        ({"GAS_ENGINE_CUDA": "maybe"}, "GAS_ENGINE_CUDA must be auto, on or off, got 'maybe'"),
+        ({"GAS_ENGINE_NATIVE": "perhaps"}, "GAS_ENGINE_NATIVE must be on or off, got 'perhaps'"),
+        ({"GAS_ENGINE_CUDA_ARCHS": "80 newest"}, "GAS_ENGINE_CUDA_ARCHS must list compute capabilities"),
+        pytest.param(
+            {"GAS_ENGINE_CUDA_ARCHS": "35"},
+            "set GAS_ENGINE_CUDA=off for a CPU build",
+            marks=pytest.mark.skipif(NVCC is None, reason="needs nvcc"),
+        ),
+        pytest.param(
+            {"NVCC_APPEND_FLAGS": "--no-such-flag"},  # nvcc is there and fails
+            "set GAS_ENGINE_CUDA=off for a CPU build",
+            marks=pytest.mark.skipif(NVCC is None, reason="needs nvcc"),
+        ),
+        pytest.param(
+            {"GAS_ENGINE_CUDA": "on"},
+            "GAS_ENGINE_CUDA=on, but nvcc is not on PATH",
+            marks=pytest.mark.skipif(NVCC is not None, reason="needs a machine without nvcc"),
+        ),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+)
+def test_a_failed_build_ends_in_one_sentence(tree: Path, variables: dict[str, str], sentence: str) -> None:
+    run = build(tree, **variables)
+    last = run.stdout.strip().splitlines()[-1]
+    assert run.returncode != 0
+    assert last.startswith("gas_engine: ") and last.endswith(".") and sentence in last, run.stdout[-3000:]
+    assert "Traceback" not in run.stdout
+
+
+def test_pure_python_build(tree: Path) -> None:
+    run = build(tree, GAS_ENGINE_NATIVE="off", CXX="/bin/false")
+    assert run.returncode == 0, run.stdout
+    assert list((tree / "build").rglob("__init__.py")) and not list((tree / "build").rglob("_native*"))
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc").glob("*.cu")), ids=lambda p: p.name)
+def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
+    command = [
+        NVCC,
+        "-std=c++20",
+        "-O3",
+        "-arch=sm_80",
+        "-Xptxas",
+        "-v",
+        "-cubin",
+        source,
+        "-o",
+        tmp_path / "out",
+    ]
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    used = [line for line in run.stderr.splitlines() if "bytes spill" in line]
+    assert used, "ptxas reported no kernel"
+    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in used), "\n".join(used)
