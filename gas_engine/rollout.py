@@ -48,8 +48,10 @@ def rollout(
     Memory: without gradients, the states and outputs that later steps still use. With gradients, the states x[0..K]
     and at most k = ``memory.checkpoint_every`` network graphs, for K - k more evaluations in the backward pass.
 
+    A second backward pass through the same result (``retain_graph``) first runs the K evaluations again.
+
     Raises ValueError for an x that does not fit the denoiser, RuntimeError for weights or a ``cond`` that want a
-    gradient, and for a second backward pass through one rollout.
+    gradient.
 
         tableau = classical.unipc(denoiser.schedule, times)
         images = rollout(denoiser, noise, tableau, cond=labels)
@@ -157,6 +159,7 @@ class _Rollout(torch.autograd.Function):
         )  # fmt: skip
         states, graphs = _forward(network, A.detach(), B.detach(), x, kept, on_step, keep_states=True)
         ctx.network, ctx.states, ctx.graphs = network, states[:-1], graphs
+        ctx.again = (A.detach(), B.detach(), x.detach(), kept)
         # Columns of A and B, as the adjoint reads them.
         ctx.columns = torch.stack([A.detach().T, B.detach().T]).to(device)
         return states[-1]
@@ -166,7 +169,8 @@ class _Rollout(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         network, slots, graphs = ctx.network, ctx.states, ctx.graphs
         if slots is None:
-            raise RuntimeError("the backward pass of this rollout has run and freed its states; run the rollout again")
+            states, graphs = _forward(network, *ctx.again, None, keep_states=True)
+            slots = states[:-1]
         ctx.states = ctx.graphs = None
         steps = len(graphs)
         slots.append(grad.contiguous())

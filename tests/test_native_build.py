@@ -90,7 +90,7 @@ def test_host_paths_in_cpp(tmp_path: Path) -> None:
         ),
         pytest.param(
             {"GAS_ENGINE_CUDA": "on"},
-            "GAS_ENGINE_CUDA=on, but nvcc is not on PATH",
+            "GAS_ENGINE_CUDA=on, but nvcc is not on PATH or in CUDA_HOME",
             marks=pytest.mark.skipif(NVCC is not None, reason="needs a machine without nvcc"),
         ),
     ],

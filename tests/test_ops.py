@@ -196,6 +196,7 @@ def test_opcheck(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.skipif(_native.native is None, reason="the native core is off: the twins promise no fixed order")
 def test_bits_do_not_depend_on_run_or_threads(device: str) -> None:
     inputs = _samples.adjoint_step_inputs((3, 70_001), 10, device=device)
     threads = torch.get_num_threads()

@@ -3,8 +3,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "check.h"
 #include "../simd.h"
+#include "check.h"
 
 using namespace gas;
 

@@ -4,8 +4,8 @@
 #include <vector>
 
 #include "../adjoint.h"
-#include "check.h"
 #include "../lincomb.h"
+#include "check.h"
 
 using namespace gas;
 

@@ -117,27 +117,36 @@ def deis(schedule: Schedule, times: Tensor, order: int = 3, variable: str = "t")
 
 
 def heun(schedule: Schedule, times: Tensor, euler_final: bool = False) -> Tableau:
-    """Heun's second-order method on d(x/alpha)/d(sigma/alpha) = e (arXiv 2206.00364, algorithm 1 without churn).
+    """Heun's second-order method on ``dz/du = v`` with z linear in x (arXiv 2206.00364, algorithm 1 without churn).
 
+    Variance preserving: z = x / alpha, u = sigma / alpha, v = e, as in EDM. Rectified flow: z = x, u = sigma,
+    v = e - m, its own velocity, because sigma / alpha has no bound there.
     Two evaluations a step, so 2 (len(times) - 1) in all; with ``euler_final`` the last step is Euler's and one fewer.
     """
     times, _ = _prepare(schedule, times, 1, 1, False)
-    steps, count = Steps.of(schedule, times), len(times) - 1
+    alpha, sigma, _ = schedule(times)
+    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+    if schedule.kind == "flow":
+        prediction, scale, u, v_x, v_s = "data", one, sigma, 1 / sigma, -1 / sigma
+    else:
+        prediction, scale, u, v_x, v_s = "noise", alpha, sigma / alpha, zero, one
+    count = len(times) - 1
     evaluations = 2 * count - (1 if euler_final else 0)
     basis = torch.eye(2 * evaluations, dtype=torch.float64)
-    x, e = basis[:evaluations], basis[evaluations:]
+    x, s = basis[:evaluations], basis[evaluations:]
     rows: list[Tensor] = []
     index: list[int] = [0]
     for n in range(count):
-        ratio, slope = steps.alpha_next[n] / steps.alpha[n], -steps.sigma_next[n] * torch.expm1(steps.h[n])
-        now = len(rows)
-        rows.append(ratio * x[now] + slope * e[now])
+        now, du = len(rows), u[n + 1] - u[n]
+        slope = v_x[n] * x[now] + v_s[n] * s[now]
+        rows.append(scale[n + 1] * (x[now] / scale[n] + du * slope))
         index.append(n + 1)
         if len(rows) < evaluations:
-            rows.append(ratio * x[now] + slope * (e[now] + e[now + 1]) / 2)
+            slope = (slope + v_x[n + 1] * x[now + 1] + v_s[n + 1] * s[now + 1]) / 2
+            rows.append(scale[n + 1] * (x[now] / scale[n] + du * slope))
             index.append(n + 1)
     nodes = times[torch.tensor(index)]
-    return _from_rows(rows, nodes[:-1], "noise", nodes, schedule, "heun")
+    return _from_rows(rows, nodes[:-1], prediction, nodes, schedule, "heun")
 
 
 def _prepare(
