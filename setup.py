@@ -37,18 +37,10 @@ def choice(name: str, *allowed: str) -> str:
 
 def architectures() -> str:
     """GAS_ENGINE_CUDA_ARCHS as CMake's list: compute capabilities without the dot."""
-    words = (
-        os.environ.get("GAS_ENGINE_CUDA_ARCHS", "")
-        .replace(",", " ")
-        .replace(";", " ")
-        .replace(".", "")
-        .split()
-    )
+    words = os.environ.get("GAS_ENGINE_CUDA_ARCHS", "").replace(",", " ").replace(";", " ").replace(".", "").split()
     for word in words:
         if not re.fullmatch(r"\d{2,3}", word):
-            raise stop(
-                f"GAS_ENGINE_CUDA_ARCHS must list compute capabilities such as '80 90 120', got {word!r}"
-            )
+            raise stop(f"GAS_ENGINE_CUDA_ARCHS must list compute capabilities such as '80 90 120', got {word!r}")
     return ";".join(words)
 
 
@@ -87,9 +79,7 @@ class CMakeBuild(build_ext):
         except ImportError:
             raise stop(f"pybind11 is missing: install it, drop --no-build-isolation, or {WAY_OUT}") from None
         except FileNotFoundError:
-            raise stop(
-                f"cmake is missing: install cmake and ninja, drop --no-build-isolation, or {WAY_OUT}"
-            ) from None
+            raise stop(f"cmake is missing: install cmake and ninja, drop --no-build-isolation, or {WAY_OUT}") from None
 
     def step(self, name: str, command: list[str]) -> None:
         """Run one CMake step, passing its output on; a failure ends in one sentence with the ways out."""
@@ -109,9 +99,7 @@ class CMakeBuild(build_ext):
         log = process.stdout
         said = re.search(r"CUDA: (GAS_ENGINE_CUDA=on, but .*|.* failed|.* knows none .*)", log)
         why = said.group(1) if said else f"the {name} step failed, see the log above"
-        if said or re.search(
-            r"nvcc fatal|^FAILED:.*\.cu\.o|CMAKE_CUDA_COMPILER|CMake\w+CUDACompiler", log, re.M
-        ):
+        if said or re.search(r"nvcc fatal|^FAILED:.*\.cu\.o|CMAKE_CUDA_COMPILER|CMake\w+CUDACompiler", log, re.M):
             remedy = "set GAS_ENGINE_CUDA=off for a CPU build"
         else:
             remedy = "install a C++20 compiler with OpenMP"

@@ -20,9 +20,7 @@ DEVICES = [
         "cuda",
         marks=[
             pytest.mark.gpu,
-            pytest.mark.skipif(
-                not torch.cuda.is_available(), reason="needs a CUDA device: run bench/gpu.sh on one"
-            ),
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run bench/gpu.sh on one"),
         ],
     ),
 ]
@@ -42,9 +40,7 @@ def copies(states: list[Tensor]) -> Callable[[], None]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("size", SHAPES)
-def bench_lincomb(
-    compare: Callable[..., None], smoke: bool, size: str, dtype: torch.dtype, device: str
-) -> None:
+def bench_lincomb(compare: Callable[..., None], smoke: bool, size: str, dtype: torch.dtype, device: str) -> None:
     shape = (3, 43) if smoke else SHAPES[size]
     states, coef = _samples.lincomb_inputs(shape, J, dtype, device)
     scale = coef[:1]
@@ -61,9 +57,7 @@ def bench_lincomb(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("size", SHAPES)
-def bench_adjoint_step(
-    compare: Callable[..., None], smoke: bool, size: str, dtype: torch.dtype, device: str
-) -> None:
+def bench_adjoint_step(compare: Callable[..., None], smoke: bool, size: str, dtype: torch.dtype, device: str) -> None:
     x, f, g, a, b = _samples.adjoint_step_inputs((3, 43) if smoke else SHAPES[size], J, dtype, device)
     callables = {
         "native": lambda: ops.adjoint_step(x, f, g, a, b),

@@ -29,9 +29,7 @@ RECORDS = pytest.StashKey[dict[str, list[Row]]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gas_engine")
-    group.addoption(
-        "--smoke", action="store_true", help="tiny sizes and one round: only that the benches run"
-    )
+    group.addoption("--smoke", action="store_true", help="tiny sizes and one round: only that the benches run")
     group.addoption("--save-csv", action="store_true", help="write bench/results/<topic>_<device>_<date>.csv")
 
 
@@ -109,9 +107,7 @@ def timed(function: Callable[[], Any], on: str) -> float:
 def compare(bench_record: Callable[..., None], benchmark: Any, smoke: bool) -> Callable[..., None]:
     """compare(topic, {name: callable}, rounds, on, **row): the callables take turns; ratios to the first."""
 
-    def run(
-        topic: str, callables: dict[str, Callable[[], Any]], rounds: int = 15, on: str = "cpu", **row: Any
-    ) -> None:
+    def run(topic: str, callables: dict[str, Callable[[], Any]], rounds: int = 15, on: str = "cpu", **row: Any) -> None:
         rounds = 1 if smoke else rounds
         for function in callables.values():
             function()
@@ -141,9 +137,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         terminalreporter.section(f"{topic}: {', '.join(dict.fromkeys(str(r['device']) for r in rows))}")
         for line in table:
-            terminalreporter.write_line(
-                "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))
-            )
+            terminalreporter.write_line("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)))
 
 
 _COMMON = ("device", "driver", "torch", "gas_engine", "threads", "date")

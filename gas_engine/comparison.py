@@ -18,6 +18,7 @@ from .solvers.named import FAMILIES, named_solver
 from .tableau import Tableau
 
 T_EPS = (1e-3, 1e-4)
+VARIANTS = sum(map(len, FAMILIES.values()))
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def classical_distances(
                     tableau = named_solver(name, denoiser.schedule, steps, grid, t_eps)
                     l1 = distance(denoiser, tableau, selection, name).l1
                     if best is None or l1 < best[0]:
-                        best = (l1, f"{name}, {grid}, t_eps {t_eps:g}", tableau)
+                        best = (l1, f"{name}, {grid}, {t_eps:g}", tableau)
             if advance is not None:
                 advance()
         assert best is not None
@@ -86,7 +87,9 @@ def classical_distances(
 
 def as_rich(rows: list[Distance], title: str) -> Table:
     """The comparison for a terminal, closest first."""
-    table = Table("solver", "setting", "L1", "RMSE", "PSNR", "L1 / student", title=title)
+    table = Table(title=title)
+    for column in ("solver", "setting", "L1", "RMSE", "PSNR", "L1 / student"):
+        table.add_column(column, no_wrap=True)
     student = rows[0].l1
     for row in rows:
         numbers = (f"{row.l1:.4f}", f"{row.rmse:.4f}", f"{row.psnr:.1f}", f"{row.l1 / student:.2f}")
@@ -96,7 +99,7 @@ def as_rich(rows: list[Distance], title: str) -> Table:
 
 def as_markdown(rows: list[Distance]) -> str:
     """The comparison as a Markdown table."""
-    lines = ["| solver | setting | L1 | RMSE | PSNR, dB |", "|---|---|---|---|---|"]
+    lines = ["| solver | setting (variant, grid, t_eps) | L1 | RMSE | PSNR, dB |", "|---|---|---|---|---|"]
     lines += [f"| {r.solver} | {r.setting} | {r.l1:.4f} | {r.rmse:.4f} | {r.psnr:.1f} |" for r in rows]
     return "\n".join(lines) + "\n"
 

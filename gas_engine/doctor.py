@@ -40,11 +40,7 @@ def _core() -> list[Row]:
         return [("native core", f"missing ({error}): the slower PyTorch twins run", "bad")]
     import torch
 
-    cuda = (
-        f"CUDA {info['cuda_version']}, compute capabilities {info['cuda_archs']}"
-        if info["cuda"]
-        else "CPU only"
-    )
+    cuda = f"CUDA {info['cuda_version']}, compute capabilities {info['cuda_archs']}" if info["cuda"] else "CPU only"
     rows = [
         ("native core", f"{info['version']}, {info['compiler']}, -march={info['march']}", "ok"),
         ("  kernels", cuda, "ok" if info["cuda"] or not torch.cuda.is_available() else "bad"),
@@ -69,9 +65,7 @@ def _gpus() -> list[Row]:
             handle = pynvml.nvmlDeviceGetHandleByIndex(i)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
             used = f"{memory.used / 2**30:.1f} of {memory.total / 2**30:.1f} GiB used"
-            rows.append(
-                (f"GPU {i}", f"{_text(pynvml.nvmlDeviceGetName(handle))}, {used}, driver {driver}", "ok")
-            )
+            rows.append((f"GPU {i}", f"{_text(pynvml.nvmlDeviceGetName(handle))}, {used}, driver {driver}", "ok"))
         return rows or [("GPU", f"none, driver {driver}", "note")]
     except pynvml.NVMLError as error:
         return [("GPU", f"the NVIDIA driver answers: {error}", "note")]

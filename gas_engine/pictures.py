@@ -8,15 +8,15 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from torch import Tensor  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
 
-from .files import atomic  # noqa: E402
-from .schedule import Schedule  # noqa: E402
-from .tableau import Tableau  # noqa: E402
+from .files import atomic
+from .schedule import Schedule
+from .tableau import Tableau
 
 
 def image_rows(path: Path, rows: list[tuple[str, Tensor]], title: str = "", columns: int = 12) -> None:
@@ -42,7 +42,9 @@ def image_rows(path: Path, rows: list[tuple[str, Tensor]], title: str = "", colu
     figure.suptitle(title, fontsize=11)
     left = 1.5 / figure.get_figwidth()
     right = 1 - (0.75 if errors else 0.1) / figure.get_figwidth()
-    figure.subplots_adjust(left=left, right=right, top=1 - 0.45 / figure.get_figheight(), bottom=0.02, wspace=0.06, hspace=0.06)
+    figure.subplots_adjust(
+        left=left, right=right, top=1 - 0.45 / figure.get_figheight(), bottom=0.02, wspace=0.06, hspace=0.06
+    )
     if drawn is not None:
         bar_axis = figure.add_axes((right + 0.012, 0.06, 0.012, 0.55))
         bar = figure.colorbar(drawn, cax=bar_axis)
@@ -65,7 +67,8 @@ def schedule_plot(path: Path, schedule: Schedule, times: dict[str, Tensor], told
     by_step.set(xlabel="state", ylabel="time t", title="times")
     by_step.xaxis.get_major_locator().set_params(integer=True)
     by_step.legend(fontsize=8)
-    by_sigma.set(xlabel="noise-to-signal ratio sigma / alpha", title="noise levels", yticks=[], ylim=(-len(times), 1))
+    by_sigma.set(xlabel="noise-to-signal ratio sigma / alpha", title="noise levels", ylim=(-len(times), 1))
+    by_sigma.set_yticks([-index for index in range(len(times))], list(times))
     _save(figure, path)
 
 
@@ -87,7 +90,9 @@ def tableau_plot(path: Path, tableau: Tableau, start: Tableau | None = None) -> 
             for n in range(steps):
                 for j in range(n + 1):
                     dark = abs(values[n, j]) > 0.6 * limit
-                    axis.text(j, n, f"{values[n, j]:.2f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+                    axis.text(
+                        j, n, f"{values[n, j]:.2f}", ha="center", va="center", fontsize=7, color="w" if dark else "k"
+                    )
     _save(figure, path)
 
 

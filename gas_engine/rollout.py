@@ -69,7 +69,7 @@ def rollout(
             return _Rollout.apply(denoiser, cond, kept, on_step, scaled, x, *numbers)
     with torch.no_grad():
         network = _Network(denoiser, cond, tableau.t_net.to(x.device), tableau.c_in.to(x.device) if scaled else None)
-        return _forward(network, tableau.A, tableau.B, x, 0, on_step)[0][-1]
+        return _forward(network, tableau.A, tableau.B, x, 0, on_step, keep_states=False)[0][tableau.steps]
 
 
 @dataclass
@@ -107,37 +107,37 @@ class _Network:
 
 
 def _forward(
-    network: _Network, A: Tensor, B: Tensor, x: Tensor, kept: int, on_step: OnStep | None, keep_states: bool = False
-) -> tuple[list[Tensor | None], list[_Graph | None]]:
-    """All states (None where none is needed any more) and the graphs of the last ``kept`` evaluations."""
+    network: _Network, A: Tensor, B: Tensor, x: Tensor, kept: int, on_step: OnStep | None, keep_states: bool
+) -> tuple[dict[int, Tensor], dict[int, _Graph]]:
+    """The states (all of them, or those still needed) and the graphs of the last ``kept`` evaluations."""
     steps = len(A)
     state_terms, output_terms = _nonzero(A), _nonzero(B)
-    packed = [c for n in range(steps) for c in (A[n, state_terms[n]], B[n, output_terms[n]])]
-    coefficients = torch.cat(packed).to(x.device).split([len(state_terms[n]) + len(output_terms[n]) for n in range(steps)])
+    used = [(A[n, state_terms[n]], B[n, output_terms[n]]) for n in range(steps)]
+    packed = torch.cat([row for pair in used for row in pair]).to(x.device)
+    coefficients = packed.split([len(a) + len(b) for a, b in used])
     last_state, last_output = _last_use(state_terms), _last_use(output_terms)
 
-    states: list[Tensor | None] = [x.detach()]
-    outputs: list[Tensor | None] = []
-    graphs: list[_Graph | None] = []
-    shown = network.input(0, x.detach())
+    states, outputs, graphs = {0: x.detach()}, {}, {}
+    shown = network.input(0, states[0])
     for n in range(steps):
-        graphs.append(network.graph(n, shown) if n >= steps - kept else None)
-        graph = graphs[n]
-        outputs.append(network.output(n, shown) if graph is None else graph.output.detach())
-        # A network in another precision hands its output over in its own dtype; states keep theirs.
-        outputs[n] = outputs[n].to(x.dtype)
-        terms = [states[j] for j in state_terms[n]] + [outputs[j] for j in output_terms[n]]
-        if network.c_in is None or n + 1 == steps:
-            shown = lincomb(terms, coefficients[n])
-            states.append(shown)
+        if n < steps - kept:
+            output = network.output(n, shown)
         else:
-            state, shown = lincomb(terms, coefficients[n], scale=network.c_in[n + 1 : n + 2], cast=x.dtype)
-            states.append(state)
-        for j in last_output.get(n, ()):
-            outputs[j] = None
+            graphs[n] = network.graph(n, shown)
+            output = graphs[n].output.detach()
+        # A network in another precision hands its output over in its own dtype; states keep theirs.
+        outputs[n] = output.to(x.dtype)
+        terms = [*(states[j] for j in state_terms[n]), *(outputs[j] for j in output_terms[n])]
+        if network.c_in is None or n + 1 == steps:
+            states[n + 1] = shown = lincomb(terms, coefficients[n])
+        else:
+            scale = network.c_in[n + 1 : n + 2]
+            states[n + 1], shown = lincomb(terms, coefficients[n], scale=scale, cast=x.dtype)
+        for j in last_output[n]:
+            del outputs[j]
         if not keep_states:
-            for j in last_state.get(n, ()):
-                states[j] = None
+            for j in last_state[n]:
+                del states[j]
         if on_step is not None:
             on_step(n + 1, states[n + 1])
     return states, graphs
@@ -158,31 +158,32 @@ class _Rollout(torch.autograd.Function):
             x_wanted or c_wanted, t_wanted,
         )  # fmt: skip
         states, graphs = _forward(network, A.detach(), B.detach(), x, kept, on_step, keep_states=True)
-        ctx.network, ctx.states, ctx.graphs = network, states[:-1], graphs
-        ctx.again = (A.detach(), B.detach(), x.detach(), kept)
+        result = states.pop(len(A))
+        ctx.network, ctx.states, ctx.graphs = network, states, graphs
+        ctx.again = (A.detach(), B.detach(), x.detach(), kept, None, True)
         # Columns of A and B, as the adjoint reads them.
         ctx.columns = torch.stack([A.detach().T, B.detach().T]).to(device)
-        return states[-1]
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         network, slots, graphs = ctx.network, ctx.states, ctx.graphs
         if slots is None:
-            states, graphs = _forward(network, *ctx.again, None, keep_states=True)
-            slots = states[:-1]
+            slots, graphs = _forward(network, *ctx.again)
         ctx.states = ctx.graphs = None
-        steps = len(graphs)
-        slots.append(grad.contiguous())
+        steps = ctx.columns.shape[1]
+        # From here on slot n holds g[n] instead of x[n], for every n that the loop has passed.
+        slots[steps] = grad.contiguous()
         columns_a, columns_b = ctx.columns
         scalars = torch.zeros(2 * steps + 2, steps, dtype=torch.float64, device=grad.device)
         d_a, d_b, d_t, d_c = scalars[:steps], scalars[steps : 2 * steps], scalars[-2], scalars[-1]
         for j in reversed(range(steps)):
-            graph = graphs[j] or network.graph(j, network.input(j, slots[j]))
-            graphs[j] = None
+            graph = graphs.pop(j, None) or network.graph(j, network.input(j, slots[j]))
             output = graph.output.detach().to(grad.dtype)
+            later = [slots[n] for n in range(j + 1, steps + 1)]
             mu, partial, d_a[j:, j], d_b[j:, j] = adjoint_step(
-                slots[j], output, slots[j + 1 :], columns_a[j, j:], columns_b[j, j:]
+                slots[j], output, later, columns_a[j, j:], columns_b[j, j:]
             )
             vjp_x, vjp_t = _vjp(graph, mu.to(graph.output.dtype))
             del graph, output, mu
@@ -213,15 +214,12 @@ def _nonzero(matrix: Tensor) -> list[list[int]]:
     return [[j for j, value in enumerate(row) if value != 0.0] for row in matrix.tolist()]
 
 
-def _last_use(terms: list[list[int]]) -> dict[int, list[int]]:
-    """Step -> the columns that no later step reads. A column that is never read is dropped at its own step."""
+def _last_use(terms: list[list[int]]) -> list[list[int]]:
+    """For each step, the columns that no later step reads; one that is never read goes at its own step."""
     last = {j: j for j in range(len(terms))}
     for n, columns in enumerate(terms):
         last.update((j, n) for j in columns)
-    steps: dict[int, list[int]] = {}
-    for j, n in last.items():
-        steps.setdefault(n, []).append(j)
-    return steps
+    return [[j for j, step in last.items() if step == n] for n in range(len(terms))]
 
 
 def _check_state(denoiser: Denoiser, x: Tensor) -> None:
@@ -229,7 +227,9 @@ def _check_state(denoiser: Denoiser, x: Tensor) -> None:
         raise ValueError(f"the initial state must be floating point, got {x.dtype}")
     shape = tuple(denoiser.shape)
     if tuple(x.shape[1:]) != shape:
-        raise ValueError(f"the initial state has shape {tuple(x.shape)}, but the model needs [batch, {', '.join(map(str, shape))}]")
+        raise ValueError(
+            f"the initial state has shape {tuple(x.shape)}, but the model needs [batch, {', '.join(map(str, shape))}]"
+        )
 
 
 def _check_constants(denoiser: Denoiser, cond: Any) -> None:

@@ -79,7 +79,9 @@ def run(config: Config) -> Path:
         columns = 8 if len(samples) >= 8 else len(samples)
         rows = [(str(i), samples[i : i + columns]) for i in range(0, len(samples) - columns + 1, columns)]
         image_rows(path, rows, f"{denoiser.name}, {tableau.name}, {tableau.steps} evaluations", columns)
-    console.print(f"{len(samples)} samples with {tableau.name}, {tableau.steps} evaluations each: {path}")
+    console.print(
+        f"{len(samples)} samples with {tableau.name}, {tableau.steps} evaluations each: {path}", soft_wrap=True
+    )
     return path
 
 

@@ -7,7 +7,7 @@ signal-to-noise ratio). Times run from ``t_start`` (noise) down to a small ``t_e
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,7 @@ class Schedule:
         values = _float64(alphas_cumprod).detach().cpu()
         if values.ndim != 1 or len(values) < 2:
             raise ValueError(f"alphas_cumprod must be one row of at least 2 values, got shape {tuple(values.shape)}")
-        falls = bool((values[1:] < values[:-1]).all()) and 0 < float(values[-1]) and float(values[0]) < 1
+        falls = bool((values[1:] < values[:-1]).all()) and float(values[-1]) > 0 and float(values[0]) < 1
         if not falls:
             raise ValueError("alphas_cumprod must fall strictly from below 1 to above 0")
         log_alpha = values.log() / 2
@@ -67,9 +67,7 @@ class Schedule:
         slope = (log_alpha[1] - log_alpha[0]) / (grid[1] - grid[0])
         # Extrapolated towards zero, log alpha reaches 0 (no noise at all) here; times below mean nothing.
         lowest = max(0.0, float(grid[0] - log_alpha[0] / slope))
-        schedule = cls(
-            "vp_discrete", {"alphas_cumprod": tuple(values.tolist())}, domain=(lowest, 1.0 + _BEYOND_START)
-        )
+        schedule = cls("vp_discrete", {"alphas_cumprod": tuple(values.tolist())}, domain=(lowest, 1.0 + _BEYOND_START))
         schedule._knots[torch.device("cpu")] = (grid, log_alpha)
         return schedule
 
@@ -159,7 +157,11 @@ class Schedule:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
         """Inverse of ``config``. Raises ValueError for an unknown kind or wrong numbers."""
-        makers = {"vp_linear": cls.vp_linear, "vp_discrete": cls.vp_discrete, "flow": cls.flow}
+        makers: dict[Any, Callable[..., Schedule]] = {
+            "vp_linear": cls.vp_linear,
+            "vp_discrete": cls.vp_discrete,
+            "flow": cls.flow,
+        }
         numbers = {name: value for name, value in config.items() if name != "kind"}
         if config.get("kind") not in makers:
             raise ValueError(f"unknown schedule kind {config.get('kind')!r}; known: {', '.join(makers)}")

@@ -59,11 +59,15 @@ class Tableau:
             if value is None:
                 continue
             if tuple(value.shape) != shape:
-                raise ValueError(f"{name} must have shape {shape} in a tableau of {steps} steps, got {tuple(value.shape)}")
+                raise ValueError(
+                    f"{name} must have shape {shape} in a tableau of {steps} steps, got {tuple(value.shape)}"
+                )
             if value.dtype != torch.float64 or value.device.type != "cpu":
                 raise ValueError(f"{name} must be float64 on the CPU, got {value.dtype} on {value.device}")
             if not bool(torch.isfinite(value.detach()).all()):
-                raise ValueError(f"{name} of {self.name} holds a value that is not finite; its times or weights diverged")
+                raise ValueError(
+                    f"{name} of {self.name} holds a value that is not finite; its times or weights diverged"
+                )
         for name in ("A", "B"):
             if bool(torch.triu(getattr(self, name).detach(), 1).any()):
                 raise ValueError(f"{name} must be lower triangular: a step cannot use states that come after it")

@@ -60,8 +60,8 @@ class Config(TeacherSolver):
 
 @torch.no_grad()
 def teacher_samples(
-    denoiser: Denoiser, seeds: Sequence[int], solver: TeacherSolver, batch: int = 128, device: torch.device | None = None,
-    advance: Any = None,
+    denoiser: Denoiser, seeds: Sequence[int], solver: TeacherSolver, batch: int = 128,
+    device: torch.device | None = None, advance: Any = None,
 ) -> Tensor:  # fmt: skip
     """Samples of the given seeds, float32 on the CPU, [N, *shape]; ``advance(n)`` is told of every n finished."""
     device = device or torch.device("cpu")
@@ -110,7 +110,9 @@ def make_teacher_set(
         for group in missing:
             samples = teacher_samples(denoiser, group, solver, batch, device, lambda n: bar.advance(task, n))
             if not bool(torch.isfinite(samples).all()):
-                raise InputError(f"{denoiser.name} with {solver.solver} gave samples that are not finite; check the model")
+                raise InputError(
+                    f"{denoiser.name} with {solver.solver} gave samples that are not finite; check the model"
+                )
             file = f"shard-{group[0]:08d}-{group[-1]:08d}.safetensors"
             with atomic(out / file) as temporary:
                 save_file({"seeds": torch.tensor(group), "samples": samples.contiguous()}, temporary)
@@ -158,7 +160,7 @@ def run(config: Config) -> None:
     out = make_teacher_set(
         denoiser, seeds, config, config.out, batch=config.batch, shard=config.shard, device=device
     )  # fmt: skip
-    console.print(f"{len(seeds)} samples of {denoiser.name} in {out}")
+    console.print(f"{len(seeds)} samples of {denoiser.name} in {out}", soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

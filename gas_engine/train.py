@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from . import comparison, pictures
@@ -29,6 +28,7 @@ from .memory import MemoryPolicy
 from .rollout import rollout
 from .run_directory import RunDirectory
 from .solvers import GRIDS, GeneralizedSolver, grid, save_solver
+from .tableau import Tableau
 from .teacher import TeacherSolver, load_teacher_set, make_teacher_set, teacher_samples
 from .trainer import RECIPES, Recipe, Trainer
 
@@ -107,7 +107,7 @@ def run(config: Config) -> None:
         if checkpoint is not None:
             trainer.load(*checkpoint)
         directory.forget_after(trainer.step)
-        console.print(f"resuming {directory.path} at update {trainer.step}")
+        console.print(f"resuming {directory.path} at update {trainer.step}", soft_wrap=True)
     else:
         directory.create(_plain(config))
     selection = _samples(denoiser, SELECTION_SEEDS, config.teacher, device)
@@ -145,7 +145,7 @@ def _train(trainer: Trainer, directory: RunDirectory, config: Config, selection:
 
 
 def _finish(
-    trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples, start: object
+    trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples, start: Tableau
 ) -> None:
     """Measure on held-out seeds, write the solver, the table and the pictures."""
     denoiser, student, device = trainer.denoiser, trainer.average, trainer.device
@@ -153,7 +153,7 @@ def _finish(
     held_out = _samples(denoiser, HELD_OUT_SEEDS, config.teacher, device)
     mine = comparison.distance(denoiser, tableau, held_out, f"learned ({config.student})", f"{trainer.step} updates")
     with progress() as bar:
-        task = bar.add_task("classical solvers", total=len(comparison.FAMILIES), note="")
+        task = bar.add_task("classical solvers", total=comparison.VARIANTS, note="")
         others = comparison.classical_distances(
             denoiser, config.steps, selection, held_out, lambda: bar.advance(task)
         )  # fmt: skip
@@ -186,7 +186,8 @@ def _finish(
     console.print(
         f"solver    {directory.solver} ({directory.solver.stat().st_size / 1024:.1f} kB)\n"
         f"pictures  {directory.path}/comparison.png  schedule.png  tableau.png\n"
-        f"sample    python -m gas_engine.sample --model {config.model} --solver {directory.solver} --out samples"
+        f"sample    python -m gas_engine.sample --model {config.model} --solver {directory.solver} --out samples",
+        soft_wrap=True,
     )
 
 
@@ -246,7 +247,9 @@ def _solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> GeneralizedSo
 def _teacher_set(config: Config, denoiser: Denoiser, device: torch.device) -> tuple[list[int], Tensor]:
     seeds = parse_seeds(config.train_seeds)
     if {*SELECTION_SEEDS, *HELD_OUT_SEEDS} & {*seeds}:
-        raise InputError(f"training seeds must leave 40000-40063 and 50000-50511 for evaluation, got {config.train_seeds}")
+        raise InputError(
+            f"training seeds must leave 40000-40063 and 50000-50511 for evaluation, got {config.train_seeds}"
+        )
     teacher = config.teacher
     name = f"teacher-{Path(config.model).stem.replace(':', '-')}-{teacher.solver}-{teacher.steps}-{teacher.grid}"
     out = config.teacher_set or Path("runs") / name
@@ -264,7 +267,9 @@ def _samples(denoiser: Denoiser, seeds: range, teacher: TeacherSolver, device: t
 def _picture(trainer: Trainer, path: Path, data: comparison.Samples) -> None:
     shown = slice(0, 12)
     cond = None if data.cond is None else data.cond[shown]
-    student = rollout(trainer.denoiser, data.noise[shown], trainer.average.tableau(trainer.denoiser.prediction), cond).cpu()
+    student = rollout(
+        trainer.denoiser, data.noise[shown], trainer.average.tableau(trainer.denoiser.prediction), cond
+    ).cpu()
     teacher = data.teacher[shown].cpu()
     rows = [("teacher", teacher), ("student", student), ("|difference|", student - teacher)]
     pictures.image_rows(path, rows, f"{trainer.step} updates")

@@ -57,8 +57,8 @@ class Trainer:
     """
 
     def __init__(
-        self, denoiser: Denoiser, solver: GeneralizedSolver, seeds: list[int], targets: Tensor, loss: Loss, recipe: Recipe,
-        memory: MemoryPolicy, seed: int = 0, device: torch.device | None = None,
+        self, denoiser: Denoiser, solver: GeneralizedSolver, seeds: list[int], targets: Tensor, loss: Loss,
+        recipe: Recipe, memory: MemoryPolicy, seed: int = 0, device: torch.device | None = None,
     ) -> None:  # fmt: skip
         self.denoiser, self.solver, self.average = denoiser, solver, deepcopy(solver).requires_grad_(False)
         self.seeds, self.targets, self.loss, self.recipe, self.memory = seeds, targets, loss, recipe, memory
@@ -112,7 +112,7 @@ class Trainer:
         if self.skipped_in_a_row >= PATIENCE:
             raise NotFinite(
                 f"{PATIENCE} updates in a row had a loss or gradient that is not finite (at update {self.step}); the "
-                f"solver is as it was before them; try a lower --rate than {self.recipe.rate:g} or --start-grid quadratic"
+                f"solver is as before them; try a lower --rate than {self.recipe.rate:g}, or --start-grid quadratic"
             )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from gas_engine.solvers._theory import phi
 from gas_engine.solvers.named import ALIASES, FAMILIES, MAKERS, named_solver
 
 VP = Schedule.vp_linear(0.1, 20.0)
+UNIPC = "UniPCMultistepScheduler"
 
 
 def test_unipc_teacher_matches_reference(golden, tiny):
@@ -49,10 +51,10 @@ def _diffusers(name: str, **options):
         ("DPMSolverMultistepScheduler", {"solver_order": 1}, classical.ddim),
         ("DPMSolverMultistepScheduler", {"solver_order": 2}, lambda s, t: classical.dpmpp(s, t, 2)),
         ("DPMSolverMultistepScheduler", {"solver_order": 3}, lambda s, t: classical.dpmpp(s, t, 3)),
-        ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh1"}, lambda s, t: classical.unipc(s, t, 2, "bh1")),
-        ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2"}, lambda s, t: classical.unipc(s, t, 2, "bh2")),
-        ("UniPCMultistepScheduler", {"solver_order": 3, "solver_type": "bh1"}, lambda s, t: classical.unipc(s, t, 3, "bh1")),
-        ("UniPCMultistepScheduler", {"solver_order": 3, "solver_type": "bh2"}, lambda s, t: classical.unipc(s, t, 3, "bh2")),
+        (UNIPC, {"solver_order": 2, "solver_type": "bh1"}, lambda s, t: classical.unipc(s, t, 2, "bh1")),
+        (UNIPC, {"solver_order": 2, "solver_type": "bh2"}, lambda s, t: classical.unipc(s, t, 2, "bh2")),
+        (UNIPC, {"solver_order": 3, "solver_type": "bh1"}, lambda s, t: classical.unipc(s, t, 3, "bh1")),
+        (UNIPC, {"solver_order": 3, "solver_type": "bh2"}, lambda s, t: classical.unipc(s, t, 3, "bh2")),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("steps", [6, 9])
@@ -73,7 +75,9 @@ def test_agrees_with_diffusers(scheduler, options, make, steps):
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_deis_agrees_with_diffusers(order):
-    theirs = _diffusers("DEISMultistepScheduler", solver_order=order, timestep_spacing="linspace", lower_order_final=False)
+    theirs = _diffusers(
+        "DEISMultistepScheduler", solver_order=order, timestep_spacing="linspace", lower_order_final=False
+    )
     theirs.set_timesteps(6)
     schedule = Schedule.vp_discrete(theirs.alphas_cumprod)
     times = torch.tensor([(t + 1) / 1000 for t in [*theirs.timesteps.tolist(), 0]], dtype=torch.float64)
@@ -132,7 +136,7 @@ def test_ddim_is_euler_in_flow_time():
     schedule = Schedule.flow()
     denoiser, times, x = mixture(schedule, "flow"), grid("uniform", schedule, 7), noise()
     sampled = rollout(denoiser, x, classical.ddim(schedule, times))
-    for now, then in zip(times[:-1], times[1:], strict=True):
+    for now, then in itertools.pairwise(times):
         x = x + (then - now) * denoiser(x, now)
     assert relative(sampled, x) < 1e-9
 
@@ -142,7 +146,7 @@ def test_heun_equals_its_textbook_loop():
     denoiser, times = mixture(VP, "noise"), grid("karras", VP, 5, 1e-3)
     for euler_final in (False, True):
         x = noise()
-        for n, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        for n, (now, then) in enumerate(itertools.pairwise(times)):
             (a0, s0, _), (a1, s1, _) = VP(now), VP(then)
             slope = denoiser(x, now)
             y = x / a0 + (s1 / a1 - s0 / a0) * slope
@@ -180,7 +184,9 @@ def test_grids(kind, schedule):
     assert len(times) == 9 and float(times[0]) == schedule.t_start and float(times[-1]) == 1e-3
     assert bool((times[1:] < times[:-1]).all())
     ratio = torch.exp(-schedule.lam(times))
-    even = {"uniform": times, "quadratic": times.sqrt(), "logSNR": schedule.lam(times), "karras": ratio ** (1 / 7)}[kind]
+    even = {"uniform": times, "quadratic": times.sqrt(), "logSNR": schedule.lam(times), "karras": ratio ** (1 / 7)}[
+        kind
+    ]
     gaps = even[1:] - even[:-1]
     assert torch.allclose(gaps, gaps.mean().expand(8), rtol=1e-6)
 

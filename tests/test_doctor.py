@@ -44,9 +44,7 @@ def test_a_core_switched_off_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_help_and_module() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "gas_engine.doctor", "--help"], capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-m", "gas_engine.doctor", "--help"], capture_output=True, text=True)
     assert run.returncode == 0 and "--json" in run.stdout
 
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from toy import mixture, noise
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy import mixture, noise
 from twin import relative
 
 from gas_engine import GeneralizedSolver, MemoryPolicy, Schedule, load_solver, rollout, save_solver
@@ -26,7 +26,12 @@ def student(golden, schedule, which, steps):
     if which == "zero":
         assert relative(solver.theta, wanted["mu_logit"]) < 1e-12
     solver.load_state_dict(
-        {"theta": wanted["mu_logit"], "xi": wanted["t_couple"], "phi_c": wanted["c_diff"].T, "phi_a": wanted["a_diff"].T}
+        {
+            "theta": wanted["mu_logit"],
+            "xi": wanted["t_couple"],
+            "phi_c": wanted["c_diff"].T,
+            "phi_a": wanted["a_diff"].T,
+        }
     )
     return solver, wanted
 
@@ -264,8 +269,8 @@ def test_damaged_files_are_refused(tmp_path):
     flipped = bytearray(content)
     flipped[-3] ^= 0x40
     cases = {
-        "cut.safetensors": content[: len(content) // 2], "empty.safetensors": b"", "flipped.safetensors": bytes(flipped),
-        "text.pt": b"not a pickle",
+        "cut.safetensors": content[: len(content) // 2], "empty.safetensors": b"",
+        "flipped.safetensors": bytes(flipped),        "text.pt": b"not a pickle",
     }  # fmt: skip
     for name, data in cases.items():
         (tmp_path / name).write_bytes(data)

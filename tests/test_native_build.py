@@ -25,11 +25,7 @@ pytestmark = needs_source
 
 
 def environment(**variables: str) -> dict[str, str]:
-    clean = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith("GAS_ENGINE_") and k not in ("CXX", "CXXFLAGS")
-    }
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("GAS_ENGINE_") and k not in ("CXX", "CXXFLAGS")}
     return {**clean, "PATH": PATH, **variables}
 
 

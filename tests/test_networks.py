@@ -74,9 +74,7 @@ def test_published_sizes():
                 "channel_mult": [2, 2, 2],
             }
         )  # fmt: skip
-        imagenet = build_edm(
-            {"img_resolution": 64, "img_channels": 3, "label_dim": 1000, "model_type": "DhariwalUNet"}
-        )
+        imagenet = build_edm({"img_resolution": 64, "img_channels": 3, "label_dim": 1000, "model_type": "DhariwalUNet"})
     assert sum(p.numel() for p in cifar.parameters()) == pytest.approx(55.7e6, rel=2e-3)
     assert sum(p.numel() for p in imagenet.parameters()) == pytest.approx(295.9e6, rel=2e-3)
 

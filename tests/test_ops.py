@@ -20,9 +20,7 @@ CUDA = pytest.param(
     "cuda",
     marks=[
         pytest.mark.gpu,
-        pytest.mark.skipif(
-            not torch.cuda.is_available(), reason="needs a CUDA device: run bench/gpu.sh on one"
-        ),
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run bench/gpu.sh on one"),
     ],
 )
 DEVICES = ["cpu", CUDA]
@@ -65,9 +63,7 @@ def adjoint_flat(x: Tensor, f: Tensor, a: Tensor, b: Tensor, *g: Tensor) -> tupl
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("J", "n"), [*((J, n) for J in (1, 4, 64) for n in _samples.ODD_SIZES), (4, 100_003)]
-)
+@pytest.mark.parametrize(("J", "n"), [*((J, n) for J in (1, 4, 64) for n in _samples.ODD_SIZES), (4, 100_003)])
 def test_values(J: int, n: int, dtype: torch.dtype, device: str) -> None:
     states, coef = _samples.lincomb_inputs((n,), J, dtype, device)
     out = ops.lincomb(states, coef)
@@ -124,15 +120,11 @@ def test_layouts(layout: str, device: str) -> None:
     for got, want in zip(ops.adjoint_step(padded, f, mixed, a, b), actual, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
     one = torch.ones(1, device=device).expand(2, 3, 5, 7)
-    torch.testing.assert_close(
-        ops.lincomb([one, one], a[:2]), (a[:2].sum() * one).float(), rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(ops.lincomb([one, one], a[:2]), (a[:2].sum() * one).float(), rtol=1e-6, atol=1e-6)
     strided = torch.stack([a, b], dim=1)
     torch.testing.assert_close(ops.lincomb(g, strided[:, 0]), ops.lincomb(g, a), rtol=0, atol=0)
     off_by_one = [torch.cat([t.flatten()[:1], t.flatten()])[1:] for t in g]  # not aligned to a vector
-    torch.testing.assert_close(
-        ops.lincomb(off_by_one, a), ops.lincomb([t.flatten() for t in g], a), rtol=0, atol=0
-    )
+    torch.testing.assert_close(ops.lincomb(off_by_one, a), ops.lincomb([t.flatten() for t in g], a), rtol=0, atol=0)
 
 
 def test_gradients() -> None:
@@ -159,9 +151,7 @@ def test_gradients_are_paid_for_only_when_asked(needs: str) -> None:
     assert (any(t.numel() == 64 for t in kept)) == (needs == "coef")
     out.sum().backward()
     if needs == "coef":
-        torch.testing.assert_close(
-            coef.grad, torch.stack([s.double().sum() for s in states]), rtol=1e-6, atol=1e-5
-        )
+        torch.testing.assert_close(coef.grad, torch.stack([s.double().sum() for s in states]), rtol=1e-6, atol=1e-5)
     else:
         torch.testing.assert_close(states[1].grad, coef[1].float().expand(64))
         assert states[0].grad is None
@@ -220,9 +210,7 @@ def test_compile_fullgraph() -> None:
 
     inputs = _samples.adjoint_step_inputs((4, 33), 3, requires_grad=True)
     eager = torch.autograd.grad(loss(*inputs), flat(inputs))
-    compiled = torch.autograd.grad(
-        torch.compile(loss, backend="aot_eager", fullgraph=True)(*inputs), flat(inputs)
-    )
+    compiled = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(*inputs), flat(inputs))
     for got, want in zip(compiled, eager, strict=True):
         torch.testing.assert_close(got, want)
 
@@ -255,9 +243,7 @@ def test_twins_stand_in_without_the_core() -> None:
     )
     assert run.returncode == 0, run.stderr
     y, z = ops.lincomb(*_samples.lincomb_inputs((129,), 4), cast=torch.bfloat16)
-    here = [
-        t.double().norm().item() for t in (y, z, *ops.adjoint_step(*_samples.adjoint_step_inputs((129,), 4)))
-    ]
+    here = [t.double().norm().item() for t in (y, z, *ops.adjoint_step(*_samples.adjoint_step_inputs((129,), 4)))]
     assert here == pytest.approx([float(v) for v in run.stdout.split()], rel=1e-5)
 
 

@@ -6,10 +6,10 @@ import weakref
 
 import pytest
 import torch
-from toy import SHAPE, mixture, noise
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from toy import SHAPE, mixture, noise
 from twin import plain_rollout, relative
 
 from gas_engine import Denoiser, GeneralizedSolver, MemoryPolicy, Schedule, Tableau, rollout
@@ -259,7 +259,11 @@ def test_second_backward_runs_the_evaluations_again():
 
 @pytest.mark.parametrize(
     ("x", "seen"),
-    [(torch.zeros(2, 3, 3, 3), r"\(2, 3, 3, 3\)"), (torch.zeros(2, 3, 3), "needs"), (torch.zeros(1, *SHAPE).int(), "int32")],
+    [
+        (torch.zeros(2, 3, 3, 3), r"\(2, 3, 3, 3\)"),
+        (torch.zeros(2, 3, 3), "needs"),
+        (torch.zeros(1, *SHAPE).int(), "int32"),
+    ],
 )
 def test_states_that_do_not_fit_are_refused(x, seen):
     with pytest.raises(ValueError, match=seen):

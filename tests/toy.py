@@ -31,7 +31,7 @@ class Mixture(nn.Module):
         posterior = means + (alpha * self.width**2 / variance) * offset
         data = (weights[:, :, None, None, None] * posterior).sum(1)
         if cond is not None:
-            data = data * (1 + 0.1 * cond.to(x.dtype)[:, None, None, None])
+            data = data * (1 + 0.02 * cond.to(x.dtype)[:, None, None, None])
         noise = (x - alpha * data) / sigma
         if self.prediction == "data":
             return data

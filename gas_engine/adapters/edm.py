@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 
 from ..denoiser import EDMDenoiser
 from ..files import atomic
-from ..networks import build_edm
-from ..networks.edm_unet import EDMNetwork
+from ..networks import EDMNetwork, build_edm
 
 FORMAT = "gas_engine.edm/1"
 

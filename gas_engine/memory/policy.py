@@ -22,7 +22,9 @@ class MemoryPolicy:
 
     def __post_init__(self) -> None:
         if not isinstance(self.checkpoint_every, int) or self.checkpoint_every < 0:
-            raise ValueError(f"checkpoint_every must be 0 (keep all) or a positive integer, got {self.checkpoint_every!r}")
+            raise ValueError(
+                f"checkpoint_every must be 0 (keep all) or a positive integer, got {self.checkpoint_every!r}"
+            )
 
     def kept(self, steps: int) -> int:
         """How many of ``steps`` network graphs survive the forward pass."""

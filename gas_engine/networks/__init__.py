@@ -1,5 +1,5 @@
 """Networks that the engine owns."""
 
-from .edm_unet import build_edm
+from .preconditioning import EDMNetwork, build_edm
 
-__all__ = ["build_edm"]
+__all__ = ["EDMNetwork", "build_edm"]

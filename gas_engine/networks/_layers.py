@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,7 @@ class Conv2d(nn.Module):
         gain: float = 1.0,
     ) -> None:
         super().__init__()
+        self.resample_filter: Tensor | None
         self.in_channels, self.out_channels = in_channels, out_channels
         self.up, self.down, self.fused = up, down, fused
         self.weight: nn.Parameter | None = None
@@ -70,6 +72,7 @@ class Conv2d(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         pad = 0 if weight is None else weight.shape[-1] // 2
         if self.resample_filter is None:
+            assert weight is not None
             return F.conv2d(x, weight, bias, padding=pad)
         filter_ = self.resample_filter.to(x.dtype)
         filter_pad = (filter_.shape[-1] - 1) // 2
@@ -110,11 +113,11 @@ class PositionalEmbedding(nn.Module):
 
     def __init__(self, channels: int, endpoint: bool = False) -> None:
         super().__init__()
-        self.half = channels // 2
-        self.spacing = self.half - (1 if endpoint else 0)
+        self.count = channels // 2
+        self.spacing = self.count - (1 if endpoint else 0)
 
     def forward(self, t: Tensor) -> Tensor:
-        exponent = torch.arange(self.half, dtype=t.dtype, device=t.device) / self.spacing
+        exponent = torch.arange(self.count, dtype=t.dtype, device=t.device) / self.spacing
         phase = torch.outer(t, (1 / 10000) ** exponent)
         return torch.cat([phase.cos(), phase.sin()], dim=1)
 
@@ -163,7 +166,7 @@ class UNetBlock(nn.Module):
         self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
 
         self.norm0 = GroupNorm(in_channels, eps)
-        resample = dict(up=up, down=down, resample_filter=resample_filter)
+        resample: dict[str, Any] = dict(up=up, down=down, resample_filter=resample_filter)
         self.conv0 = Conv2d(in_channels, out_channels, 3, **resample)
         self.affine = Linear(embedding_channels, out_channels * (2 if adaptive_scale else 1))
         self.norm1 = GroupNorm(out_channels, eps)

@@ -75,13 +75,9 @@ def check_states(op: str, name: str, states: Sequence[Tensor], like: Tensor | No
                 f"{op}: all tensors must have one shape, got {name}[{i}] {list(s.shape)} beside {list(shape)}"
             )
         if s.dtype != dtype:
-            raise TypeError(
-                f"{op}: all tensors must have one dtype, got {name}[{i}] {s.dtype} beside {dtype}"
-            )
+            raise TypeError(f"{op}: all tensors must have one dtype, got {name}[{i}] {s.dtype} beside {dtype}")
         if s.device != device:
-            raise ValueError(
-                f"{op}: all tensors must be on one device, got {name}[{i}] on {s.device} beside {device}"
-            )
+            raise ValueError(f"{op}: all tensors must be on one device, got {name}[{i}] on {s.device} beside {device}")
 
 
 def check_coef(op: str, name: str, coef: Tensor, length: int) -> None:
@@ -91,9 +87,7 @@ def check_coef(op: str, name: str, coef: Tensor, length: int) -> None:
     if not coef.is_floating_point():
         raise TypeError(f"{op}: {name} must be a floating tensor, got {coef.dtype}")
     if tuple(coef.shape) != (length,):
-        raise ValueError(
-            f"{op}: {name} must have shape [{length}], one number per state, got {list(coef.shape)}"
-        )
+        raise ValueError(f"{op}: {name} must have shape [{length}], one number per state, got {list(coef.shape)}")
 
 
 def coefficients(coef: Tensor, device: torch.device) -> Tensor:

@@ -21,9 +21,7 @@ def _states(
 ) -> list[Tensor]:
     """Random states; drawn on the host in float64, so that every device and dtype gets the same numbers."""
     grad = options.pop("requires_grad", False)
-    states = [
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(**options) for _ in range(count)
-    ]
+    states = [torch.randn(shape, generator=generator, dtype=torch.float64).to(**options) for _ in range(count)]
     if layout != torch.contiguous_format:
         states = [s.contiguous(memory_format=layout) for s in states]
     return [s.detach().requires_grad_(grad) for s in states]
@@ -56,8 +54,6 @@ def adjoint_step_inputs(
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
     """Inputs (x, f, g, a, b) of `adjoint_step`: states of `shape` in `dtype`, a and b [J] float64."""
     generator = torch.Generator().manual_seed(seed)
-    x, f, *g = _states(
-        J + 2, shape, generator, layout, dtype=dtype, device=device, requires_grad=requires_grad
-    )
+    x, f, *g = _states(J + 2, shape, generator, layout, dtype=dtype, device=device, requires_grad=requires_grad)
     a, b = _states(2, (J,), generator, torch.contiguous_format, device=device, requires_grad=requires_grad)
     return x, f, g, a, b

@@ -85,9 +85,7 @@ def _launch(
 ) -> list[Tensor]:
     """Run the kernel on dense tensors; returns the products, float64 [J], with x (and with f, if given)."""
     assert core.native is not None
-    make = (
-        torch.empty if x.numel() else torch.zeros
-    )  # empty tensors have null pointers: nothing is launched for them
+    make = torch.empty if x.numel() else torch.zeros  # empty tensors have null pointers: nothing is launched for them
     sums = [make(len(g), dtype=torch.float64, device=x.device) for t in (x, f) if t is not None]
     if not x.numel():
         return sums
@@ -112,9 +110,7 @@ def _launch(
     return sums
 
 
-def _prepare(
-    x: Tensor, f: Tensor, g: list[Tensor], a: Tensor, b: Tensor
-) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+def _prepare(x: Tensor, f: Tensor, g: list[Tensor], a: Tensor, b: Tensor) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
     """Checked tensors in one layout, and the empty mu and g_x."""
     _check(x, f, g, a, b)
     core.check_raw("adjoint_step", [x], a, b)
@@ -122,9 +118,7 @@ def _prepare(
     return dense, (torch.empty_like(x, memory_format=layout), torch.empty_like(x, memory_format=layout))
 
 
-def _adjoint_step(
-    x: Tensor, f: Tensor, g: list[Tensor], a: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _adjoint_step(x: Tensor, f: Tensor, g: list[Tensor], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (x, f, *g), outs = _prepare(x, f, g, a, b)
     da, db = _launch(x, f, g, (a.contiguous(), b.contiguous()), outs)
     return *outs, da, db
@@ -176,9 +170,7 @@ def _backward_dots(ctx: Any, g: Tensor) -> tuple[Tensor | None, list[Tensor | No
     saved, needs = list(ctx.saved_tensors), ctx.needs_input_grad[1]
     x = saved.pop(0) if ctx.kept_x else None
     d_x = torch.ops.gas_engine.lincomb(saved, g) if saved else None
-    return d_x, [
-        torch.ops.gas_engine.lincomb([x], g[i : i + 1]) if need else None for i, need in enumerate(needs)
-    ]
+    return d_x, [torch.ops.gas_engine.lincomb([x], g[i : i + 1]) if need else None for i, need in enumerate(needs)]
 
 
 for _name, _impl, _fake, _back, _ctx in (

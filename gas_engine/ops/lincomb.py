@@ -53,9 +53,7 @@ def lincomb(
     """
     core.check_list("lincomb", "states", states)
     core.check_coef("lincomb", "coef", coef, len(states))
-    if scale is not None and (
-        not isinstance(scale, Tensor) or scale.numel() != 1 or not scale.is_floating_point()
-    ):
+    if scale is not None and (not isinstance(scale, Tensor) or scale.numel() != 1 or not scale.is_floating_point()):
         seen = f"{scale.dtype} {list(scale.shape)}" if isinstance(scale, Tensor) else type(scale).__name__
         raise ValueError(f"lincomb: scale must be a floating tensor of one element, got {seen}")
     if cast is not None and cast not in core.DTYPES:
@@ -72,9 +70,7 @@ def lincomb(
 
 
 core.LIBRARY.define("lincomb(Tensor[] states, Tensor coef) -> Tensor")
-core.LIBRARY.define(
-    "lincomb_cast(Tensor[] states, Tensor coef, Tensor scale, ScalarType dtype) -> (Tensor, Tensor)"
-)
+core.LIBRARY.define("lincomb_cast(Tensor[] states, Tensor coef, Tensor scale, ScalarType dtype) -> (Tensor, Tensor)")
 
 
 def _prepare(states: Sequence[Tensor], coef: Tensor, *scale: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -88,9 +84,7 @@ def _prepare(states: Sequence[Tensor], coef: Tensor, *scale: Tensor) -> tuple[li
     return states, torch.empty_like(states[0], memory_format=layout)
 
 
-def _launch(
-    states: list[Tensor], coef: Tensor, out: Tensor, scale: Tensor | None, scaled: Tensor | None
-) -> None:
+def _launch(states: list[Tensor], coef: Tensor, out: Tensor, scale: Tensor | None, scaled: Tensor | None) -> None:
     assert core.native is not None
     coef = coef.contiguous()
     args = (
@@ -115,9 +109,7 @@ def _lincomb(states: list[Tensor], coef: Tensor) -> Tensor:
     return out
 
 
-def _lincomb_cast(
-    states: list[Tensor], coef: Tensor, scale: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _lincomb_cast(states: list[Tensor], coef: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     states, out = _prepare(states, coef, scale)
     scaled = torch.empty_like(out, dtype=dtype)
     _launch(states, coef, out, scale, scaled)
@@ -128,9 +120,7 @@ def _lincomb_fake(states: list[Tensor], coef: Tensor) -> Tensor:
     return _prepare(states, coef)[1]
 
 
-def _lincomb_cast_fake(
-    states: list[Tensor], coef: Tensor, scale: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _lincomb_cast_fake(states: list[Tensor], coef: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out = _prepare(states, coef, scale)[1]
     return out, torch.empty_like(out, dtype=dtype)
 
@@ -139,9 +129,7 @@ def _gradients(
     g: Tensor, coef: Tensor, states: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """dL/dstates[i] = coef[i] g and dL/dcoef[i] = <g, states[i]>, through differentiable ops."""
-    each = [
-        torch.ops.gas_engine.lincomb([g], coef[i : i + 1]) if need else None for i, need in enumerate(needs)
-    ]
+    each = [torch.ops.gas_engine.lincomb([g], coef[i : i + 1]) if need else None for i, need in enumerate(needs)]
     return each, dots(g, states) if states else None
 
 

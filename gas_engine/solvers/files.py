@@ -31,7 +31,7 @@ def save_solver(solver: GeneralizedSolver, path: Path | str, **facts: Any) -> No
     }  # fmt: skip
     data = save(solver.state_dict(), {key: json.dumps(value) for key, value in metadata.items()})
     with atomic(path) as temporary:
-        temporary.write_bytes(data)
+        temporary.write_bytes(_sorted_header(data))
 
 
 def load_solver(
@@ -88,6 +88,15 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if metadata.get("checksum") != _checksum(tensors):
         raise ValueError(f"{path} is corrupted: its numbers do not match its checksum")
     return metadata, tensors
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """The same safetensors bytes with sorted metadata, whose order the format leaves to chance: equal solvers give
+    equal files."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -39,7 +39,9 @@ ALIASES = {"ddim": "euler", "dpmpp1m": "euler", "unipc": "unipc3-bh1", "unipc2":
 MAKERS: dict[str, Maker] = {name: maker for family in FAMILIES.values() for name, maker in family.items()}
 
 
-def named_solver(name: str, schedule: Schedule, steps: int, grid_name: str = "quadratic", t_eps: float = 1e-3) -> Tableau:
+def named_solver(
+    name: str, schedule: Schedule, steps: int, grid_name: str = "quadratic", t_eps: float = 1e-3
+) -> Tableau:
     """The tableau of a solver by name, with ``steps`` network evaluations on a named grid.
 
     Heun takes two evaluations a step, so half as many steps (an odd number ends with Euler's). Raises ValueError for

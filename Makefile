@@ -1,0 +1,39 @@
+# make demo    set up, train a solver on the embedded model, end with a table and pictures (about two minutes to train)
+# make test    set up, run the tests
+# make bench   set up, run the benches, write bench/results/*.csv
+# make lint    set up, check formatting, lints and types
+.PHONY: demo test bench lint format clean
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+$(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q torch torchvision
+	$(BIN)/pip install -q -e ".[test]"
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python -m gas_engine.train --checkpoint-every 1
+	$(BIN)/python -m gas_engine.sample --solver ipndm3 --steps 4 --seeds 50000-50023 --out runs/demo-classical
+
+test: $(READY)
+	$(BIN)/python -m pytest -q tests
+
+bench: $(READY)
+	$(BIN)/python -m pytest -q bench --save-csv
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu csrc/tests/*.h csrc/tests/*.cpp
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu csrc/tests/*.h csrc/tests/*.cpp
+
+clean:
+	rm -rf $(VENV) build *.egg-info gas_engine/_native*.so

@@ -1,0 +1,262 @@
+"""Training against a reference run, exact resumption, and what happens when numbers stop being finite."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from twin import relative
+
+from gas_engine import GeneralizedSolver, MemoryPolicy, load_solver, train
+from gas_engine.losses import distillation_loss
+from gas_engine.trainer import PATIENCE, RECIPES, NotFinite, Recipe, Trainer
+
+HERE = Path(__file__).parent
+
+
+def flat(solver, grad=False):
+    """Reference order: theta, xi, c_1, a_1, c_2, a_2, ..."""
+    of = (lambda p: p.grad) if grad else (lambda p: p.detach())
+    rows = [of(solver.theta), of(solver.xi)]
+    for lag in range(solver.order):
+        rows += [of(solver.phi_c)[:, lag], of(solver.phi_a)[:, lag]]
+    return torch.cat(rows).clone()
+
+
+@pytest.mark.parametrize("every", [0, 1, 3])
+def test_twenty_iterations_match_reference(golden, tiny, every, monkeypatch):
+    """Losses, gradients, parameters and averages of Adam 1e-3, clip 1.0, EMA 0.999 with warm-up, in float64."""
+    data, wanted = golden("train_data"), golden("train_loss_l1_f64")
+    denoiser = tiny(1e-3)
+    solver = GeneralizedSolver(4, denoiser.schedule, 1e-3)
+    recipe = Recipe(iterations=20, batch=8, rate=1e-3, cosine=False, ema=0.999, start_grid="uniform")
+    noise, grads = data["noise"].double(), []
+    monkeypatch.setattr("gas_engine.trainer.seeded", lambda denoiser, rows: (noise[rows], None))
+    original = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda p, n: (grads.append(flat(solver, True)), original(p, n))[1]
+    )
+    trainer = Trainer(
+        denoiser,
+        solver,
+        list(range(64)),
+        data["targets"].double(),
+        distillation_loss("l1"),
+        recipe,
+        MemoryPolicy(every),
+    )
+    trainer.rows = lambda step: data["idx"][step].tolist()
+    for step, loss in trainer:
+        assert float(loss) == pytest.approx(float(wanted["losses"][step - 1]), rel=1e-7)
+        assert relative(grads[-1], wanted["grads"][step - 1]) < 1e-7
+        assert relative(flat(solver), wanted["params"][step]) < 1e-7
+        assert relative(flat(trainer.average), wanted["ema"][step]) < 1e-7
+    assert trainer.step == 20 and trainer.skipped == 0
+
+
+def toy_trainer(denoiser=None, iterations=8, **options):
+    denoiser = denoiser or toy.mixture()
+    solver = GeneralizedSolver(3, denoiser.schedule, start="quadratic")
+    recipe = Recipe(iterations=iterations, batch=4, rate=1e-2, cosine=True, ema=0.9, start_grid="quadratic")
+    targets = torch.zeros(10, *toy.SHAPE)
+    return Trainer(
+        denoiser, solver, list(range(10)), targets, distillation_loss("l2"), recipe, MemoryPolicy(1), **options
+    )
+
+
+def test_batches_are_epochs_that_depend_on_the_seed_alone():
+    trainer = toy_trainer()
+    seen = [row for step in range(5) for row in trainer.rows(step)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+    assert [toy_trainer().rows(3), toy_trainer(seed=1).rows(3)][0] == trainer.rows(3)
+    assert toy_trainer(seed=1).rows(3) != trainer.rows(3)
+
+
+def test_state_goes_on_bit_for_bit():
+    whole = toy_trainer()
+    for _ in whole:
+        pass
+    first, second = toy_trainer(), toy_trainer()
+    while first.step < 4:
+        first.update()
+    tensors, numbers = first.state()
+    second.load(4, {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(numbers)))
+    for _ in second:
+        pass
+    for key, value in whole.state()[0].items():
+        assert torch.equal(value, second.state()[0][key]), key
+
+
+def test_updates_that_are_not_finite_change_nothing_and_stop_after_patience():
+    trainer = toy_trainer(toy.make_late_nan(), iterations=100)
+    before = flat(trainer.solver)
+    with pytest.raises(NotFinite, match=rf"{PATIENCE} updates in a row .* lower --rate"):
+        for _ in trainer:
+            assert torch.equal(flat(trainer.solver), before)
+    assert trainer.skipped == PATIENCE and bool(torch.isfinite(flat(trainer.solver)).all())
+
+
+def test_a_single_bad_update_is_skipped():
+    trainer, calls = toy_trainer(iterations=6), []
+    loss = trainer.loss
+    trainer.loss = lambda x, y: (calls.append(1), loss(x, y) * (torch.nan if len(calls) == 3 else 1.0))[1]
+    for _ in trainer:
+        pass
+    assert trainer.skipped == 1 and trainer.step == 6 and bool(torch.isfinite(flat(trainer.solver)).all())
+
+
+def test_recipes_are_the_documented_ones():
+    assert RECIPES["paper"] == Recipe(10_000, 24, 1e-3, False, 0.999, "uniform")
+    quick = RECIPES["quick"]
+    assert (quick.rate, quick.cosine, quick.ema, quick.start_grid) == (1e-2, True, 0.99, "quadratic")
+    assert quick.rate_at(0) == 1e-2 and quick.rate_at(quick.iterations) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["l1", "l2"])
+def test_losses(name):
+    x, y = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    wanted = {"l1": torch.nn.functional.l1_loss, "l2": torch.nn.functional.mse_loss}[name]
+    assert torch.allclose(distillation_loss(name)(x, y).mean(), wanted(x, y))
+    assert distillation_loss(name)(x, y).shape == (3,)
+
+
+def test_unknown_loss_is_refused():
+    with pytest.raises(ValueError, match="'huber'"):
+        distillation_loss("huber")
+
+
+# The verb
+
+
+def options(out, *more):
+    return [
+        "--model", "toy:make", "--steps", "2", "--recipe", "quick", "--train-seeds", "0-31", "--batch", "4",
+        "--teacher-set", str(out.parent / "teacher"), "--out", str(out), "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Small evaluation sets and a path to the toy model."""
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(train, "SELECTION_SEEDS", range(40_000, 40_008))
+    monkeypatch.setattr(train, "HELD_OUT_SEEDS", range(50_000, 50_016))
+
+
+def test_run_directory_is_complete_and_resume_is_exact(small, tmp_path):
+    """A run that is stopped at a checkpoint and resumed ends with the very bytes of one that was not."""
+    every = ["--save-every", "3", "--sample-every", "6", "--log-every", "2"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train.main(options(whole, "--iterations", "6", *every))
+    train.main(options(resumed, "--iterations", "6", *every))
+    # As if killed after update 4: its last checkpoint is that of update 3.
+    for path in (resumed / "checkpoints").glob("step-000006/*"):
+        path.unlink()
+    (resumed / "checkpoints" / "step-000006").rmdir()
+    train.main(["--out", str(resumed), "--resume", "--device", "cpu"])
+    for name in ("checkpoints/step-000006/state.safetensors", "solver.safetensors", "comparison.csv"):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
+    steps = [json.loads(line)["step"] for line in (resumed / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6]
+    names = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
+    assert {
+        "config.json", "metrics.jsonl", "solver.safetensors", "comparison.md", "comparison.png", "schedule.png",
+        "tableau.png", "samples/step-000006.png", "checkpoints/step-000006/manifest.json",
+    } <= names  # fmt: skip
+    assert any(name.startswith("events.") for name in names)
+    assert not any(".tmp" in name for name in names)
+    solver = load_solver(whole / "solver.safetensors", model="mixture")
+    assert solver.steps == 2 and set(solver.facts["metrics"]) >= {"l1", "rmse", "psnr"}
+    table = (whole / "comparison.md").read_text()
+    assert all(name in table for name in ("learned", "DDIM", "Heun", "UniPC", "iPNDM", "DEIS", "DPM-Solver++(3M)"))
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main(options(out, "--iterations", "6", "--save-every", "2"))
+    state = out / "checkpoints" / "step-000006" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-9])
+    train.main(["--out", str(out), "--resume", "--device", "cpu"])
+    assert "at update 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "seen"),
+    [
+        (["--steps", "0"], "between 1 and 32, got 0"),
+        (["--steps", "99"], "between 1 and 32, got 99"),
+        (["--model", "nothing"], "unknown model 'nothing'"),
+        (["--model", "toy:absent"], "toy:absent"),
+        (["--start-grid", "cosine"], "cosine"),
+        (["--checkpoint-every", "-2"], "-2"),
+        (["--iterations", "0"], "iterations"),
+        (["--train-seeds", "0-31,40005"], "40005"),
+        (["--train-seeds", "three"], "three"),
+        (["--teacher.solver", "rk45"], "rk45"),
+        (["--teacher.steps", "0"], "at least 1, got 0"),
+        (["--device", "tpu9"], "tpu9"),
+        (["--log-every", "0"], "--log-every must be at least 1"),
+        (["--model", "toy:make_broken"], "not finite"),
+        (["--loss", "lpips"], "--loss l1"),
+    ],
+)
+def test_bad_input_is_one_sentence_exit_code_2_and_nothing_written(small, tmp_path, capsys, more, seen, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty-cache"))
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", _offline)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", _offline, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        train.main(options(tmp_path / "run", *more))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and seen in error and "Traceback" not in error
+    assert error.startswith("gas-engine train: ") and len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists() and not list(tmp_path.rglob("*.tmp*"))
+
+
+def _offline(*_, **__):
+    raise OSError("no route to host")
+
+
+def test_a_run_is_not_overwritten_nor_changed(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main(options(out, "--iterations", "2"))
+    for more, seen in (([], "already holds a run"), (["--resume", "--steps", "3"], "steps=2")):
+        with pytest.raises(SystemExit) as stop:
+            train.main(options(out, "--iterations", "2", *more))
+        assert stop.value.code == 2 and seen in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path / "absent"), "--resume"])
+    assert "no run to resume" in capsys.readouterr().err
+
+
+def test_killed_run_resumes(tmp_path):
+    """SIGKILL in the middle of a run; what is left resumes to the end."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "gas_engine.train", *options(out, "--iterations", "100000", "--save-every", "5")]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.time() + 120
+    while not list(out.glob("checkpoints/step-*")):
+        assert process.poll() is None and time.time() < deadline, process.stderr.read().decode()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    config = json.loads((out / "config.json").read_text())
+    newest = max(int(p.name.removeprefix("step-")) for p in out.glob("checkpoints/step-*"))
+    (out / "config.json").write_text(json.dumps({**config, "iterations": newest + 2}))
+    code = (
+        "import sys; from gas_engine import train\n"
+        "train.SELECTION_SEEDS = range(40000, 40008); train.main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--out", str(out), "--resume"], cwd=HERE, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (out / "solver.safetensors").exists() and f"at update {newest}" in done.stdout
