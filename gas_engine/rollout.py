@@ -103,7 +103,11 @@ class _Network:
             return _Graph(leaf, t, self.denoiser(leaf, t, self.cond))
 
     def input(self, j: int, x: Tensor) -> Tensor:
-        return x if self.c_in is None else self.c_in[j].to(x.dtype) * x
+        if self.c_in is None:
+            return x
+        # The op that scales new states, so that a rebuilt input has the very same bits.
+        one = torch.ones(1, dtype=torch.float64, device=x.device)
+        return lincomb([x], one, scale=self.c_in[j : j + 1], cast=x.dtype)[1]
 
 
 def _forward(

@@ -201,6 +201,17 @@ def test_input_scale_is_differentiable_and_applied():
     assert all(relative(a, b) < 1e-12 for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_policies_agree_bit_for_bit_with_input_scales(dtype):
+    base, results = named_solver("dpmpp2m", VP, 4).fold("data"), []
+    for every in (0, 1, 2):
+        numbers = [v.clone().requires_grad_() for v in (base.A, base.B, base.t_net, 0.9 * base.c_in)]
+        x = noise(2, dtype).requires_grad_()
+        rollout(mixture(), x, Tableau(*numbers), memory=MemoryPolicy(every)).float().square().sum().backward()
+        results.append([x.grad, *(v.grad for v in numbers)])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_states_keep_their_dtype(dtype):
     out = rollout(mixture(), noise(2, dtype), perturbed(3).tableau())
