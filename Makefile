@@ -17,7 +17,6 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
 demo: $(READY)
 	$(BIN)/python -m gas_engine.train --checkpoint-every 1
-	$(BIN)/python -m gas_engine.sample --solver ipndm3 --steps 4 --seeds 50000-50023 --out runs/demo-classical
 
 test: $(READY)
 	$(BIN)/python -m pytest -q tests

@@ -61,6 +61,8 @@ class Config:
     """Samples per update; the recipe's unless given."""
     rate: float | None = None
     """Learning rate; the recipe's unless given."""
+    optimizer: Literal["adam", "soap"] | None = None
+    """Adam, or Adam in the eigenbasis of the gradients' covariance; the recipe's unless given."""
     ema: float | None = None
     """Decay of the average; the recipe's unless given."""
     start_grid: str | None = None
@@ -222,7 +224,7 @@ def _open(config: Config) -> tuple[RunDirectory, Config]:
 
 def _recipe(config: Config) -> Recipe:
     name = config.recipe if config.recipe != "auto" else ("quick" if config.model == "digits" else "paper")
-    given = {k: getattr(config, k) for k in ("iterations", "batch", "rate", "ema", "start_grid")}
+    given = {k: getattr(config, k) for k in ("iterations", "batch", "rate", "optimizer", "ema", "start_grid")}
     recipe = dataclasses.replace(RECIPES[name], **{k: v for k, v in given.items() if v is not None})
     if recipe.iterations < 1 or recipe.batch < 1 or recipe.rate <= 0 or not 0 <= recipe.ema < 1:
         raise InputError(f"iterations and batch must be at least 1, rate above 0 and ema in [0, 1), got {recipe}")

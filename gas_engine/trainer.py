@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from .losses.distillation import Loss
 from .memory import MemoryPolicy
 from .rollout import rollout
 from .run_directory import load_optimizer, optimizer_tensors
+from .soap import SOAP
 from .solvers import GeneralizedSolver
 
 PATIENCE = 20
@@ -32,14 +33,16 @@ class Recipe:
     cosine: bool
     ema: float
     start_grid: str
+    optimizer: str = "adam"
 
     def rate_at(self, step: int) -> float:
         """Learning rate of update ``step``, counted from 0."""
         return self.rate * (0.5 + 0.5 * math.cos(math.pi * step / self.iterations)) if self.cosine else self.rate
 
 
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "soap": SOAP}
 RECIPES = {
-    "quick": Recipe(iterations=800, batch=24, rate=1e-2, cosine=True, ema=0.99, start_grid="quadratic"),
+    "quick": Recipe(700, batch=24, rate=1e-2, cosine=True, ema=0.99, start_grid="quadratic", optimizer="soap"),
     "paper": Recipe(iterations=10_000, batch=24, rate=1e-3, cosine=False, ema=0.999, start_grid="uniform"),
 }
 
@@ -49,7 +52,7 @@ class NotFinite(ValueError):
 
 
 class Trainer:
-    """Fits a solver to teacher samples: Adam, clipping of the gradient norm to 1, EMA with warm-up.
+    """Fits a solver to teacher samples: Adam or SOAP, clipping of the gradient norm to 1, EMA with warm-up.
 
     The batch of update i depends on ``seed`` and i alone, so a resumed run sees what it would have seen. Parameters
     are float64 on the CPU; samples live on ``device``. An update with a loss or gradient that is not finite is skipped
@@ -63,7 +66,7 @@ class Trainer:
         self.denoiser, self.solver, self.average = denoiser, solver, deepcopy(solver).requires_grad_(False)
         self.seeds, self.targets, self.loss, self.recipe, self.memory = seeds, targets, loss, recipe, memory
         self.seed, self.device = seed, device or torch.device("cpu")
-        self.optimizer = torch.optim.Adam(solver.parameters(), lr=recipe.rate)
+        self.optimizer = OPTIMIZERS[recipe.optimizer](solver.parameters(), lr=recipe.rate)
         self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
 
     def rows(self, step: int) -> list[int]:

@@ -17,6 +17,7 @@ from twin import relative
 
 from gas_engine import GeneralizedSolver, MemoryPolicy, load_solver, train
 from gas_engine.losses import distillation_loss
+from gas_engine.soap import SOAP
 from gas_engine.trainer import PATIENCE, RECIPES, NotFinite, Recipe, Trainer
 
 HERE = Path(__file__).parent
@@ -62,10 +63,10 @@ def test_twenty_iterations_match_reference(golden, tiny, every, monkeypatch):
     assert trainer.step == 20 and trainer.skipped == 0
 
 
-def toy_trainer(denoiser=None, iterations=8, **options):
+def toy_trainer(denoiser=None, iterations=8, optimizer="adam", **options):
     denoiser = denoiser or toy.mixture()
     solver = GeneralizedSolver(3, denoiser.schedule, start="quadratic")
-    recipe = Recipe(iterations=iterations, batch=4, rate=1e-2, cosine=True, ema=0.9, start_grid="quadratic")
+    recipe = Recipe(iterations=iterations, batch=4, rate=1e-2, cosine=True, ema=0.9, start_grid="", optimizer=optimizer)
     targets = torch.zeros(10, *toy.SHAPE)
     return Trainer(
         denoiser, solver, list(range(10)), targets, distillation_loss("l2"), recipe, MemoryPolicy(1), **options
@@ -80,11 +81,12 @@ def test_batches_are_epochs_that_depend_on_the_seed_alone():
     assert toy_trainer(seed=1).rows(3) != trainer.rows(3)
 
 
-def test_state_goes_on_bit_for_bit():
-    whole = toy_trainer()
+@pytest.mark.parametrize("optimizer", ["adam", "soap"])
+def test_state_goes_on_bit_for_bit(optimizer):
+    whole = toy_trainer(optimizer=optimizer)
     for _ in whole:
         pass
-    first, second = toy_trainer(), toy_trainer()
+    first, second = toy_trainer(optimizer=optimizer), toy_trainer(optimizer=optimizer)
     while first.step < 4:
         first.update()
     tensors, numbers = first.state()
@@ -113,10 +115,41 @@ def test_a_single_bad_update_is_skipped():
     assert trainer.skipped == 1 and trainer.step == 6 and bool(torch.isfinite(flat(trainer.solver)).all())
 
 
+def test_soap_is_adam_where_coordinates_are_independent():
+    """With a diagonal covariance the eigenbasis is the axes, so the first steps equal Adam's."""
+    start = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    results = []
+    for make in (lambda p: SOAP([p], lr=0.1, betas=(0.9, 0.95)), lambda p: torch.optim.Adam([p], 0.1, (0.9, 0.95))):
+        p = start.clone().requires_grad_()
+        optimizer = make(p)
+        for axis in (0, 1, 2, 1):
+            p.grad = torch.zeros(3, dtype=torch.float64)
+            p.grad[axis] = p[axis].detach() * 10.0**axis
+            optimizer.step()
+        results.append(p.detach())
+    assert torch.allclose(results[0], results[1], atol=1e-9)
+
+
+def test_soap_crosses_a_narrow_valley_faster_than_adam():
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    curvature = turn @ torch.diag(torch.logspace(0, -4, 6, dtype=torch.float64)) @ turn.T
+    left = []
+    for make in (lambda p: SOAP([p], lr=0.02), lambda p: torch.optim.Adam([p], lr=0.02)):
+        p = torch.ones(6, dtype=torch.float64, requires_grad=True)
+        optimizer = make(p)
+        for _ in range(200):
+            optimizer.zero_grad()
+            (p @ curvature @ p / 2).backward()
+            optimizer.step()
+        left.append(float((p @ curvature @ p).detach()))
+    assert left[0] < 0.1 * left[1]
+
+
 def test_recipes_are_the_documented_ones():
     assert RECIPES["paper"] == Recipe(10_000, 24, 1e-3, False, 0.999, "uniform")
     quick = RECIPES["quick"]
     assert (quick.rate, quick.cosine, quick.ema, quick.start_grid) == (1e-2, True, 0.99, "quadratic")
+    assert (RECIPES["paper"].optimizer, quick.optimizer) == ("adam", "soap")
     assert quick.rate_at(0) == 1e-2 and quick.rate_at(quick.iterations) == pytest.approx(0, abs=1e-12)
 
 

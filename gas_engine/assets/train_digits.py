@@ -7,7 +7,6 @@ and library versions give the same file. Needs scikit-learn, which nothing else 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -15,16 +14,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.progress import track
-from safetensors.torch import save_file
 from torch import Tensor
 
+from gas_engine.adapters.edm import save_edm
 from gas_engine.networks import build_edm
 
 HERE = Path(__file__).parent
 NETWORK = {
     "img_resolution": 8, "img_channels": 1, "label_dim": 10, "sigma_min": 0.002, "sigma_max": 80.0,
-    "model_type": "SongUNet", "model_channels": 24, "channel_mult": [1, 2], "num_blocks": 1,
-    "attn_resolutions": [4], "dropout": 0.15,
+    "model_type": "SongUNet", "model_channels": 32, "channel_mult": [1], "num_blocks": 1,
+    "attn_resolutions": [], "dropout": 0.1,
 }  # fmt: skip
 HELD_OUT, ITERATIONS, BATCH, RATE, EMA, SEED = 200, 2500, 128, 2e-3, 0.998, 0
 
@@ -80,11 +79,8 @@ def main() -> None:
             losses = [denoising_loss(shadow, images[part], labels[part], generator) for _ in range(20)]
         quality[name] = round(float(torch.stack(losses).mean()), 4)
     seconds = round(time.time() - start)
-    metadata = {
-        "format": "gas_engine.edm/1", "precond": "EDMPrecond", "kwargs": json.dumps(NETWORK), "t_eps": "0.001",
-        "denoising_loss": json.dumps(quality), "iterations": str(ITERATIONS), "seed": str(SEED),
-    }  # fmt: skip
-    save_file(shadow.state_dict(), HERE / "digits.safetensors", metadata)
+    facts = {"denoising_loss": quality, "iterations": ITERATIONS, "seed": SEED, "t_eps": "0.001"}
+    save_edm(shadow, NETWORK, HERE / "digits.safetensors", **facts)
     size = (HERE / "digits.safetensors").stat().st_size / 2**20
     count = sum(p.numel() for p in shadow.parameters())
     print(f"{count:,} parameters, {size:.2f} MiB, {seconds} s, weighted denoising loss {quality}")
