@@ -86,10 +86,12 @@ def classical_distances(
 
 
 def as_rich(rows: list[Distance], title: str) -> Table:
-    """The comparison for a terminal, closest first."""
+    """The comparison for a terminal; ratio is L1 over that of the first row."""
     table = Table(title=title)
-    for column in ("solver", "setting", "L1", "RMSE", "PSNR", "L1 / student"):
-        table.add_column(column, no_wrap=True)
+    table.add_column("solver", no_wrap=True, min_width=16)
+    table.add_column("setting")
+    for column, width in (("L1", 6), ("RMSE", 6), ("PSNR", 5), ("ratio", 5)):
+        table.add_column(column, no_wrap=True, min_width=width, justify="right")
     student = rows[0].l1
     for row in rows:
         numbers = (f"{row.l1:.4f}", f"{row.rmse:.4f}", f"{row.psnr:.1f}", f"{row.l1 / student:.2f}")

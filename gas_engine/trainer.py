@@ -42,7 +42,7 @@ class Recipe:
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "soap": SOAP}
 RECIPES = {
-    "quick": Recipe(700, batch=24, rate=1e-2, cosine=True, ema=0.99, start_grid="quadratic", optimizer="soap"),
+    "quick": Recipe(800, batch=24, rate=1e-2, cosine=True, ema=0.99, start_grid="quadratic", optimizer="soap"),
     "paper": Recipe(iterations=10_000, batch=24, rate=1e-3, cosine=False, ema=0.999, start_grid="uniform"),
 }
 
