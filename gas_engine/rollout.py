@@ -68,7 +68,9 @@ def rollout(
             numbers = (tableau.A, tableau.B, tableau.t_net, tableau.c_in)
             return _Rollout.apply(denoiser, cond, kept, on_step, scaled, x, *numbers)
     with torch.no_grad():
-        network = _Network(denoiser, cond, tableau.t_net.to(x.device), tableau.c_in.to(x.device) if scaled else None)
+        network = _Network(
+            denoiser, cond, tableau.t_net.to(x.device).unbind(), tableau.c_in.to(x.device) if scaled else None
+        )
         return _forward(network, tableau.A, tableau.B, x, 0, on_step, keep_states=False)[0][tableau.steps]
 
 
@@ -87,7 +89,7 @@ class _Network:
 
     denoiser: Denoiser
     cond: Any
-    t_net: Tensor
+    t_net: tuple[Tensor, ...]
     c_in: Tensor | None
     x_wanted: bool = False
     t_wanted: bool = False
@@ -98,7 +100,7 @@ class _Network:
     def graph(self, j: int, x: Tensor) -> _Graph:
         # The first state is noise: nothing but its told time needs a derivative there, unless x itself wants one.
         leaf = x.detach().requires_grad_(j > 0 or self.x_wanted)
-        t = self.t_net[j].clone().requires_grad_(self.t_wanted)
+        t = self.t_net[j].detach().requires_grad_(self.t_wanted)
         with torch.enable_grad():
             return _Graph(leaf, t, self.denoiser(leaf, t, self.cond))
 
@@ -115,10 +117,12 @@ def _forward(
 ) -> tuple[dict[int, Tensor], dict[int, _Graph]]:
     """The states (all of them, or those still needed) and the graphs of the last ``kept`` evaluations."""
     steps = len(A)
-    state_terms, output_terms = _nonzero(A), _nonzero(B)
-    used = [(A[n, state_terms[n]], B[n, output_terms[n]]) for n in range(steps)]
-    packed = torch.cat([row for pair in used for row in pair]).to(x.device)
-    coefficients = packed.split([len(a) + len(b) for a, b in used])
+    # An exact zero needs neither a read nor a slot. All the others cross to the device at once.
+    both = torch.cat([A, B], dim=1)
+    used = [[j for j, value in enumerate(row) if value != 0.0] for row in both.tolist()]
+    coefficients = both[both != 0].to(x.device).split([len(columns) for columns in used])
+    state_terms = [[j for j in columns if j < steps] for columns in used]
+    output_terms = [[j - steps for j in columns if j >= steps] for columns in used]
     last_state, last_output = _last_use(state_terms), _last_use(output_terms)
 
     states, outputs, graphs = {0: x.detach()}, {}, {}
@@ -158,15 +162,17 @@ class _Rollout(torch.autograd.Function):
         x_wanted, _, _, t_wanted, c_wanted = ctx.needs_input_grad[5:]
         device = x.device
         network = _Network(
-            denoiser, cond, t_net.detach().to(device), c_in.detach().to(device) if scaled else None,
+            denoiser, cond, t_net.detach().to(device).unbind(), c_in.detach().to(device) if scaled else None,
             x_wanted or c_wanted, t_wanted,
         )  # fmt: skip
         states, graphs = _forward(network, A.detach(), B.detach(), x, kept, on_step, keep_states=True)
         result = states.pop(len(A))
         ctx.network, ctx.states, ctx.graphs = network, states, graphs
         ctx.again = (A.detach(), B.detach(), x.detach(), kept, None, True)
-        # Columns of A and B, as the adjoint reads them.
-        ctx.columns = torch.stack([A.detach().T, B.detach().T]).to(device)
+        # Columns of A and B from the diagonal down, as the adjoint reads them.
+        lower = torch.ones_like(A, dtype=torch.bool).triu()
+        columns = torch.stack([A.detach().T[lower], B.detach().T[lower]]).to(device)
+        ctx.columns = [pair.unbind() for pair in columns.split(list(range(len(A), 0, -1)), dim=1)]
         return result
 
     @staticmethod
@@ -176,19 +182,18 @@ class _Rollout(torch.autograd.Function):
         if slots is None:
             slots, graphs = _forward(network, *ctx.again)
         ctx.states = ctx.graphs = None
-        steps = ctx.columns.shape[1]
+        steps = len(ctx.columns)
         # From here on slot n holds g[n] instead of x[n], for every n that the loop has passed.
         slots[steps] = grad.contiguous()
-        columns_a, columns_b = ctx.columns
-        scalars = torch.zeros(2 * steps + 2, steps, dtype=torch.float64, device=grad.device)
-        d_a, d_b, d_t, d_c = scalars[:steps], scalars[steps : 2 * steps], scalars[-2], scalars[-1]
+        zero = torch.zeros((), dtype=torch.float64, device=grad.device)
+        d_columns: list[Tensor] = []
+        d_t, d_c = [zero] * steps, [zero] * steps
         for j in reversed(range(steps)):
             graph = graphs.pop(j, None) or network.graph(j, network.input(j, slots[j]))
             output = graph.output.detach().to(grad.dtype)
             later = [slots[n] for n in range(j + 1, steps + 1)]
-            mu, partial, d_a[j:, j], d_b[j:, j] = adjoint_step(
-                slots[j], output, later, columns_a[j, j:], columns_b[j, j:]
-            )
+            mu, partial, *products = adjoint_step(slots[j], output, later, *ctx.columns[j])
+            d_columns.append(torch.stack(products))
             vjp_x, vjp_t = _vjp(graph, mu.to(graph.output.dtype))
             del graph, output, mu
             if vjp_t is not None:
@@ -200,8 +205,10 @@ class _Rollout(torch.autograd.Function):
                     d_c[j] = torch.dot(vjp_x.flatten().double(), slots[j].flatten().double())
                     partial.addcmul_(vjp_x, network.c_in[j].to(vjp_x.dtype))
             slots[j] = partial
-        scalars = scalars.cpu()
-        d_a, d_b, d_t, d_c = scalars[:steps], scalars[steps : 2 * steps], scalars[-2], scalars[-1]
+        scalars = torch.cat([torch.cat(d_columns[::-1], dim=1).flatten(), *(torch.stack(d) for d in (d_t, d_c))]).cpu()
+        *halves, d_t, d_c = scalars.split([steps * (steps + 1) // 2] * 2 + [steps] * 2)
+        lower = torch.ones(steps, steps, dtype=torch.bool).triu()
+        d_a, d_b = (torch.zeros(steps, steps, dtype=torch.float64).masked_scatter(lower, half).T for half in halves)
         return None, None, None, None, None, slots[0], d_a, d_b, d_t, d_c
 
 
@@ -211,11 +218,6 @@ def _vjp(graph: _Graph, mu: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     grads = iter(torch.autograd.grad(graph.output, wanted, mu, allow_unused=True))
     return next(grads) if graph.x.requires_grad else None, next(grads) if graph.t.requires_grad else None
-
-
-def _nonzero(matrix: Tensor) -> list[list[int]]:
-    """Columns of each row that hold something: an exact zero needs neither a read nor a slot."""
-    return [[j for j, value in enumerate(row) if value != 0.0] for row in matrix.tolist()]
 
 
 def _last_use(terms: list[list[int]]) -> list[list[int]]:

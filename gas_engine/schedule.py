@@ -103,15 +103,19 @@ class Schedule:
         return cls("flow", {"shift": float(shift)}, t_start=1.0 - _FLOW_MARGIN, domain=(0.0, 1.0 + beyond))
 
     def __call__(self, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (alpha, sigma, lambda) at t."""
-        return self.alpha(t), self.sigma(t), self.lam(t)
+        """Return (alpha, sigma, lambda) at t, with log alpha evaluated once."""
+        if self.kind == "flow":
+            return self.alpha(t), self.sigma(t), self.lam(t)
+        log_alpha = self.log_alpha(t)
+        variance = -torch.expm1(2 * log_alpha)
+        return log_alpha.exp(), variance.sqrt(), log_alpha - variance.log() / 2
 
     def log_alpha(self, t: Tensor | float) -> Tensor:
         """log alpha(t); for flow it is finite below t = 1 only."""
         t = _float64(t)
         if self.kind == "vp_linear":
             beta_0, beta_1 = self.parameters["beta_0"], self.parameters["beta_1"]
-            return -t * t * (beta_1 - beta_0) / 4 - t * beta_0 / 2
+            return t * (t * ((beta_0 - beta_1) / 4) - beta_0 / 2)
         if self.kind == "vp_discrete":
             return _interpolate(t, *self._knots_on(t.device))
         return torch.log1p(-self.sigma(t))

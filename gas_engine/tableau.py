@@ -64,12 +64,12 @@ class Tableau:
                 )
             if value.dtype != torch.float64 or value.device.type != "cpu":
                 raise ValueError(f"{name} must be float64 on the CPU, got {value.dtype} on {value.device}")
-            if not bool(torch.isfinite(value.detach()).all()):
-                raise ValueError(
-                    f"{name} of {self.name} holds a value that is not finite; its times or weights diverged"
-                )
+        numbers = {name: getattr(self, name).detach() for name in wanted if getattr(self, name) is not None}
+        if not bool(torch.cat([value.flatten() for value in numbers.values()]).isfinite().all()):
+            name = next(name for name, value in numbers.items() if not bool(value.isfinite().all()))
+            raise ValueError(f"{name} of {self.name} is not finite: its times or weights diverged")
         for name in ("A", "B"):
-            if bool(torch.triu(getattr(self, name).detach(), 1).any()):
+            if bool(numbers[name].triu(1).any()):
                 raise ValueError(f"{name} must be lower triangular: a step cannot use states that come after it")
 
     @property
@@ -125,8 +125,8 @@ class Tableau:
                 f"{self.name} is {made_for}, so it cannot be folded for a {prediction} network; "
                 "ask the solver for its own tableau of that prediction"
             )
-        alpha, sigma, _ = self.schedule(self.nodes[:-1])
-        told_alpha, told_sigma, _ = self.schedule(self.t_net)
+        alphas, sigmas, _ = self.schedule(torch.cat([self.nodes[:-1], self.t_net]))
+        (alpha, told_alpha), (sigma, told_sigma) = alphas.chunk(2), sigmas.chunk(2)
         e_x, e_f = _noise_estimate(prediction, told_alpha, told_sigma)
         p, q = _from_noise(self.prediction, alpha, sigma, e_x, e_f)
         return replace(self, A=self.A + self.B * p, B=self.B * q, prediction=prediction, folded=True)

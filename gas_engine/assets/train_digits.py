@@ -79,8 +79,10 @@ def main() -> None:
             losses = [denoising_loss(shadow, images[part], labels[part], generator) for _ in range(20)]
         quality[name] = round(float(torch.stack(losses).mean()), 4)
     seconds = round(time.time() - start)
-    facts = {"denoising_loss": quality, "iterations": ITERATIONS, "seed": SEED, "t_eps": "0.001"}
-    save_edm(shadow, NETWORK, HERE / "digits.safetensors", **facts)
+    save_edm(
+        shadow, NETWORK, HERE / "digits.safetensors", denoising_loss=quality, iterations=ITERATIONS, seed=SEED,
+        t_eps=1e-3,
+    )  # fmt: skip
     size = (HERE / "digits.safetensors").stat().st_size / 2**20
     count = sum(p.numel() for p in shadow.parameters())
     print(f"{count:,} parameters, {size:.2f} MiB, {seconds} s, weighted denoising loss {quality}")

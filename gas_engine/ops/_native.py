@@ -118,6 +118,20 @@ def one_layout(tensors: Sequence[Tensor]) -> tuple[list[Tensor], torch.memory_fo
     return [t.contiguous() for t in tensors], torch.contiguous_format
 
 
+def direct(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing but the kernel would see the call: plain tensors, no gradient, mode, transform or tracing.
+
+    Then a wrapper may skip the dispatcher, whose layers for autograd cost more than a small kernel does.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(t) is Tensor for t in tensors)
+    )
+
+
 def launch(kernel: Callable[..., str], args: tuple[Any, ...], device: torch.device) -> None:
     """Queue a kernel on the device's current stream; its error message, if any, becomes an exception."""
     with torch.cuda.device(device):

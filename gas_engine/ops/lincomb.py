@@ -64,6 +64,8 @@ def lincomb(
         return lincomb_reference(list(states), coef, scale, cast)
     coef = core.coefficients(coef, device)
     if scale is None and cast is None:
+        if core.direct(states):
+            return _lincomb(list(states), coef)
         return torch.ops.gas_engine.lincomb(list(states), coef)
     scale = core.coefficients(scale if scale is not None else torch.ones(1, device=device), device)
     return torch.ops.gas_engine.lincomb_cast(list(states), coef, scale, cast or states[0].dtype)

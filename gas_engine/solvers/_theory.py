@@ -6,6 +6,7 @@ Shape legend: K steps, J lags (0 is the newest evaluation). float64, vectorised 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,9 +22,12 @@ def phi(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     The closed forms lose every digit to cancellation as h shrinks (DPM-Solver++, arXiv 2211.01095, appendix B).
     """
-    small = h.abs() < _SERIES_BELOW
-    safe = torch.where(small, torch.ones_like(h), h)
     phi1 = torch.expm1(-h)
+    small = h.detach().abs() < _SERIES_BELOW
+    if not bool(small.any()):
+        phi2 = phi1 / h + 1
+        return phi1, phi2, phi2 / h - 0.5
+    safe = torch.where(small, torch.ones_like(h), h)
     phi2 = torch.expm1(-safe) / safe + 1
     phi3 = phi2 / safe - 0.5
     # phi2 = sum_{k>=1} -(-h)^k / (k+1)!,  phi3 = sum_{k>=1} (-h)^k / (k+2)!
@@ -73,29 +77,31 @@ def dpmpp_terms(steps: Steps, orders: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     h = steps.h
     phi1, phi2, phi3 = phi(h)
-    one, zero = torch.ones_like(h), torch.zeros_like(h)
-    r0 = torch.cat([one[:1], h[:-1] / h[1:]])
-    r1 = torch.cat([one[:2], h[:-2] / h[2:]])[: len(h)]
-    d10 = torch.stack([1 / r0, -1 / r0, zero], -1)
-    d11 = torch.stack([zero, 1 / r1, -1 / r1], -1)
-    bend = d10 - d11
-    d1 = d10 + (r0 / (r0 + r1))[:, None] * bend
-    d2 = bend / (r0 + r1)[:, None]
-    newest = torch.stack([one, zero, zero], -1)
-    second, third = orders == 2, orders >= 3
-    alpha = steps.alpha_next
-    middle = torch.where(second, -alpha * phi1 / 2, torch.where(third, alpha * phi2, zero))
-    last = torch.where(third, -alpha * phi3, zero)
-    gains = torch.stack([-alpha * phi1, middle, last], -1)
-    middle_difference = torch.where(third[:, None], d1, torch.where(second[:, None], d10, torch.zeros_like(d10)))
-    last_difference = torch.where(third[:, None], d2, torch.zeros_like(d2))
-    return steps.sigma_next / steps.sigma, gains, torch.stack([newest, middle_difference, last_difference], 1)
+    second, third = (orders == 2).to(h.dtype), (orders >= 3).to(h.dtype)
+    one = torch.ones_like(h)
+    # 1/r0 and 1/r1 where there is a history, one where there is none (and nothing multiplies it).
+    i0 = torch.cat([one[:1], h[1:] / h[:-1]])
+    i1 = torch.cat([one[:2], h[2:] / h[:-2]])[: len(h)]
+    r0 = 1 / i0
+    weight = third / (r0 + 1 / i1)
+    d10 = torch.stack([i0, -i0, torch.zeros_like(h)], -1)
+    bend = torch.stack([i0, -(i0 + i1), i1], -1)  # D10 - D11
+    newest = torch.stack([one, 0 * one, 0 * one], -1)
+    # At order 2 the weight is zero, and the middle difference is D10 itself.
+    differences = torch.stack([newest, d10 + (weight * r0)[:, None] * bend, weight[:, None] * bend], 1)
+    gains = torch.stack([-phi1, third * phi2 - second * phi1 / 2, -third * phi3], -1)
+    return steps.sigma_next / steps.sigma, steps.alpha_next[:, None] * gains, differences
+
+
+@lru_cache(maxsize=64)
+def _bands(steps: int, lags: int) -> tuple[Tensor, Tensor]:
+    """For M[n, k]: its lag n - k, cut to what exists, and whether it is none of 0 .. lags-1."""
+    index = torch.arange(steps)
+    lag = index[:, None] - index[None, :]
+    return lag.clamp(0, lags - 1), (lag < 0) | (lag >= lags)
 
 
 def band(weights: Tensor) -> Tensor:
     """Lower-triangular M [K, K] with ``M[n, n-j] = weights[n, j]``; lags that reach before the first step drop out."""
-    steps, lags = weights.shape
-    index = torch.arange(steps)
-    lag = index[:, None] - index[None, :]
-    inside = (lag >= 0) & (lag < lags)
-    return weights.gather(1, lag.clamp(0, lags - 1)).masked_fill(~inside, 0.0)
+    lag, outside = _bands(*weights.shape)
+    return weights.gather(1, lag).masked_fill(outside, 0.0)

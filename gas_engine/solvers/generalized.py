@@ -69,6 +69,13 @@ class GeneralizedSolver(nn.Module):
         self.schedule, self.t_eps = schedule, float(t_eps)
         self.facts: dict[str, Any] = {}  # what a solver file said about itself
         self.orders = torch.arange(1, steps + 1).clamp(max=order)
+        # Lag i exists where i earlier evaluations do. c_i corrects the gain of its own term: of -m_0, of -D10
+        # (order 2) or +D1 (order 3), of -D2; from lag 3 on, of m_{i-1}.
+        self._used = (torch.arange(order) < self.orders[:, None]).to(torch.float64)
+        self._sign = self._used.clone()
+        self._sign[:, [i for i in (0, 2) if i < order]] *= -1
+        if order > 1:
+            self._sign[self.orders == 2, 1] *= -1
         times = grid(start, schedule, steps, t_eps) if isinstance(start, str) else checked_times(schedule, start)
         self.theta = nn.Parameter(self._theta_of(times))
         self.xi = nn.Parameter(torch.zeros(steps, dtype=torch.float64))
@@ -107,31 +114,18 @@ class GeneralizedSolver(nn.Module):
         return solver.fold(prediction)
 
     def _theory(self, ratio: Tensor, gains: Tensor, differences: Tensor) -> tuple[Tensor, Tensor]:
-        used = self._used()
-        a, c = self.phi_a * used, self.phi_c * used
+        a, c = self.phi_a * self._used, self.phi_c * self._sign
         x_lags = torch.cat([(ratio + a[:, 0])[:, None], a[:, 1:]], 1)
-        # c_i corrects the gain of its own term: of -m_0, of -D10 (order 2) or +D1 (order 3), of -D2; then of m_{i-1}.
-        sign = torch.ones(self.steps, 3, dtype=torch.float64)
-        sign[:, 0] = sign[:, 2] = -1
-        sign[self.orders == 2, 1] = -1
         head = min(3, self.order)
-        total = torch.cat([gains[:, :head] + sign[:, :head] * c[:, :head], gains[:, head:]], 1)
-        m_lags = (total[:, :, None] * differences).sum(1)
-        return band(x_lags), band(_joined(m_lags, c[:, 3:]))
+        m_lags = ((gains[:, :head] + c[:, :head])[:, :, None] * differences[:, :head]).sum(1)
+        return band(x_lags), band(torch.cat([m_lags, c[:, 3:]], 1))
 
     def _s4s(self, ratio: Tensor, gains: Tensor, differences: Tensor) -> tuple[Tensor, Tensor]:
-        used = self._used()
-        lags = gains[:, :1] * (ratio[:, None] * self.phi_c + self.phi_a) * used
+        lags = gains[:, :1] * (ratio[:, None] * self.phi_c + self.phi_a) * self._used
         return torch.diag(ratio.square()), band(lags)
 
     def _linear(self, ratio: Tensor, gains: Tensor, differences: Tensor) -> tuple[Tensor, Tensor]:
-        used = self._used()
-        return band(self.phi_a * used), band(self.phi_c * used)
-
-    def _used(self) -> Tensor:
-        """Mask [K, order] of the coefficients that exist: lag i needs i earlier evaluations."""
-        lag = torch.arange(self.order)
-        return (lag[None, :] < self.orders[:, None]).to(torch.float64)
+        return band(self.phi_a * self._used), band(self.phi_c * self._used)
 
     def _theta_of(self, times: Tensor) -> Tensor:
         """Exact inverse of ``times``: theta_i = logit of the ratio of successive remaining lengths."""
@@ -172,11 +166,9 @@ def guard(t: Tensor, low: float, high: float, margin_low: float, margin_high: fl
     identity inside, and its slope falls only as 1/u^2, so a time that wandered out can still be learned back.
     """
     floor, ceiling = low + margin_low, high - margin_high
+    seen = t.detach()
+    if bool(((seen >= floor) & (seen <= ceiling)).all()):
+        return t
     under = low + margin_low**2 / (margin_low + (floor - t).clamp(min=0))
     over = high - margin_high**2 / (margin_high + (t - ceiling).clamp(min=0))
     return torch.where(t < floor, under, torch.where(t > ceiling, over, t))
-
-
-def _joined(head: Tensor, tail: Tensor) -> Tensor:
-    """Lag weights [K, 3] followed by those of longer lags."""
-    return torch.cat([head, tail], 1) if tail.shape[1] else head
