@@ -64,7 +64,11 @@ def plain_iteration(solver: GeneralizedSolver, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("steps", [4, 10])
 @pytest.mark.parametrize("shape", [(24, 3, 32, 32), (4, 4, 64, 64)], ids=["24x3x32x32", "4x4x64x64"])
 def bench_iteration_outside_the_network(
-    compare: Callable[..., None], smoke: bool, steps: int, shape: tuple[int, ...]
+    compare: Callable[..., dict[str, float]],
+    bench_record: Callable[..., None],
+    smoke: bool,
+    steps: int,
+    shape: tuple[int, ...],
 ) -> None:
     shape = (2, 1, 4, 4) if smoke else shape
     denoiser = Denoiser(network, VP, "data", shape[1:])
@@ -84,5 +88,25 @@ def bench_iteration_outside_the_network(
     with torch.no_grad():
         mine, theirs = rollout(denoiser, x, solver.tableau("data")), plain_iteration(solver, x)
     assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4), "both must compute the same thing"
-    callables = {"engine": engine, "plain autograd, scalar tensors": plain}
-    compare("iteration", callables, 20, "cpu", steps=steps, size="x".join(map(str, shape)))
+
+    def network_calls(forward: int, with_graph: int) -> None:
+        """The evaluations themselves, which an iteration makes with or without any solver around them."""
+        told = torch.tensor(0.5, dtype=torch.float64)
+        with torch.no_grad():
+            for _ in range(forward):
+                network(x, told)
+        for _ in range(with_graph):
+            leaves = x.detach().requires_grad_(), told.clone().requires_grad_()
+            torch.autograd.grad(network(*leaves), leaves, x)
+
+    callables = {
+        "engine": engine,
+        "plain autograd, scalar tensors": plain,
+        "network calls of the engine": lambda: network_calls(steps - 1, steps),
+        "network calls of the plain loop": lambda: network_calls(0, steps),
+    }
+    size = "x".join(map(str, shape))
+    seconds = compare("iteration", callables, 60, "cpu", steps=steps, size=size)
+    mine, theirs, my_network, their_network = seconds.values()
+    ratio = float(f"{(theirs - their_network) / (mine - my_network):.3g}")
+    bench_record("iteration", "cpu", steps=steps, size=size, name="outside the network: plain / engine", ratio=ratio)

@@ -22,7 +22,7 @@ def main() -> None:
     if verb not in VERBS:
         print(f"gas-engine: unknown verb {verb!r}; known: {', '.join(VERBS)}", file=sys.stderr)
         raise SystemExit(2)
-    importlib.import_module(f"gas_engine.{verb}").main(sys.argv[2:])
+    raise SystemExit(importlib.import_module(f"gas_engine.{verb}").main(sys.argv[2:]))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def command(verb: str, config: type[Config], run: Callable[[Config], Any], argv:
     options = tyro.cli(config, args=argv, prog=f"gas-engine {verb}")
     try:
         run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("GAS_ENGINE_TRACEBACK"):
             raise
         print(f"gas-engine {verb}: {error}", file=sys.stderr)
@@ -44,7 +44,10 @@ def parse_seeds(text: str) -> list[int]:
     try:
         for part in text.split(","):
             first, _, last = part.strip().partition("-")
-            seeds += range(int(first), int(last or first) + 1)
+            named = range(int(first), int(last or first) + 1)
+            if not named or named[-1] >= 2**63 or len(named) > 10**7:
+                raise ValueError
+            seeds += named
     except ValueError:
         raise InputError(f"seeds must look like 0-63 or 0-9,42, got {text!r}") from None
     if not seeds or len(set(seeds)) != len(seeds):
@@ -57,12 +60,10 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"unknown device {name!r}; try auto, cpu or cuda:0") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name!r} was asked for, but torch {torch.__version__} sees no GPU; use --device cpu")
-    return device
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used ({reason}); try --device auto or cpu") from None
 
 
 def writable(path: Path) -> Path:

@@ -65,8 +65,9 @@ def distance(
 
 
 def classical_distances(
-    denoiser: Denoiser, steps: int, selection: Samples, held_out: Samples, advance: Callable[[], None] | None = None
-) -> list[Distance]:
+    denoiser: Denoiser, steps: int, selection: Samples, held_out: Samples, batch: int = 128,
+    advance: Callable[[], None] | None = None,
+) -> list[Distance]:  # fmt: skip
     """For every classical family, the variant, grid and t_eps best on ``selection``, measured on ``held_out``."""
     found = []
     for family, variants in FAMILIES.items():
@@ -74,14 +75,17 @@ def classical_distances(
         for name in variants:
             for grid in GRIDS:
                 for t_eps in T_EPS:
+                    if t_eps <= denoiser.schedule.domain[0]:
+                        continue
                     tableau = named_solver(name, denoiser.schedule, steps, grid, t_eps)
-                    l1 = distance(denoiser, tableau, selection, name).l1
+                    l1 = distance(denoiser, tableau, selection, name, batch=batch).l1
+                    l1 = math.inf if math.isnan(l1) else l1
                     if best is None or l1 < best[0]:
                         best = (l1, f"{name}, {grid}, {t_eps:g}", tableau)
             if advance is not None:
                 advance()
         assert best is not None
-        found.append(distance(denoiser, best[2], held_out, family, best[1]))
+        found.append(distance(denoiser, best[2], held_out, family, best[1], batch))
     return sorted(found, key=lambda row: row.l1)
 
 

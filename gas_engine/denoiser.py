@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .files import tensors_sha256
 from .schedule import Schedule
 from .tableau import PREDICTIONS
 
@@ -20,8 +22,9 @@ class Denoiser(nn.Module):
     ``function(x, t, cond) -> F``: x [B, *shape] in the state's dtype, t a float64 scalar tensor on x's device (the
     schedule's time; it may require a gradient), cond whatever the model takes (None, class indices [B], a dict of
     tensors). It turns t into its own label and input scale, differentiably, and returns F [B, *shape], the raw
-    "noise", "data", "velocity" or "flow" output. ``network`` is the module whose weights must be frozen (found by
-    itself when ``function`` is a module). ``classes`` says how many classes a class-conditional model has; ``name``
+    "noise", "data", "velocity" or "flow" output. ``network`` is the module whose weights must be frozen; modules that
+    ``function`` closes over are found without it. All are put into eval mode. ``shape`` may be None, which leaves the
+    shape of states unchecked. ``classes`` says how many classes a class-conditional model has; ``name``
     goes into solver files.
 
         denoiser = Denoiser(lambda x, t, cond: net(x, 1000 * t), Schedule.flow(), "flow", shape=(4, 64, 64))
@@ -33,7 +36,7 @@ class Denoiser(nn.Module):
         function: Network,
         schedule: Schedule,
         prediction: str,
-        shape: Sequence[int],
+        shape: Sequence[int] | None,
         *,
         network: nn.Module | None = None,
         classes: int | None = None,
@@ -44,9 +47,17 @@ class Denoiser(nn.Module):
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction is {prediction!r}; it must be one of {', '.join(PREDICTIONS)}")
         self.function = function
-        self.network = network if network is not None or isinstance(function, nn.Module) else None
-        self.schedule, self.prediction, self.shape = schedule, prediction, tuple(int(n) for n in shape)
+        self.network = network if network is not None else _modules_in(function)
+        self.schedule, self.prediction = schedule, prediction
+        self.shape = None if shape is None else tuple(int(n) for n in shape)
         self.classes, self.t_eps, self.name = classes, t_eps, name
+        # A rebuilt evaluation must repeat the first one: no dropout, no running statistics.
+        self.eval()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of a sample of the weights (at most 1,024 numbers of each tensor) and of what describes the model."""
+        weights = {name: value.flatten()[:: value.numel() // 1024 + 1] for name, value in self.state_dict().items()}
+        return tensors_sha256(weights, [self.name, self.prediction, self.schedule.config(), self.shape])
 
     def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         return self.function(x, t, cond)
@@ -63,20 +74,32 @@ class EDMDenoiser(Denoiser):
         D = denoiser(x, torch.tensor(0.5))
     """
 
-    def __init__(self, network: nn.Module, t_eps: float = 1e-3, name: str = "edm") -> None:
+    def __init__(
+        self, network: nn.Module, t_eps: float = 1e-3, name: str = "edm", shape: Sequence[int] | None = None
+    ) -> None:
         sigma_min, sigma_max = float(getattr(network, "sigma_min", 0.0)), float(getattr(network, "sigma_max", "inf"))
-        channels, size = getattr(network, "img_channels", 3), getattr(network, "img_resolution", 32)
+        if shape is None and hasattr(network, "img_channels"):
+            shape = (network.img_channels, network.img_resolution, network.img_resolution)  # type: ignore[assignment]
         super().__init__(
-            self._call, Schedule.edm(t_eps, sigma_min, sigma_max), "data", (channels, size, size), network=network,
+            self._call, Schedule.edm(t_eps, sigma_min, sigma_max), "data", shape, network=network,
             classes=getattr(network, "label_dim", 0) or None, t_eps=t_eps, name=name,
         )  # fmt: skip
 
     def _call(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
         assert self.network is not None
         alpha, sigma, _ = self.schedule(t)
-        if cond is not None and self.classes and not cond.is_floating_point():
+        if cond is not None and self.classes and cond.ndim == 1:
             cond = nn.functional.one_hot(cond.long(), self.classes)
         return self.network(x / alpha.to(x.dtype), sigma / alpha, cond)
+
+
+def _modules_in(function: Network) -> nn.Module | None:
+    """Modules that a plain function closes over or finds among its globals: their weights count as the model's."""
+    if isinstance(function, nn.Module) or not inspect.isfunction(function):
+        return None
+    variables = inspect.getclosurevars(function)
+    found = [v for v in (*variables.nonlocals.values(), *variables.globals.values()) if isinstance(v, nn.Module)]
+    return nn.ModuleList(found) if found else None
 
 
 def seeded(denoiser: Denoiser, seeds: Sequence[int]) -> tuple[Tensor, Any]:
@@ -85,6 +108,8 @@ def seeded(denoiser: Denoiser, seeds: Sequence[int]) -> tuple[Tensor, Any]:
     One CPU generator per seed makes a sample independent of batch size, device and number of processes. A
     class-conditional model gets the class drawn next from the same generator, int64 [B]; others None.
     """
+    if denoiser.shape is None:
+        raise ValueError(f"{denoiser.name} does not say the shape of its states; give shape= to draw noise from seeds")
     noise, classes = [], []
     for seed in seeds:
         generator = torch.Generator().manual_seed(int(seed))

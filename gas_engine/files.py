@@ -6,9 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -34,6 +37,17 @@ def write_json(path: Path | str, value: Any) -> None:
     """Write JSON atomically."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor], facts: Any = None) -> str:
+    """Hexadecimal SHA-256 of named tensors, and of anything that JSON can say beside them."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        flat = tensors[name].detach().cpu().contiguous().flatten()
+        digest.update(
+            f"{name} {tuple(tensors[name].shape)} {flat.dtype}".encode() + flat.view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()
 
 
 def sha256(path: Path | str) -> str:

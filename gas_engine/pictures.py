@@ -24,7 +24,7 @@ def image_rows(path: Path, rows: list[tuple[str, Tensor]], title: str = "", colu
 
     Errors are the mean over channels of |x|, all rows on one colour scale that reaches their 99.5 % quantile.
     """
-    columns = min(columns, *(len(images) for _, images in rows))
+    columns = min(columns, max(len(images) for _, images in rows))
     errors = [images[:columns].abs().mean(1) for label, images in rows if label.startswith("|")]
     top = float(torch.quantile(torch.cat(errors).flatten(), 0.995)) if errors else 1.0
     figure, axes = plt.subplots(
@@ -32,8 +32,9 @@ def image_rows(path: Path, rows: list[tuple[str, Tensor]], title: str = "", colu
     )  # fmt: skip
     drawn = None
     for line, (label, images) in zip(axes, rows, strict=True):
-        for axis, image in zip(line, images, strict=False):
+        for axis in line:
             axis.axis("off")
+        for axis, image in zip(line, images, strict=False):
             if label.startswith("|"):
                 drawn = axis.imshow(image.abs().mean(0), cmap="magma", vmin=0, vmax=max(top, 1e-6))
             else:

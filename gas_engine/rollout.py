@@ -25,8 +25,11 @@ from torch.utils._pytree import tree_leaves
 
 from .denoiser import Denoiser
 from .memory import MemoryPolicy
-from .ops import adjoint_step, lincomb
+from .ops import MAX_STATES, adjoint_step, lincomb
 from .tableau import Tableau
+
+# Modules whose output in train mode is random, or changes what they do next time.
+_MOODY = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 OnStep = Callable[[int, Tensor], None]
 
@@ -64,6 +67,8 @@ def rollout(
     if torch.is_grad_enabled():
         _check_constants(denoiser, cond)
         if x.requires_grad or tableau.requires_grad:
+            if tableau.steps > MAX_STATES:
+                raise ValueError(f"gradients go through at most {MAX_STATES} steps, got {tableau.steps}")
             kept = (memory or MemoryPolicy()).kept(tableau.steps)
             numbers = (tableau.A, tableau.B, tableau.t_net, tableau.c_in)
             return _Rollout.apply(denoiser, cond, kept, on_step, scaled, x, *numbers)
@@ -93,16 +98,23 @@ class _Network:
     c_in: Tensor | None
     x_wanted: bool = False
     t_wanted: bool = False
+    autocast: torch.dtype | None = None  # of the forward pass, which the backward pass must repeat
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.autocast is None:
+            return self.denoiser(x, t, self.cond)
+        with torch.autocast(x.device.type, self.autocast, cache_enabled=False):
+            return self.denoiser(x, t, self.cond)
 
     def output(self, j: int, x: Tensor) -> Tensor:
-        return self.denoiser(x, self.t_net[j], self.cond)
+        return self(x, self.t_net[j])
 
     def graph(self, j: int, x: Tensor) -> _Graph:
         # The first state is noise: nothing but its told time needs a derivative there, unless x itself wants one.
         leaf = x.detach().requires_grad_(j > 0 or self.x_wanted)
         t = self.t_net[j].detach().requires_grad_(self.t_wanted)
         with torch.enable_grad():
-            return _Graph(leaf, t, self.denoiser(leaf, t, self.cond))
+            return _Graph(leaf, t, self(leaf, t))
 
     def input(self, j: int, x: Tensor) -> Tensor:
         if self.c_in is None:
@@ -164,10 +176,12 @@ class _Rollout(torch.autograd.Function):
         network = _Network(
             denoiser, cond, t_net.detach().to(device).unbind(), c_in.detach().to(device) if scaled else None,
             x_wanted or c_wanted, t_wanted,
+            torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None,
         )  # fmt: skip
         states, graphs = _forward(network, A.detach(), B.detach(), x, kept, on_step, keep_states=True)
         result = states.pop(len(A))
         ctx.network, ctx.states, ctx.graphs = network, states, graphs
+        ctx.version = x._version
         ctx.again = (A.detach(), B.detach(), x.detach(), kept, None, True)
         # Columns of A and B from the diagonal down, as the adjoint reads them.
         lower = torch.ones_like(A, dtype=torch.bool).triu()
@@ -182,6 +196,8 @@ class _Rollout(torch.autograd.Function):
         if slots is None:
             slots, graphs = _forward(network, *ctx.again)
         ctx.states = ctx.graphs = None
+        if slots[0]._version != ctx.version:
+            raise RuntimeError("the initial state was changed in place between rollout and its backward pass")
         steps = len(ctx.columns)
         # From here on slot n holds g[n] instead of x[n], for every n that the loop has passed.
         slots[steps] = grad.contiguous()
@@ -231,11 +247,10 @@ def _last_use(terms: list[list[int]]) -> list[list[int]]:
 def _check_state(denoiser: Denoiser, x: Tensor) -> None:
     if not x.is_floating_point():
         raise ValueError(f"the initial state must be floating point, got {x.dtype}")
-    shape = tuple(denoiser.shape)
-    if tuple(x.shape[1:]) != shape:
-        raise ValueError(
-            f"the initial state has shape {tuple(x.shape)}, but the model needs [batch, {', '.join(map(str, shape))}]"
-        )
+    shape = getattr(denoiser, "shape", None)
+    if shape is not None and tuple(x.shape[1:]) != tuple(shape):
+        needed = ", ".join(map(str, shape))
+        raise ValueError(f"the initial state has shape {tuple(x.shape)}, but the model needs [batch, {needed}]")
 
 
 def _check_constants(denoiser: Denoiser, cond: Any) -> None:
@@ -244,5 +259,9 @@ def _check_constants(denoiser: Denoiser, cond: Any) -> None:
             "the network has trainable weights, and rollout gives them no gradient; freeze them with "
             "network.requires_grad_(False), or sample under torch.no_grad()"
         )
+    modules = denoiser.modules() if isinstance(denoiser, nn.Module) else ()
+    moody = next((m for m in modules if m.training and (isinstance(m, _MOODY) or getattr(m, "dropout", False))), None)
+    if moody is not None:
+        raise RuntimeError(f"{type(moody).__name__} is in train mode, so a rebuilt evaluation differs; call .eval()")
     if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(cond)):
         raise RuntimeError("cond wants a gradient, and rollout gives it none; pass cond.detach()")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ._cli import InputError, writable
-from .files import sha256, write_json
+from .files import atomic, sha256, write_json
 
 
 class RunDirectory:
@@ -48,10 +48,10 @@ class RunDirectory:
     def config(self) -> dict[str, Any]:
         """The configuration that the run was started with."""
         try:
-            return json.loads((self.path / "config.json").read_text())
+            return dict(json.loads((self.path / "config.json").read_text()))
         except FileNotFoundError:
             raise InputError(f"there is no run to resume in {self.path}") from None
-        except json.JSONDecodeError as error:
+        except (ValueError, TypeError) as error:
             raise InputError(f"{self.path / 'config.json'} is damaged ({error})") from None
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -63,7 +63,8 @@ class RunDirectory:
         """Drop metrics of later steps, which a resumed run will write again."""
         if self.metrics.exists():
             rows = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step]
-            self.metrics.write_text("".join(f"{line}\n" for line in rows))
+            with atomic(self.metrics) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in rows))
 
     def save(self, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], keep: int = 3) -> None:
         """Write a checkpoint, then drop all but the newest ``keep``."""

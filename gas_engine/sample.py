@@ -21,6 +21,8 @@ from .solvers.files import load_solver
 from .solvers.named import named_solver
 from .tableau import Tableau
 
+COLUMNS, MAX_SHOWN = 8, 256
+
 
 @dataclass
 class Config:
@@ -45,7 +47,7 @@ class Config:
     out: Path = field(default=Path("samples"))
     """Directory for samples.png or samples.npy."""
     format: Literal["png", "npy"] = "png"
-    """A picture grid, or float32 [N, C, H, W] in the network's range."""
+    """A picture grid of the first 256, or float32 [N, C, H, W] in the network's range."""
     batch: int = 128
     """Samples at a time."""
     device: str = "auto"
@@ -58,6 +60,8 @@ def run(config: Config) -> Path:
         raise InputError(f"--batch must be at least 1, got {config.batch}")
     device = pick_device(config.device)
     denoiser = load_denoiser(config.model).to(device)
+    if config.format == "png" and len(denoiser.shape or ()) != 3:
+        raise InputError(f"{denoiser.name} makes no pictures (states of shape {denoiser.shape}); use --format npy")
     tableau = _tableau(config, denoiser)
     noise, cond = _inputs(config, denoiser)
     done: list[Tensor] = []
@@ -76,9 +80,9 @@ def run(config: Config) -> Path:
         with atomic(path) as temporary:
             np.save(temporary, samples.numpy())
     else:
-        columns = 8 if len(samples) >= 8 else len(samples)
-        rows = [(str(i), samples[i : i + columns]) for i in range(0, len(samples) - columns + 1, columns)]
-        image_rows(path, rows, f"{denoiser.name}, {tableau.name}, {tableau.steps} evaluations", columns)
+        shown = samples[:MAX_SHOWN]
+        rows = [(str(i), shown[i : i + COLUMNS]) for i in range(0, len(shown), COLUMNS)]
+        image_rows(path, rows, f"{denoiser.name}, {tableau.name}, {tableau.steps} evaluations", COLUMNS)
     console.print(
         f"{len(samples)} samples with {tableau.name}, {tableau.steps} evaluations each: {path}", soft_wrap=True
     )
@@ -87,12 +91,13 @@ def run(config: Config) -> Path:
 
 def _tableau(config: Config, denoiser: Denoiser) -> Tableau:
     file = Path(config.solver)
-    if not file.suffix and not file.exists():
+    t_eps = denoiser.t_eps if config.t_eps is None else config.t_eps
+    if not file.suffix and not file.is_file():
         if config.steps is None:
             raise InputError(f"--solver {config.solver} needs --steps, the number of network evaluations")
-        return named_solver(config.solver, denoiser.schedule, config.steps, config.grid, config.t_eps or denoiser.t_eps)
-    t_eps = config.t_eps or (denoiser.t_eps if file.suffix == ".pt" else None)
-    solver = load_solver(file, denoiser.schedule, t_eps, model=denoiser.name)
+        return named_solver(config.solver, denoiser.schedule, config.steps, config.grid, t_eps)
+    published = file.suffix in (".pt", ".pth")
+    solver = load_solver(file, denoiser.schedule, t_eps if published else config.t_eps, model=denoiser.name)
     if config.steps is not None and config.steps != solver.steps:
         raise InputError(f"{file} is a solver of {solver.steps} steps, but --steps {config.steps} was given")
     with torch.no_grad():
@@ -122,7 +127,7 @@ def _read_noise(path: Path, denoiser: Denoiser) -> Tensor:
         raise InputError(f"cannot read the noise {path}: {error}") from None
     if not isinstance(rows, np.ndarray) or rows.dtype.kind != "f" or rows.shape[1:] != denoiser.shape or not len(rows):
         seen = f"{rows.dtype} {rows.shape}" if isinstance(rows, np.ndarray) else type(rows).__name__
-        needed = ", ".join(map(str, denoiser.shape))
+        needed = ", ".join(map(str, denoiser.shape or ()))
         raise InputError(f"{path} holds {seen}; {denoiser.name} needs floating point noise [N, {needed}]")
     bad = int((~np.isfinite(rows)).sum())
     if bad:

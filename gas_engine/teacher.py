@@ -25,6 +25,8 @@ from .files import atomic, sha256, write_json
 from .rollout import rollout
 from .solvers.named import named_solver
 
+FORMAT = "gas_engine.teacher/1"
+
 
 @dataclass
 class TeacherSolver:
@@ -80,8 +82,9 @@ def make_teacher_set(
     denoiser: Denoiser, seeds: Sequence[int], solver: TeacherSolver, out: Path, *, batch: int = 128, shard: int = 1024,
     device: torch.device | None = None,
 ) -> Path:  # fmt: skip
-    """Write the set, or the shards of it that are missing or damaged; return its directory.
+    """Write what a set lacks of the given seeds, or what is damaged of it; return its directory.
 
+    Seeds that the set holds already stay, also those that this call does not name.
     Every shard is written atomically and entered into the index with its SHA-256 afterwards, so a killed run loses at
     most one shard. Raises InputError if ``out`` holds a set that was made otherwise.
     """
@@ -90,23 +93,23 @@ def make_teacher_set(
     named_solver(solver.solver, denoiser.schedule, solver.steps, solver.grid, solver.t_eps)  # refuse before writing
     writable(out)
     made_by = {
-        "model": denoiser.name, "schedule": denoiser.schedule.config(), "shape": list(denoiser.shape),
-        **{name: getattr(solver, name) for name in TeacherSolver.__dataclass_fields__}, "shard": shard,
+        "model": denoiser.name, "fingerprint": denoiser.fingerprint(),
+        **{name: getattr(solver, name) for name in TeacherSolver.__dataclass_fields__},
     }  # fmt: skip
-    index = _read_index(out)
-    if index is not None and {**index["made_by"]} != made_by:
-        changed = [key for key in made_by if index["made_by"].get(key) != made_by[key]]
+    index = _read_index(out) or {"made_by": made_by, "shards": []}
+    changed = [key for key in made_by if index["made_by"].get(key) != made_by[key]]
+    if changed:
+        before, now = index["made_by"].get(changed[0]), made_by[changed[0]]
         raise InputError(
-            f"{out} holds a teacher set made with another {changed[0]} ({index['made_by'].get(changed[0])!r}, now "
-            f"{made_by[changed[0]]!r}); give another directory"
+            f"{out} holds a teacher set made with another {changed[0]} ({before!r}, now {now!r}); "
+            "delete it, or give another directory"
         )
-    known = {tuple(entry["seeds"]): entry for entry in (index or {}).get("shards", ())}
-    groups = [list(seeds[i : i + shard]) for i in range(0, len(seeds), shard)]
-    entries = [known.get(tuple(group)) for group in groups]
-    kept = [entry for entry in entries if entry and _intact(out, entry)]
-    missing = [group for group in groups if not any(entry["seeds"] == group for entry in kept)]
+    kept = [entry for entry in index["shards"] if _intact(out, entry)]
+    held = {seed for entry in kept for seed in entry["seeds"]}
+    lacking = [seed for seed in seeds if seed not in held]
+    missing = [lacking[i : i + shard] for i in range(0, len(lacking), shard)]
     with progress() as bar:
-        task = bar.add_task("teacher", note="", total=len(seeds), completed=len(seeds) - sum(map(len, missing)))
+        task = bar.add_task("teacher", note="", total=len(seeds), completed=len(seeds) - len(lacking))
         for group in missing:
             samples = teacher_samples(denoiser, group, solver, batch, device, lambda n: bar.advance(task, n))
             if not bool(torch.isfinite(samples).all()):
@@ -117,8 +120,8 @@ def make_teacher_set(
             with atomic(out / file) as temporary:
                 save_file({"seeds": torch.tensor(group), "samples": samples.contiguous()}, temporary)
             kept.append({"file": file, "seeds": group, "sha256": sha256(out / file)})
-            kept.sort(key=lambda entry: groups.index(entry["seeds"]))
-            write_json(out / "index.json", {"format": "gas_engine.teacher/1", "made_by": made_by, "shards": kept})
+            kept.sort(key=lambda entry: entry["seeds"])
+            write_json(out / "index.json", {"format": FORMAT, "made_by": made_by, "shards": kept})
     return out
 
 
@@ -142,11 +145,14 @@ def load_teacher_set(out: Path) -> tuple[list[int], Tensor]:
 
 def _read_index(out: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((out / "index.json").read_text())
+        index = json.loads((out / "index.json").read_text())
+        if index["format"] != FORMAT:
+            raise ValueError(f"format {index['format']!r}")
+        return {"made_by": dict(index["made_by"]), "shards": list(index["shards"])}
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, OSError) as error:
-        raise InputError(f"cannot read {out / 'index.json'}: {error}") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{out / 'index.json'} is not the index of a teacher set ({error!r})") from None
 
 
 def _intact(out: Path, entry: dict[str, Any]) -> bool:

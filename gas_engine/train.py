@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import comparison, pictures
-from ._cli import InputError, command, console, parse_seeds, pick_device, progress
+from ._cli import InputError, command, console, parse_seeds, pick_device, progress, writable
 from .adapters import load_denoiser
 from .denoiser import Denoiser
 from .files import atomic
@@ -34,6 +35,8 @@ from .trainer import RECIPES, Recipe, Trainer
 
 SELECTION_SEEDS = range(40_000, 40_064)
 HELD_OUT_SEEDS = range(50_000, 50_512)
+# What a resumed run may be given anew.
+RESUMABLE = ("out", "resume", "device", "evaluation", "sample_batch")
 FORMS: dict[str, bool | str] = {"gs": True, "s4s": False, "linear": "linear"}
 
 
@@ -87,6 +90,10 @@ class Config:
     """Updates between rows of metrics."""
     seed: int = 0
     """Order of the batches."""
+    evaluation: Literal["full", "student"] = "full"
+    """At the end, compare with every classical solver, or measure the student alone."""
+    sample_batch: int = 128
+    """Samples at a time in everything but training."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:0, ..."""
 
@@ -96,6 +103,8 @@ def run(config: Config) -> None:
     directory, config = _open(config)
     device = pick_device(config.device)
     denoiser = load_denoiser(config.model).to(device)
+    assert config.out is not None
+    writable(config.out.parent)
     recipe = _recipe(config)
     solver = _solver(config, denoiser, recipe)
     loss = distillation_loss(config.loss, device)
@@ -112,7 +121,7 @@ def run(config: Config) -> None:
         console.print(f"resuming {directory.path} at update {trainer.step}", soft_wrap=True)
     else:
         directory.create(_plain(config))
-    selection = _samples(denoiser, SELECTION_SEEDS, config.teacher, device)
+    selection = _samples(denoiser, SELECTION_SEEDS, config, device)
     _train(trainer, directory, config, selection)
     _finish(trainer, directory, config, selection, start)
 
@@ -125,21 +134,22 @@ def _train(trainer: Trainer, directory: RunDirectory, config: Config, selection:
         task = bar.add_task("train", total=trainer.recipe.iterations, completed=first, note="")
         for step, loss in trainer:
             bar.advance(task)
+            if trainer.skipped_in_a_row:
+                console.print(f"update {step}: loss or gradient not finite, skipped ({trainer.skipped} so far)")
             last = step == trainer.recipe.iterations
             if step % config.log_every == 0 or last:
-                row = {
-                    "step": step, "loss": float(loss), "rate": trainer.recipe.rate_at(step - 1),
+                row: dict[str, Any] = {
+                    "step": step, "loss": float(loss) if math.isfinite(loss) else None,
+                    "rate": trainer.recipe.rate_at(step - 1),
                     "skipped": trainer.skipped, "memory_mib": round(_memory_mib(trainer.device), 1),
                     "seconds_per_update": round((time.monotonic() - began) / (step - first), 4),
                 }  # fmt: skip
                 directory.log(row)
                 for name in ("loss", "rate", "memory_mib"):
-                    events.add_scalar(f"train/{name}", row[name], step)
+                    events.add_scalar(f"train/{name}", math.nan if row[name] is None else row[name], step)
                 for n, t in enumerate(trainer.solver.times().tolist()):
                     events.add_scalar(f"times/{n}", t, step)
-                bar.update(task, note=f"loss {row['loss']:.4f}  {row['memory_mib']:.0f} MiB")
-                if trainer.skipped_in_a_row:
-                    console.print(f"update {step}: loss or gradient not finite, skipped ({trainer.skipped} so far)")
+                bar.update(task, note=f"loss {float(loss):.4f}  {row['memory_mib']:.0f} MiB")
             if step % config.sample_every == 0 or last:
                 _picture(trainer, directory.path / "samples" / f"step-{step:06d}.png", selection)
             if step % config.save_every == 0 or last:
@@ -149,34 +159,27 @@ def _train(trainer: Trainer, directory: RunDirectory, config: Config, selection:
 def _finish(
     trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples, start: Tableau
 ) -> None:
-    """Measure on held-out seeds, write the solver, the table and the pictures."""
-    denoiser, student, device = trainer.denoiser, trainer.average, trainer.device
+    """Write the solver, measure on held-out seeds, write the table and the pictures."""
+    denoiser, student, batch = trainer.denoiser, trainer.average, config.sample_batch
     tableau = student.tableau(denoiser.prediction)
-    held_out = _samples(denoiser, HELD_OUT_SEEDS, config.teacher, device)
-    mine = comparison.distance(denoiser, tableau, held_out, f"learned ({config.student})", f"{trainer.step} updates")
-    with progress() as bar:
-        task = bar.add_task("classical solvers", total=comparison.VARIANTS, note="")
-        others = comparison.classical_distances(
-            denoiser, config.steps, selection, held_out, lambda: bar.advance(task)
-        )  # fmt: skip
-    rows = [mine, *others]
+    held_out = _samples(denoiser, HELD_OUT_SEEDS, config, trainer.device)
+    mine = comparison.distance(
+        denoiser, tableau, held_out, f"learned ({config.student})", f"{trainer.step} updates", batch
+    )  # fmt: skip
     save_solver(
         student, directory.solver, model=denoiser.name, guidance=1.0, loss=config.loss, version=_version(),
         metrics={"l1": mine.l1, "rmse": mine.rmse, "psnr": mine.psnr, "held_out_seeds": "50000-50511"},
     )  # fmt: skip
+    rows = [mine]
+    if config.evaluation == "full":
+        with progress() as bar:
+            task = bar.add_task("classical solvers", total=comparison.VARIANTS, note="")
+            rows += comparison.classical_distances(
+                denoiser, config.steps, selection, held_out, batch, lambda: bar.advance(task)
+            )  # fmt: skip
     _write(directory.path / "comparison.md", comparison.as_markdown(rows))
     _write(directory.path / "comparison.csv", comparison.as_csv(rows))
-    teacher = held_out.teacher.cpu()
-    best = others[0]
-    pictures.image_rows(
-        directory.path / "comparison.png",
-        [
-            (f"teacher, {config.teacher.steps}", teacher), (f"learned, {config.steps}", mine.samples),
-            (f"{best.solver}", best.samples), ("|learned - teacher|", mine.samples - teacher),
-            ("|classical - teacher|", best.samples - teacher),
-        ],
-        f"{denoiser.name}: {config.steps} evaluations, held-out seeds 50000 on; L1 {mine.l1:.4f} against {best.l1:.4f}",
-    )  # fmt: skip
+    _compare_pictures(directory.path / "comparison.png", denoiser, config, held_out.teacher.cpu(), rows[:2])
     times = {"learned": student.times()} | {
         name: grid(name, student.schedule, config.steps, config.t_eps) for name in ("uniform", "quadratic", "logSNR")
     }
@@ -193,9 +196,24 @@ def _finish(
     )
 
 
+def _compare_pictures(
+    path: Path, denoiser: Denoiser, config: Config, teacher: Tensor, rows: list[comparison.Distance]
+) -> None:
+    """Teacher, student and the best classical solver above their errors; nothing for states that are no images."""
+    if len(denoiser.shape or ()) != 3:
+        return
+    mine, others = rows[0], rows[1:]
+    drawn = [(f"teacher, {config.teacher.steps}", teacher), (f"learned, {config.steps}", mine.samples)]
+    drawn += [(best.solver, best.samples) for best in others]
+    drawn += [("|learned - teacher|", mine.samples - teacher)]
+    drawn += [("|classical - teacher|", best.samples - teacher) for best in others]
+    title = f"{denoiser.name}: {config.steps} evaluations, held-out seeds 50000 on; L1 {mine.l1:.4f}"
+    pictures.image_rows(path, drawn, title + "".join(f" against {best.l1:.4f}" for best in others))
+
+
 def _open(config: Config) -> tuple[RunDirectory, Config]:
     """The run directory and the configuration that counts: the stored one if resuming."""
-    for name in ("save_every", "sample_every", "log_every"):
+    for name in ("save_every", "sample_every", "log_every", "sample_batch"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
     MemoryPolicy(config.checkpoint_every)
@@ -212,14 +230,18 @@ def _open(config: Config) -> tuple[RunDirectory, Config]:
         return directory, config
     stored, given, default = directory.config(), _plain(config), _plain(Config())
     for name, value in given.items():
-        if name not in ("out", "resume", "device") and value != default[name] and value != stored.get(name):
+        if name not in RESUMABLE and value != default[name] and value != stored.get(name):
             raise InputError(
                 f"--resume continues with {name}={stored.get(name)!r} from {directory.path}/config.json, but "
                 f"{name}={value!r} was given; leave it out, or start a new run"
             )
-    paths = {"teacher_set": stored["teacher_set"] and Path(stored["teacher_set"])}
-    kept = {"out": config.out, "resume": True, "device": config.device}
-    return directory, Config(**{**stored, "teacher": TeacherSolver(**stored["teacher"]), **paths, **kept})
+    kept = {name: getattr(config, name) for name in RESUMABLE}
+    try:
+        stored["teacher"] = TeacherSolver(**stored["teacher"])
+        stored["teacher_set"] = stored["teacher_set"] and Path(stored["teacher_set"])
+        return directory, Config(**{**stored, **kept})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{directory.path}/config.json is not one of this version ({error})") from None
 
 
 def _recipe(config: Config) -> Recipe:
@@ -255,18 +277,21 @@ def _teacher_set(config: Config, denoiser: Denoiser, device: torch.device) -> tu
     teacher = config.teacher
     name = f"teacher-{Path(config.model).stem.replace(':', '-')}-{teacher.solver}-{teacher.steps}-{teacher.grid}"
     out = config.teacher_set or Path("runs") / name
-    make_teacher_set(denoiser, seeds, teacher, out, device=device)
+    make_teacher_set(denoiser, seeds, teacher, out, batch=config.sample_batch, device=device)
     found, samples = load_teacher_set(out)
     row = {seed: i for i, seed in enumerate(found)}
     return seeds, samples[[row[seed] for seed in seeds]]
 
 
-def _samples(denoiser: Denoiser, seeds: range, teacher: TeacherSolver, device: torch.device) -> comparison.Samples:
-    return comparison.Samples.of(denoiser, seeds, teacher_samples(denoiser, seeds, teacher, device=device), device)
+def _samples(denoiser: Denoiser, seeds: range, config: Config, device: torch.device) -> comparison.Samples:
+    teacher = teacher_samples(denoiser, seeds, config.teacher, config.sample_batch, device)
+    return comparison.Samples.of(denoiser, seeds, teacher, device)
 
 
 @torch.no_grad()
 def _picture(trainer: Trainer, path: Path, data: comparison.Samples) -> None:
+    if len(trainer.denoiser.shape or ()) != 3:
+        return
     shown = slice(0, 12)
     cond = None if data.cond is None else data.cond[shown]
     student = rollout(

@@ -96,7 +96,8 @@ class Trainer:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.solver.parameters(), CLIP)
         self.step += 1
-        if not bool(torch.isfinite(norm)):
+        # The backward pass has already waited for the device, so reading the loss costs no further wait.
+        if not bool(torch.isfinite(norm + loss.detach().cpu())):
             self._skip()
             return loss.detach()
         self.skipped_in_a_row = 0

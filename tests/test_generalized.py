@@ -284,6 +284,14 @@ def test_damaged_files_are_refused(tmp_path):
         load_solver(tmp_path / "bare.safetensors")
 
 
+def test_changed_facts_are_noticed(tmp_path):
+    path = tmp_path / "solver.safetensors"
+    save_solver(learned(), path)
+    path.write_bytes(path.read_bytes().replace(b'"t_eps":"0.001"', b'"t_eps":"0.002"'))
+    with pytest.raises(ValueError, match="corrupted"):
+        load_solver(path)
+
+
 def test_published_student(tmp_path):
     """{ema, model, optim, step} with a nameless list: theta, xi, c_1, a_1, c_2, a_2, ..."""
     solver = learned()

@@ -252,6 +252,54 @@ def test_trainable_weights_are_refused():
         assert rollout(denoiser, x, tableau).shape == x.shape
 
 
+def test_trainable_weights_in_a_closure_are_refused_too():
+    network = Wide()
+    network.up.requires_grad_(True)
+    denoiser = Denoiser(lambda x, t, cond: network(x, t), VP, "data", (4, 512))
+    with pytest.raises(RuntimeError, match="trainable weights"):
+        rollout(denoiser, torch.zeros(1, 4, 512), GeneralizedSolver(2, VP).tableau())
+
+
+def test_random_networks_are_refused():
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Unflatten(1, SHAPE))
+    denoiser = Denoiser(lambda x, t, cond: network(x) * t.to(x.dtype), VP, "data", SHAPE)
+    assert not network.training
+    network.train()
+    with pytest.raises(RuntimeError, match=r"train mode.*eval\(\)"):
+        rollout(denoiser, noise(), GeneralizedSolver(2, VP).tableau())
+
+
+def test_rebuilt_evaluations_repeat_the_autocast_of_the_forward_pass():
+    weight = torch.randn(18, 18, generator=torch.Generator().manual_seed(0)) / 4
+
+    def function(x, t, cond):
+        return (x.flatten(1) @ weight).view_as(x).float() * t.float()
+
+    denoiser, results = Denoiser(function, VP, "data", SHAPE), []
+    for every in (0, 1, 2):
+        solver = perturbed(4)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = rollout(denoiser, noise(3, torch.float32), solver.tableau(), memory=MemoryPolicy(every))
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad for p in solver.parameters())])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_noise_changed_before_backward_is_refused():
+    x = noise()
+    out = rollout(mixture(), x, perturbed(2).tableau()).sum()
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        out.backward()
+
+
+def test_too_many_steps_for_gradients_are_refused_before_any_work():
+    denoiser, tableau = mixture(), named_solver("euler", VP, 70).fold("data")
+    with pytest.raises(ValueError, match="at most 64 steps, got 70"):
+        rollout(denoiser, noise().requires_grad_(), tableau)
+    assert denoiser.function.calls == 0 and rollout(denoiser, noise(), tableau).shape == noise().shape
+
+
 def test_condition_that_wants_a_gradient_is_refused():
     cond = {"text": [torch.zeros(2, requires_grad=True)]}
     with pytest.raises(RuntimeError, match="cond wants a gradient"):

@@ -82,9 +82,9 @@ def test_published_student_samples(tmp_path):
 
 
 def test_picture_grid(tmp_path):
-    sample.main(["--model", "digits", "--solver", "ipndm2", "--steps", "3", "--seeds", "0-15", "--out", str(tmp_path)])
+    sample.main(["--model", "digits", "--solver", "ipndm2", "--steps", "3", "--seeds", "0-18", "--out", str(tmp_path)])
     with Image.open(tmp_path / "samples.png") as image:
-        assert image.width > 300 and image.height > 100
+        assert image.width > 300 and image.height > 200
 
 
 def test_solver_for_another_model_or_schedule_warns(tmp_path, capsys):
@@ -225,6 +225,23 @@ def test_teacher_set_resumes_and_mends(tmp_path, monkeypatch):
     )
     teacher.main(teacher_argv(out))
     assert counted == [0, 1, 2, 3, 8, 9] and torch.equal(load_teacher_set(out)[1], wanted)
+
+
+def test_teacher_set_grows_and_keeps_what_it_has(tmp_path):
+    out = tmp_path / "set"
+    teacher.main(teacher_argv(out))
+    before = load_teacher_set(out)
+    teacher.main([*teacher_argv(out)[:3], "8-13", *teacher_argv(out)[4:]])
+    seeds, samples = load_teacher_set(out)
+    assert seeds == list(range(14)) and torch.equal(samples[:10], before[1])
+
+
+def test_teacher_set_of_other_weights_is_refused(tmp_path):
+    denoiser = toy.make()
+    make_teacher_set(denoiser, range(2), TeacherSolver(), tmp_path)
+    denoiser.function.means.mul_(0.5)
+    with pytest.raises(ValueError, match="another fingerprint"):
+        make_teacher_set(denoiser, range(2), TeacherSolver(), tmp_path)
 
 
 def test_killed_teacher_loses_at_most_a_shard(tmp_path):

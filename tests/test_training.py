@@ -153,6 +153,45 @@ def test_recipes_are_the_documented_ones():
     assert quick.rate_at(0) == 1e-2 and quick.rate_at(quick.iterations) == pytest.approx(0, abs=1e-12)
 
 
+def test_lpips_says_what_is_missing(monkeypatch):
+    """A torchvision that does not fit and no lpips package: two causes, two sentences (no weights: below)."""
+    import builtins
+
+    real = builtins.__import__
+
+    def failing(missing):
+        def load(name, *args, **kwargs):
+            if name.split(".")[0] == missing:
+                raise RuntimeError("operator torchvision::nms does not exist") if name == "torchvision" else ImportError
+            return real(name, *args, **kwargs)
+
+        return load
+
+    monkeypatch.setattr(builtins, "__import__", failing("torchvision"))
+    with pytest.raises(ValueError, match=r"torchvision that fits torch .*nms does not exist"):
+        distillation_loss("lpips")
+    monkeypatch.setattr(builtins, "__import__", failing("lpips"))
+    with pytest.raises(ValueError, match="needs the lpips package"):
+        distillation_loss("lpips")
+
+
+def test_lpips_value_and_gradient(monkeypatch):
+    """With random backbone weights in place of the pretrained: the lpips package's own value after resize and clip."""
+    lpips = pytest.importorskip("lpips", reason="needs lpips: pip install lpips torchvision")
+    torch.manual_seed(0)
+    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    monkeypatch.setattr(lpips, "LPIPS", lambda **_: network)
+    loss = distillation_loss("lpips")
+    x, y = torch.randn(2, 3, 8, 8).requires_grad_(), torch.randn(2, 3, 8, 8)
+    resized = [torch.nn.functional.interpolate(v, (224, 224), mode="bilinear").clamp(-1, 1) for v in (x, y)]
+    value = loss(x, y)
+    assert value.shape == (2,) and torch.allclose(value, network(*resized).flatten(), rtol=1e-5)
+    value.sum().backward()
+    assert float(x.grad.abs().sum()) > 0
+    with pytest.raises(ValueError, match=r"\(1, 4, 8, 8\)"):
+        loss(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8))
+
+
 @pytest.mark.parametrize("name", ["l1", "l2"])
 def test_losses(name):
     x, y = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
@@ -238,7 +277,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(small, tmp_path, capsys
         (["--device", "tpu9"], "tpu9"),
         (["--log-every", "0"], "--log-every must be at least 1"),
         (["--model", "toy:make_broken"], "not finite"),
-        (["--loss", "lpips"], "--loss l1"),
+        (["--loss", "lpips"], "neither in the cache"),
     ],
 )
 def test_bad_input_is_one_sentence_exit_code_2_and_nothing_written(small, tmp_path, capsys, more, seen, monkeypatch):
@@ -267,6 +306,40 @@ def test_a_run_is_not_overwritten_nor_changed(small, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.main(["--out", str(tmp_path / "absent"), "--resume"])
     assert "no run to resume" in capsys.readouterr().err
+
+
+def test_skipped_updates_are_announced_and_the_student_alone_is_measured(small, tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def loss(x, y):
+        calls.append(1)
+        return (x - y).abs().flatten(1).mean(1) * (torch.nan if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(train, "distillation_loss", lambda *_: loss)
+    train.main(options(tmp_path / "run", "--iterations", "5", "--evaluation", "student"))
+    assert "update 3: loss or gradient not finite, skipped (1 so far)" in capsys.readouterr().out
+    assert len((tmp_path / "run" / "comparison.csv").read_text().splitlines()) == 2
+
+
+def test_trainable_model_is_frozen_by_the_command_line(small, tmp_path, monkeypatch):
+    def make():
+        denoiser = toy.make()
+        denoiser.function.extra = torch.nn.Parameter(torch.ones(()))
+        return denoiser
+
+    monkeypatch.setattr(toy, "make_trainable", make, raising=False)
+    more = ["--iterations", "2", "--model", "toy:make_trainable", "--evaluation", "student"]
+    train.main(options(tmp_path / "run", *more))
+    assert (tmp_path / "run" / "solver.safetensors").exists()
+
+
+def test_quick_recipe_beats_every_classical_solver(tmp_path, monkeypatch):
+    """The default run on the digits: held-out L1 at most 1/2.5 of the best classical solver's at K = 4."""
+    monkeypatch.chdir(tmp_path)
+    train.main(["--checkpoint-every", "1", "--device", "cpu"])
+    rows = (tmp_path / "runs" / "digits-gs-k4" / "comparison.csv").read_text().splitlines()[1:]
+    l1 = [float(row.rsplit(",", 3)[1]) for row in rows]
+    assert l1[0] * 2.5 <= min(l1[1:]) and len(rows) == 8
 
 
 def test_killed_run_resumes(tmp_path):

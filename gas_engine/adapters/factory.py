@@ -27,4 +27,5 @@ def load_factory(name: str) -> Denoiser:
         raise ValueError(f"{name!r} returned {type(denoiser).__name__}; it must return a gas_engine.Denoiser")
     if denoiser.name == "custom":
         denoiser.name = name
-    return denoiser.eval()
+    # The command line never trains weights.
+    return denoiser.eval().requires_grad_(False)

@@ -61,6 +61,8 @@ def _lpips(device: torch.device) -> Loss:
     network = network.to(device).eval().requires_grad_(False)
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] not in (1, 3):
+            raise ValueError(f"LPIPS compares grey or RGB images, got {tuple(x.shape)}; use --loss l1")
         return network(_prepared(x), _prepared(y)).flatten()
 
     return loss

@@ -9,11 +9,13 @@
 Registered with `torch.library` as `gas_engine::*`: they work under autograd, torch.compile and fake tensors.
 """
 
+from ._native import MAX_STATES
 from .adjoint import adjoint_step, dots
 from .lincomb import lincomb
 from .reference import adjoint_step_reference, dots_reference, lincomb_reference
 
 __all__ = [
+    "MAX_STATES",
     "adjoint_step",
     "adjoint_step_reference",
     "dots",

@@ -118,18 +118,25 @@ def one_layout(tensors: Sequence[Tensor]) -> tuple[list[Tensor], torch.memory_fo
     return [t.contiguous() for t in tensors], torch.contiguous_format
 
 
-def direct(tensors: Sequence[Tensor]) -> bool:
-    """Whether nothing but the kernel would see the call: plain tensors, no gradient, mode, transform or tracing.
+def direct(*tensors: Tensor) -> bool:
+    """Whether nothing but the native kernel would see the call: plain tensors, no gradient, mode or transform.
 
     Then a wrapper may skip the dispatcher, whose layers for autograd cost more than a small kernel does.
     """
-    return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and all(type(t) is Tensor for t in tensors)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _observed():
+        return False
+    return all(type(t) is Tensor and not t.is_neg() for t in tensors) and (
+        native is not None and (tensors[0].is_cpu or (tensors[0].is_cuda and _CUDA))
     )
+
+
+def _observed() -> bool:
+    """Whether a dispatch mode or a functorch transform is active; true where torch does not tell."""
+    try:
+        modes, transform = torch._C._len_torch_dispatch_stack(), torch._C._functorch.peek_interpreter_stack()
+    except AttributeError:
+        return True
+    return modes > 0 or transform is not None
 
 
 def launch(kernel: Callable[..., str], args: tuple[Any, ...], device: torch.device) -> None:

@@ -38,6 +38,8 @@ def adjoint_step(
         a, b = torch.tensor([0.9, 0.0]), torch.tensor([-0.1, 0.2])
         mu, g_x, da, db = adjoint_step(x, f, [g1, g2], a, b)
     """
+    if core.direct(x, f, *g, a, b):
+        return _adjoint_step(x, f, list(g), core.coefficients(a, x.device), core.coefficients(b, x.device))
     core.check_list("adjoint_step", "(x, f)", (x, f))
     core.check_list("adjoint_step", "g", g)
     core.check_coef("adjoint_step", "a", a, len(g))
@@ -46,8 +48,6 @@ def adjoint_step(
         _check(x, f, g, a, b)
         return adjoint_step_reference(x, f, list(g), a, b)
     a, b = core.coefficients(a, x.device), core.coefficients(b, x.device)
-    if core.direct((x, f, *g)):
-        return _adjoint_step(x, f, list(g), a, b)
     return torch.ops.gas_engine.adjoint_step(x, f, list(g), a, b)
 
 

@@ -51,6 +51,8 @@ def lincomb(
         x_next = lincomb([x, f], torch.tensor([0.9, -0.1]))
         x_next, net_in = lincomb([x, f], coef, scale=c_in, cast=torch.bfloat16)
     """
+    if scale is None and cast is None and core.direct(*states, coef):
+        return _lincomb(list(states), core.coefficients(coef, states[0].device))
     core.check_list("lincomb", "states", states)
     core.check_coef("lincomb", "coef", coef, len(states))
     if scale is not None and (not isinstance(scale, Tensor) or scale.numel() != 1 or not scale.is_floating_point()):
@@ -64,8 +66,6 @@ def lincomb(
         return lincomb_reference(list(states), coef, scale, cast)
     coef = core.coefficients(coef, device)
     if scale is None and cast is None:
-        if core.direct(states):
-            return _lincomb(list(states), coef)
         return torch.ops.gas_engine.lincomb(list(states), coef)
     scale = core.coefficients(scale if scale is not None else torch.ones(1, device=device), device)
     return torch.ops.gas_engine.lincomb_cast(list(states), coef, scale, cast or states[0].dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import warnings
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..files import atomic
+from ..files import atomic, tensors_sha256
 from ..schedule import Schedule
 from .generalized import GeneralizedSolver
 
@@ -26,9 +25,9 @@ def save_solver(solver: GeneralizedSolver, path: Path | str, **facts: Any) -> No
     """Write a solver with everything needed to use it; ``facts`` (model, metrics, version, ...) are kept as JSON."""
     metadata = {
         "format": FORMAT, "family": "gs", "steps": solver.steps, "order": solver.order, "base": solver.base,
-        "theory": solver.theory, "schedule": solver.schedule.config(), "t_eps": solver.t_eps,
-        "checksum": _checksum(solver.state_dict()), **facts,
+        "theory": solver.theory, "schedule": solver.schedule.config(), "t_eps": solver.t_eps, **facts,
     }  # fmt: skip
+    metadata["checksum"] = tensors_sha256(solver.state_dict(), metadata)
     data = save(solver.state_dict(), {key: json.dumps(value) for key, value in metadata.items()})
     with atomic(path) as temporary:
         temporary.write_bytes(_sorted_header(data))
@@ -62,7 +61,7 @@ def load_solver(
             metadata["base"], metadata["theory"],
         )  # fmt: skip
         _fill(solver, tensors, path)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a complete solver file: {error!r} is missing or wrong") from None
     solver.facts = {key: metadata[key] for key in metadata.keys() - {"format"}}
     trained_for = metadata.get("model")
@@ -80,12 +79,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             raw = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        metadata = {key: json.loads(value) if key != "format" else value.strip('"') for key, value in raw.items()}
+        metadata = {key: json.loads(value) for key, value in raw.items()}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(f"cannot read the solver {path}: {error}") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a solver of this package (format {metadata.get('format')!r})")
-    if metadata.get("checksum") != _checksum(tensors):
+    if metadata.pop("checksum", None) != tensors_sha256(tensors, metadata):
         raise ValueError(f"{path} is corrupted: its numbers do not match its checksum")
     return metadata, tensors
 
@@ -99,13 +98,6 @@ def _sorted_header(data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _published(path: Path, schedule: Schedule, t_eps: float) -> GeneralizedSolver:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -115,7 +107,7 @@ def _published(path: Path, schedule: Schedule, t_eps: float) -> GeneralizedSolve
     if len(rows) < 4:
         raise ValueError(f"{path} holds {len(rows)} tensors; a published student of K steps holds 2 + 2K")
     theta, xi, *corrections = rows
-    steps, order = len(xi), len(corrections) // 2
+    steps, order = xi.numel(), len(corrections) // 2
     if not 1 <= order <= steps:
         raise ValueError(f"{path} holds {len(rows)} tensors for {steps} steps; a published student holds 2 + 2K")
     solver = GeneralizedSolver(steps, schedule, t_eps, order)
