@@ -94,7 +94,8 @@ class RunDirectory:
                 if sha256(state) != manifest["sha256"]:
                     raise ValueError("its checksum does not hold")
                 with safe_open(state, framework="pt") as file:
-                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+                    # Copies, because a slice of the file is aligned as it happens, and some BLAS sum by alignment.
+                    tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (no mapping)
                     numbers = json.loads(file.metadata()["numbers"])
             except (OSError, ValueError, KeyError, SafetensorError) as error:
                 damaged.append(f"{checkpoint.name} ({error})")

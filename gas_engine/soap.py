@@ -45,7 +45,8 @@ class SOAP(torch.optim.Optimizer):
         step, (b1, b2), keep = int(state["step"]), group["betas"], group["covariance"]
         state["covariance"] = keep * state["covariance"] + (1 - keep) * torch.outer(gradient, gradient)
         if step < 10 or step % max(5, len(gradient) // 20) == 0:
-            basis = torch.linalg.eigh(state["covariance"])[1]
+            # Contiguous, as a checkpoint gives it back: the order of strides decides how a product rounds.
+            basis = torch.linalg.eigh(state["covariance"])[1].contiguous()
             # Second moments follow into the new basis as if the old coordinates were independent.
             state["second"] = (basis.T @ state["basis"]).square() @ state["second"]
             state["basis"] = basis
