@@ -1,11 +1,13 @@
 // Python's door to the core: pointers and sizes in, nothing else. Whoever calls has checked shapes, dtypes
 // and devices (gas_engine/ops); only the count of states, which bounds arrays here, is checked again.
+//
+// An op is its struct of arguments: Python passes the fields in their order, then the number of threads
+// (host) or the device and its stream.
 #include <omp.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <string>
-#include <vector>
+#include <utility>
 
 #include "adjoint.h"
 #include "lincomb.h"
@@ -14,46 +16,102 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
+// One Python value, turned into whatever field it meets.
+class From {
+public:
+    explicit From(py::handle value) : value_(value) {}
 
-template <class T>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-std::vector<const void*> pointers(const std::vector<Address>& addresses) {
-    if (addresses.empty() || addresses.size() > gas::kMaxStates) {
-        throw std::invalid_argument("between 1 and 64 states, got " + std::to_string(addresses.size()));
+    template <class T>
+    operator T() const {
+        if constexpr (std::is_pointer_v<T>) {
+            return reinterpret_cast<T>(integer());
+        } else if constexpr (std::is_same_v<T, gas::States>) {
+            return states();
+        } else if constexpr (std::is_floating_point_v<T>) {
+            return value_.cast<T>();
+        } else {
+            return static_cast<T>(integer());
+        }
     }
-    std::vector<const void*> result;
-    for (Address address : addresses) result.push_back(pointer<const void>(address));
-    return result;
+
+private:
+    long long integer() const {
+        const long long number = PyLong_AsLongLong(value_.ptr());  // addresses stay below 2^63
+        if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
+        return number;
+    }
+
+    // A pair: list of addresses, and list of dtype codes or the one code of all.
+    gas::States states() const {
+        const auto pair = py::reinterpret_borrow<py::tuple>(value_);
+        const auto addresses = py::reinterpret_borrow<py::list>(pair[0]);
+        const py::handle codes = pair[1];
+        const bool one = !py::isinstance<py::list>(codes);
+        gas::States states{};
+        states.count = static_cast<int>(addresses.size());
+        if (states.count < 1 || states.count > gas::kMaxStates || (!one && py::len(codes) != addresses.size()))
+            throw std::invalid_argument("between 1 and 64 states, got " + std::to_string(states.count));
+        for (int i = 0; i < states.count; ++i) {
+            states.at[i] = From(addresses[i]);
+            states.dtype[i] = From(one ? codes : py::reinterpret_borrow<py::list>(codes)[i].ptr());
+        }
+        return states;
+    }
+
+    py::handle value_;
+};
+
+struct Anything {
+    template <class T>
+    operator T() const;
+};
+
+// How many fields a struct has: the most initialisers it takes.
+template <class Args, class... Fields>
+constexpr std::size_t fields() {
+    if constexpr (requires { Args{Fields{}..., Anything{}}; })
+        return fields<Args, Fields..., Anything>();
+    else
+        return sizeof...(Fields);
 }
 
-gas::LincombArgs lincomb_args(int dtype, const std::vector<const void*>& states, Address coef, Address out,
-                              int scaled_dtype, Address scale, Address scaled, std::int64_t n) {
-    return {static_cast<gas::DType>(dtype), states.data(),         static_cast<int>(states.size()),
-            pointer<const double>(coef),    pointer<void>(out),    static_cast<gas::DType>(scaled_dtype),
-            pointer<const double>(scale),   pointer<void>(scaled), n};
+template <class Args>
+Args unpack(const py::args& values, std::size_t extra) {
+    constexpr std::size_t count = fields<Args>();
+    if (values.size() != count + extra)
+        throw std::invalid_argument(std::to_string(count + extra) + " arguments wanted, got " +
+                                    std::to_string(values.size()));
+    return [&]<std::size_t... I>(std::index_sequence<I...>) {
+        return Args{From(values[I])...};
+    }(std::make_index_sequence<count>{});
 }
 
-gas::AdjointArgs adjoint_args(int dtype, Address x, Address f, const std::vector<const void*>& g, Address a,
-                              Address b, Address mu, Address g_x, Address da, Address db, Address workspace,
-                              std::int64_t n) {
-    return {static_cast<gas::DType>(dtype),
-            pointer<const void>(x),
-            pointer<const void>(f),
-            g.data(),
-            static_cast<int>(g.size()),
-            pointer<const double>(a),
-            pointer<const double>(b),
-            pointer<void>(mu),
-            pointer<void>(g_x),
-            pointer<double>(da),
-            pointer<double>(db),
-            pointer<double>(workspace),
-            n};
+template <class Args>
+void op(py::module_& m, const std::string& name, void (*cpu)(const Args&, int),
+        [[maybe_unused]] const char* (*cuda)(const Args&, int, void*)) {
+    m.def((name + "_cpu").c_str(), [cpu](const py::args& values) {
+        const auto args = unpack<Args>(values, 1);
+        const int threads = From(values[values.size() - 1]);
+        py::gil_scoped_release release;
+        cpu(args, threads);
+    });
+#ifdef GAS_ENGINE_WITH_CUDA
+    // Returns the error message of a failed launch, or None.
+    m.def((name + "_cuda").c_str(), [cuda](const py::args& values) {
+        const auto args = unpack<Args>(values, 2);
+        const int device = From(values[values.size() - 2]);
+        void* const stream = From(values[values.size() - 1]);
+        py::gil_scoped_release release;
+        return cuda(args, device, stream);
+    });
+#endif
 }
+
+#ifdef GAS_ENGINE_WITH_CUDA
+#define DEVICE(function) gas::function
+#else
+#define DEVICE(function) nullptr
+#endif
 
 py::dict build_info() {
     py::dict info;
@@ -73,42 +131,7 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "The native core of gas_engine. Call gas_engine.ops instead: nothing here checks a pointer.";
     m.def("build_info", &build_info, "What this module was built with.");
 
-    m.def("lincomb_cpu", [](int dtype, const std::vector<Address>& states, Address coef, Address out,
-                            int scaled_dtype, Address scale, Address scaled, std::int64_t n, int threads) {
-        const auto list = pointers(states);
-        py::gil_scoped_release release;
-        gas::lincomb_cpu(lincomb_args(dtype, list, coef, out, scaled_dtype, scale, scaled, n), threads);
-    });
-    m.def("adjoint_workspace", &gas::adjoint_workspace);
-    m.def("adjoint_cpu",
-          [](int dtype, Address x, Address f, const std::vector<Address>& g, Address a, Address b, Address mu,
-             Address g_x, Address da, Address db, Address workspace, std::int64_t n, int threads) {
-              const auto list = pointers(g);
-              py::gil_scoped_release release;
-              gas::adjoint_cpu(adjoint_args(dtype, x, f, list, a, b, mu, g_x, da, db, workspace, n), threads);
-          });
-
-#ifdef GAS_ENGINE_WITH_CUDA
-    // Each returns the error message of a failed launch, or an empty string.
-    m.def("lincomb_cuda",
-          [](int dtype, const std::vector<Address>& states, Address coef, Address out, int scaled_dtype,
-             Address scale, Address scaled, std::int64_t n, int device, Address stream) {
-              const auto list = pointers(states);
-              py::gil_scoped_release release;
-              const char* error =
-                  gas::lincomb_cuda(lincomb_args(dtype, list, coef, out, scaled_dtype, scale, scaled, n),
-                                    device, pointer<void>(stream));
-              return std::string(error ? error : "");
-          });
-    m.def("adjoint_cuda", [](int dtype, Address x, Address f, const std::vector<Address>& g, Address a,
-                             Address b, Address mu, Address g_x, Address da, Address db, Address workspace,
-                             std::int64_t n, int device, Address stream) {
-        const auto list = pointers(g);
-        py::gil_scoped_release release;
-        const char* error =
-            gas::adjoint_cuda(adjoint_args(dtype, x, f, list, a, b, mu, g_x, da, db, workspace, n), device,
-                              pointer<void>(stream));
-        return std::string(error ? error : "");
-    });
-#endif
+    op<gas::LincombArgs>(m, "lincomb", gas::lincomb_cpu, DEVICE(lincomb_cuda));
+    op<gas::AdjointArgs>(m, "adjoint", gas::adjoint_cpu, DEVICE(adjoint_cuda));
+    m.attr("REDUCTION_BLOCKS") = gas::kReductionBlocks;
 }

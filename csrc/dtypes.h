@@ -16,7 +16,9 @@
 namespace gas {
 
 // The order is shared with DTYPES in gas_engine/ops/_native.py.
-enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+enum class DType : std::uint8_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+constexpr int bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 struct bf16 {
     std::uint16_t bits;
@@ -30,6 +32,15 @@ template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 inline constexpr int kMaxStates = 64;
+
+// Up to 64 tensors of n elements each, every one in its own dtype. Small enough to be a kernel parameter,
+// so nothing is copied before a launch.
+struct States {
+    const void* at[kMaxStates];
+    DType dtype[kMaxStates];
+    int count;
+};
+static_assert(sizeof(States) <= 1024);
 
 // Call body(T{}) with the storage type that `dtype` names.
 template <class Body>
@@ -45,6 +56,15 @@ void visit(DType dtype, Body&& body) {
             return body(f16{});
     }
     throw std::invalid_argument("unknown dtype code");
+}
+
+// Where two dtypes meet, only double decides what sums run in.
+constexpr DType wider(DType a, DType b) { return a == DType::f64 ? a : b; }
+
+// Call body(A{}) with the type that sums run in when results are stored as `dtype`.
+template <class Body>
+void visit_accumulator(DType dtype, Body&& body) {
+    dtype == DType::f64 ? body(double{}) : body(float{});
 }
 
 #ifdef __CUDACC__

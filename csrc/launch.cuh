@@ -1,8 +1,9 @@
-// What every kernel needs: 16-byte packs, pointers passed by value, the device, the launch check.
+// What every kernel needs: 16-byte packs, loads of any storage type, the grid, the launch check.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "dtypes.h"
@@ -11,19 +12,6 @@ namespace gas {
 
 inline constexpr int kThreads = 256;
 inline constexpr int kWarp = 32;
-
-// Kernel parameters may hold 4 KiB on every card; 64 pointers take 512 bytes and need no copy before the
-// launch.
-struct Pointers {
-    const void* at[kMaxStates];
-};
-static_assert(sizeof(Pointers) <= 512);
-
-inline Pointers by_value(const void* const* pointers, int count) {
-    Pointers result{};
-    for (int i = 0; i < count; ++i) result.at[i] = pointers[i];
-    return result;
-}
 
 // V elements that move as one (or a few) vector accesses of up to 16 bytes.
 template <class T, int V>
@@ -60,6 +48,70 @@ __device__ __forceinline__ void store(T* p, std::int64_t at, std::int64_t n, boo
     for (int k = 0; k < V; ++k) {
         if (at + k < n) p[at + k] = pack.v[k];
     }
+}
+
+// The same for storage whose type is known at run time, as V values of A. The branch is the same for all
+// threads.
+template <class A, int V>
+__device__ __forceinline__ void load_as(DType dtype, const void* p, std::int64_t at, std::int64_t n,
+                                        bool aligned, A (&values)[V]) {
+    const auto from = [&]<class T>(T) {
+        const auto pack = load<V>(static_cast<const T*>(p), at, n, aligned);
+#pragma unroll
+        for (int k = 0; k < V; ++k) values[k] = static_cast<A>(widen(pack.v[k]));
+    };
+    switch (dtype) {
+        case DType::f64:
+            return from(double{});
+        case DType::bf16:
+            return from(bf16{});
+        case DType::f16:
+            return from(f16{});
+        default:
+            return from(float{});
+    }
+}
+
+// Stores, and leaves in `values` what a later load of the stored elements would give.
+template <class A, int V>
+__device__ __forceinline__ void store_as(DType dtype, void* p, std::int64_t at, std::int64_t n, bool aligned,
+                                         A (&values)[V]) {
+    const auto to = [&]<class T>(T) {
+        Pack<T, V> pack;
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+            pack.v[k] = narrow<T>(values[k]);
+            values[k] = static_cast<A>(widen(pack.v[k]));
+        }
+        store<V>(static_cast<T*>(p), at, n, aligned, pack);
+    };
+    switch (dtype) {
+        case DType::f64:
+            return to(double{});
+        case DType::bf16:
+            return to(bf16{});
+        case DType::f16:
+            return to(f16{});
+        default:
+            return to(float{});
+    }
+}
+
+// Elements a thread takes at a time where types are mixed: one 16-byte load of 16-bit elements, two of
+// float, two of double.
+template <class A>
+inline constexpr int kPerThread = 32 / static_cast<int>(sizeof(A));
+
+inline bool aligned16(const States& states) {
+    for (int i = 0; i < states.count; ++i) {
+        if (!aligned16(states.at[i])) return false;
+    }
+    return true;
+}
+
+// Enough blocks to fill any card; the rest is the grid-stride loop.
+inline unsigned blocks_for(std::int64_t n, std::int64_t tile, std::int64_t most = 2048) {
+    return static_cast<unsigned>(std::clamp<std::int64_t>((n + tile - 1) / tile, 1, most));
 }
 
 // nullptr when all is well, else the driver's words.

@@ -1,75 +1,54 @@
-#include <algorithm>
-
 #include "launch.cuh"
 #include "lincomb.h"
 
 namespace gas {
 namespace {
 
-constexpr std::int64_t kMaxBlocks = 2048;  // enough to fill any card; the rest is the grid-stride loop
-
-template <class T, class Z>
+template <class A>
 __global__ void __launch_bounds__(kThreads)
-    lincomb_kernel(const __grid_constant__ Pointers states, int J, const double* __restrict__ coef, T* out,
-                   const double* __restrict__ scale, Z* scaled, std::int64_t n, bool aligned) {
-    using A = Acc<T>;
-    using Wide = std::conditional_t<std::is_same_v<Z, double>, double, A>;
-    constexpr int V = kPack<T>;
-    __shared__ A c[kMaxStates];
-    if (threadIdx.x < J) c[threadIdx.x] = static_cast<A>(coef[threadIdx.x]);
+    lincomb_kernel(const __grid_constant__ LincombArgs args, bool aligned) {
+    constexpr int V = kPerThread<A>;
+    __shared__ A coef[kMaxStates];
+    const int J = args.states.count;
+    if (threadIdx.x < J) coef[threadIdx.x] = static_cast<A>(args.coef[threadIdx.x]);
     __syncthreads();
-    const Wide s = scaled != nullptr ? static_cast<Wide>(*scale) : Wide{};
+    const double scale = args.scaled != nullptr ? *args.scale : 0;
 
     const std::int64_t stride = std::int64_t{gridDim.x} * kThreads * V;
-    for (std::int64_t at = (std::int64_t{blockIdx.x} * kThreads + threadIdx.x) * V; at < n; at += stride) {
+    for (std::int64_t at = (std::int64_t{blockIdx.x} * kThreads + threadIdx.x) * V; at < args.n;
+         at += stride) {
         A sum[V] = {};
 #pragma unroll 4
         for (int j = 0; j < J; ++j) {
-            const auto pack = load<V>(static_cast<const T*>(states.at[j]), at, n, aligned);
+            A state[V];
+            load_as(args.states.dtype[j], args.states.at[j], at, args.n, aligned, state);
 #pragma unroll
-            for (int k = 0; k < V; ++k) lincomb_term(c[j], widen(pack.v[k]), sum[k]);
+            for (int k = 0; k < V; ++k) lincomb_term(coef[j], state[k], sum[k]);
         }
-        Pack<T, V> result;
+        store_as(args.dtype, args.out, at, args.n, aligned, sum);
+        if (args.scaled == nullptr) continue;
+        const auto second = [&]<class Wide>(Wide factor) {
+            Wide scaled[V];
 #pragma unroll
-        for (int k = 0; k < V; ++k) result.v[k] = narrow<T>(sum[k]);
-        store<V>(out, at, n, aligned, result);
-        if (scaled != nullptr) {
-            Pack<Z, V> second;
-#pragma unroll
-            for (int k = 0; k < V; ++k) second.v[k] = narrow<Z>(s * static_cast<Wide>(widen(result.v[k])));
-            store<V>(scaled, at, n, aligned, second);
-        }
+            for (int k = 0; k < V; ++k) scaled[k] = factor * static_cast<Wide>(sum[k]);
+            store_as(args.scaled_dtype, args.scaled, at, args.n, aligned, scaled);
+        };
+        args.scaled_dtype == DType::f64 ? second(scale) : second(static_cast<A>(scale));
     }
-}
-
-template <class T, class Z>
-cudaError_t launch(const LincombArgs& args, cudaStream_t stream) {
-    bool aligned = aligned16(args.out) && aligned16(args.scaled);
-    for (int j = 0; j < args.J; ++j) aligned = aligned && aligned16(args.states[j]);
-    const std::int64_t tile = kThreads * kPack<T>;
-    const auto blocks = static_cast<unsigned>(std::min((args.n + tile - 1) / tile, kMaxBlocks));
-    lincomb_kernel<T, Z><<<blocks, kThreads, 0, stream>>>(by_value(args.states, args.J), args.J, args.coef,
-                                                          static_cast<T*>(args.out), args.scale,
-                                                          static_cast<Z*>(args.scaled), args.n, aligned);
-    return cudaGetLastError();
 }
 
 }  // namespace
 
 const char* lincomb_cuda(const LincombArgs& args, int device, void* stream) {
     if (args.n == 0) return nullptr;
-    cudaError_t status = cudaSetDevice(device);
+    const cudaError_t status = cudaSetDevice(device);
     if (status != cudaSuccess) return message(status);
-    visit(args.dtype, [&](auto t) {
-        using T = decltype(t);
-        if (args.scaled == nullptr) {
-            status = launch<T, T>(args, static_cast<cudaStream_t>(stream));
-            return;
-        }
-        visit(args.scaled_dtype,
-              [&](auto z) { status = launch<T, decltype(z)>(args, static_cast<cudaStream_t>(stream)); });
+    const bool aligned = aligned16(args.states) && aligned16(args.out) && aligned16(args.scaled);
+    visit_accumulator(args.dtype, [&]<class A>(A) {
+        const unsigned blocks = blocks_for(args.n, kThreads * kPerThread<A>);
+        lincomb_kernel<A><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args, aligned);
     });
-    return message(status);
+    return message(cudaGetLastError());
 }
 
 }  // namespace gas

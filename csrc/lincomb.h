@@ -11,10 +11,9 @@
 namespace gas {
 
 struct LincombArgs {
-    DType dtype;
-    const void* const* states;  // J host-side pointers
-    int J;
+    States states;
     const double* coef;
+    DType dtype;  // of out; sums run in double where it is double, else in float
     void* out;
     DType scaled_dtype;
     const double* scale;

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "dtypes.h"
 
 namespace gas {
@@ -86,8 +90,44 @@ GAS_HD Vec<Acc<T>, W> load(const T* p, std::int64_t count) {
     }
 }
 
+// A result too large for the caches to hold until somebody reads it goes around them: that spares reading the
+// lines it overwrites. Each thread ends such writes with stream_fence().
+inline constexpr std::int64_t kStreamFrom = std::int64_t{8} << 20;  // bytes
+
+inline bool streams(const void* p, std::int64_t bytes) {
+#if defined(__SSE2__)
+    return bytes >= kStreamFrom && reinterpret_cast<std::uintptr_t>(p) % kVectorBytes == 0;
+#else
+    (void)p;
+    return bytes < 0;
+#endif
+}
+
+inline void stream_fence() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+template <bool Stream, class R>
+GAS_HD void put(void* p, const R& raw) {
+#if defined(__AVX512F__)
+    if constexpr (Stream && sizeof(R) == 64)
+        return _mm512_stream_si512(static_cast<__m512i*>(p), std::bit_cast<__m512i>(raw));
+#endif
+#if defined(__AVX__)
+    if constexpr (Stream && sizeof(R) == 32)
+        return _mm256_stream_si256(static_cast<__m256i*>(p), std::bit_cast<__m256i>(raw));
+#endif
+#if defined(__SSE2__)
+    if constexpr (Stream && sizeof(R) == 16)
+        return _mm_stream_si128(static_cast<__m128i*>(p), std::bit_cast<__m128i>(raw));
+#endif
+    std::memcpy(p, &raw, sizeof raw);
+}
+
 // Store W lanes as T; unless Full, only `count` of them (clamped to 0..W).
-template <bool Full, class T, class V, int W>
+template <bool Full, class T, class V, int W, bool Stream = false>
 GAS_HD void store_lanes(T* p, V v, std::int64_t count) {
     using Raw = std::conditional_t<sizeof(T) == 2, std::uint16_t, T>;
     Vec<Raw, W> raw;
@@ -102,9 +142,48 @@ GAS_HD void store_lanes(T* p, V v, std::int64_t count) {
             raw = __builtin_convertvector((to_f16<Vec<float, W>, U>(f)), Vec<Raw, W>);
     }
     if constexpr (Full) {
-        std::memcpy(p, &raw, sizeof raw);
+        put<Stream>(p, raw);
     } else if (count > 0) {
         std::memcpy(p, &raw, sizeof(T) * static_cast<std::size_t>(count < W ? count : W));
+    }
+}
+
+// The same for storage whose type is known at run time, with lanes of A. The branch is the same for all
+// vectors of a tensor, so it is always predicted. A dozen streams are more than the hardware follows by
+// itself: four lines ahead are asked for here.
+template <bool Full, class A, int W = kLanes<A>>
+GAS_HD Vec<A, W> load_as(DType dtype, const void* p, std::int64_t at, std::int64_t count) {
+    const auto from = [&]<class T>(T) {
+        if constexpr (Full) __builtin_prefetch(static_cast<const T*>(p) + at + 256 / sizeof(T));
+        const auto v = load<Full, T, W>(static_cast<const T*>(p) + at, count);
+        return __builtin_convertvector(v, Vec<A, W>);
+    };
+    switch (dtype) {
+        case DType::f64:
+            return from(double{});
+        case DType::bf16:
+            return from(bf16{});
+        case DType::f16:
+            return from(f16{});
+        default:
+            return from(float{});
+    }
+}
+
+template <bool Full, bool Stream, class A, int W = kLanes<A>>
+GAS_HD void store_as(DType dtype, void* p, std::int64_t at, Vec<A, W> v, std::int64_t count) {
+    const auto to = [&]<class T>(T) {
+        store_lanes<Full, T, Vec<A, W>, W, Stream>(static_cast<T*>(p) + at, v, count);
+    };
+    switch (dtype) {
+        case DType::f64:
+            return to(double{});
+        case DType::bf16:
+            return to(bf16{});
+        case DType::f16:
+            return to(f16{});
+        default:
+            return to(float{});
     }
 }
 

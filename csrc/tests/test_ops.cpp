@@ -21,7 +21,7 @@ struct Problem {
     std::int64_t n;
     int J;
     std::vector<std::vector<float>> states;
-    std::vector<const void*> pointers;
+    States pointers{};
     std::vector<float> x, f;
     std::vector<double> a, b;
 
@@ -33,7 +33,7 @@ struct Problem {
             return v;
         };
         for (int j = 0; j < J; ++j) states.push_back(vector());
-        for (const auto& s : states) pointers.push_back(s.data());
+        for (const auto& s : states) pointers.at[pointers.count++] = s.data();
         x = vector(), f = vector();
         for (int j = 0; j < J; ++j) a.push_back(number(seed)), b.push_back(number(seed));
     }
@@ -51,8 +51,7 @@ void check_lincomb(std::int64_t n, int J) {
     const Problem p(n, J);
     const double scale = 0.75;
     std::vector<float> out(n + 1, kGuard), scaled(n + 1, kGuard), again(n + 1, kGuard);
-    LincombArgs args{DType::f32, p.pointers.data(), J, p.a.data(), out.data(), DType::f32,
-                     &scale,     scaled.data(),     n};
+    LincombArgs args{p.pointers, p.a.data(), DType::f32, out.data(), DType::f32, &scale, scaled.data(), n};
     lincomb_cpu(args, 1);
     for (std::int64_t k = 0; k < n; ++k) {
         CHECK(std::abs(out[k] - p.combined(p.a, k)) < 4e-6);  // up to 64 float additions
@@ -68,10 +67,9 @@ void check_lincomb(std::int64_t n, int J) {
 void check_adjoint(std::int64_t n, int J) {
     const Problem p(n, J);
     std::vector<float> mu(n + 1, kGuard), g_x(n + 1, kGuard);
-    std::vector<double> da(J), db(J), da2(J), db2(J), dots(J), workspace(adjoint_workspace(n, 2 * J, false));
-    AdjointArgs args{DType::f32, p.x.data(),       p.f.data(), p.pointers.data(), J,
-                     p.a.data(), p.b.data(),       mu.data(),  g_x.data(),        da.data(),
-                     db.data(),  workspace.data(), n};
+    std::vector<double> da(J), db(J), da2(J), db2(J), dots(J);
+    AdjointArgs args{DType::f32, p.x.data(), DType::f32, p.f.data(), p.pointers, p.a.data(), p.b.data(),
+                     mu.data(),  g_x.data(), da.data(),  db.data(),  nullptr, n};
     adjoint_cpu(args, 1);
     for (std::int64_t k = 0; k < n; ++k) {
         CHECK(std::abs(mu[k] - p.combined(p.b, k)) < 4e-6);   // up to 64 float additions

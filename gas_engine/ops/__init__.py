@@ -10,13 +10,14 @@ Registered with `torch.library` as `gas_engine::*`: they work under autograd, to
 """
 
 from ._native import MAX_STATES
-from .adjoint import adjoint_step, dots
+from .adjoint import adjoint_step, adjoint_step_, dots
 from .lincomb import lincomb
 from .reference import adjoint_step_reference, dots_reference, lincomb_reference
 
 __all__ = [
     "MAX_STATES",
     "adjoint_step",
+    "adjoint_step_",
     "adjoint_step_reference",
     "dots",
     "dots_reference",

@@ -6,6 +6,7 @@ hands over pointers and sizes. The checks here run before any pointer is taken.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch  # before the core, so that both share the OpenMP run-time that torch loads
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["LIBRARY", "MAX_STATES", "launch", "native", "runs_on"]
+__all__ = ["LIBRARY", "MAX_STATES", "call", "direct", "native", "register", "runs_on"]
 
 MAX_STATES = 64
 LIBRARY = torch.library.Library("gas_engine", "DEF")
@@ -53,6 +55,132 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cpu" or device.type == "meta" or (device.type == "cuda" and _CUDA)
 
 
+def register(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup: Callable[..., None] | None = None,
+    vmap: Callable[..., Any] | None = None,
+) -> None:
+    """Make `gas_engine::<schema>` a torch op: its kernel for CPU and CUDA, fake, derivative and vmap rule.
+
+    Without `backward` the op refuses to be differentiated, in one sentence, instead of giving zeros.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, kernel, "CPU")
+    LIBRARY.impl(name, kernel, "CUDA")
+    torch.library.register_fake(f"gas_engine::{name}", fake, lib=LIBRARY)
+
+    if "!" not in schema:  # an op that writes into its inputs has no derivative to register
+        torch.library.register_autograd(
+            f"gas_engine::{name}",
+            backward or functools.partial(_refuse, name),
+            setup_context=setup if backward else None,
+            lib=LIBRARY,
+        )
+    if vmap is not None:
+        torch.library.register_vmap(f"gas_engine::{name}", vmap, lib=LIBRARY)
+
+
+def _refuse(name: str, ctx: Any, *grads: Tensor) -> Any:
+    raise NotImplementedError(
+        f"gas_engine::{name} has no derivative of its own: differentiate its twin in gas_engine.ops.reference"
+    )
+
+
+def call(name: str, device: torch.device, *fields: Any) -> None:
+    """Run the kernel `name` with the fields of its argument struct: here with torch's number of threads, or
+    on the device's current stream."""
+    assert native is not None
+    if device.type == "cpu":
+        getattr(native, name + "_cpu")(*fields, torch.get_num_threads())
+        return
+    with torch.cuda.device(device):
+        index, stream = torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
+        error = getattr(native, name + "_cuda")(*fields, index, stream)
+    if error:
+        raise RuntimeError(f"gas_engine: a CUDA kernel was not launched: {error}")
+
+
+def address(tensor: Tensor | None) -> int:
+    """The tensor's first byte, or null."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def addresses(states: Sequence[Tensor]) -> tuple[list[int], list[int] | int]:
+    """The `States` of csrc/dtypes.h."""
+    codes = [DTYPES[s.dtype] for s in states]
+    return [s.data_ptr() for s in states], codes
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def uniform(states: Sequence[Tensor], *more: Tensor) -> tuple[list[int], int] | None:
+    """Addresses (of `more`, then of the states) and dtype code, where all are plain, contiguous tensors of one
+    shape, dtype and device that only a kernel would see (no gradient, mode or transform).
+
+    None for anything else, which the checks and layouts below then serve. This is what a small call pays.
+    """
+    if (type(states) is not list and type(states) is not tuple) or not 1 <= len(states) <= MAX_STATES:
+        return None
+    first = states[0]
+    if type(first) not in _PLAIN:
+        return None
+    shape, dtype, device = first.shape, first.dtype, first.device
+    code = DTYPES.get(dtype)
+    if code is None or not _kernels_here(device) or torch.compiler.is_compiling() or _observed():
+        return None
+    graded, on_cpu = torch.is_grad_enabled(), device.type == "cpu"
+    found = []
+    for t in (*more, *states):
+        if (
+            type(t) not in _PLAIN
+            or t.dtype is not dtype
+            or t.shape != shape
+            or not (t.is_cpu if on_cpu else t.device == device)
+            or not t.is_contiguous()
+            or (graded and t.requires_grad)
+            or t.is_neg()
+        ):
+            return None
+        found.append(t.data_ptr())
+    return found, code
+
+
+def constant(tensor: Tensor) -> bool:
+    """Whether the tensor is plain, and no gradient is wanted of it."""
+    return type(tensor) in _PLAIN and not (tensor.requires_grad and torch.is_grad_enabled()) and not tensor.is_neg()
+
+
+def direct(*tensors: Tensor) -> bool:
+    """Whether nothing but the native kernel would see the call: plain tensors, no gradient, mode or transform.
+
+    Then a wrapper may skip the dispatcher, whose layers for autograd cost more than a small kernel does.
+    """
+    if torch.compiler.is_compiling() or _observed():
+        return False
+    return all([constant(t) for t in tensors]) and _kernels_here(tensors[0].device)
+
+
+def _kernels_here(device: torch.device) -> bool:
+    return native is not None and (device.type == "cpu" or (device.type == "cuda" and _CUDA))
+
+
+def _observed() -> bool:
+    """Whether a dispatch mode, a functorch transform or forward-mode AD is active; true where torch hides it."""
+    try:
+        return (
+            torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or forward_ad._current_level >= 0
+        )
+    except AttributeError:
+        return True
+
+
 def check_list(op: str, name: str, states: Sequence[Tensor]) -> None:
     """Refuse anything but a list of 1..64 tensors: what the dispatcher would refuse less readably."""
     if not isinstance(states, list | tuple) or not all(isinstance(s, Tensor) for s in states):
@@ -62,22 +190,18 @@ def check_list(op: str, name: str, states: Sequence[Tensor]) -> None:
 
 
 def check_states(op: str, name: str, states: Sequence[Tensor], like: Tensor | None = None) -> None:
-    """Refuse all but 1..64 tensors of one shape, device and floating dtype, saying what was seen."""
+    """Refuse all but 1..64 tensors of one shape and device, each of a known dtype, saying what was seen."""
     if not 1 <= len(states) <= MAX_STATES:
         raise ValueError(f"{op}: {name} must hold 1 to {MAX_STATES} tensors, got {len(states)}")
     first = states[0] if like is None else like
-    shape, dtype, device = first.shape, first.dtype, first.device
-    if dtype not in DTYPES:
-        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {dtype}")
-    for i, s in enumerate(states):
+    shape, device = first.shape, first.device
+    for s in states:
+        if s.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {s.dtype}")
         if s.shape != shape:
-            raise ValueError(
-                f"{op}: all tensors must have one shape, got {name}[{i}] {list(s.shape)} beside {list(shape)}"
-            )
-        if s.dtype != dtype:
-            raise TypeError(f"{op}: all tensors must have one dtype, got {name}[{i}] {s.dtype} beside {dtype}")
+            raise ValueError(f"{op}: all tensors must have one shape, got {name} {list(s.shape)} beside {list(shape)}")
         if s.device != device:
-            raise ValueError(f"{op}: all tensors must be on one device, got {name}[{i}] on {s.device} beside {device}")
+            raise ValueError(f"{op}: all tensors must be on one device, got {name} on {s.device} beside {device}")
 
 
 def check_coef(op: str, name: str, coef: Tensor, length: int) -> None:
@@ -86,12 +210,14 @@ def check_coef(op: str, name: str, coef: Tensor, length: int) -> None:
         raise TypeError(f"{op}: {name} must be a tensor of shape [{length}], got {type(coef).__name__}")
     if not coef.is_floating_point():
         raise TypeError(f"{op}: {name} must be a floating tensor, got {coef.dtype}")
-    if tuple(coef.shape) != (length,):
+    if coef.shape != (length,):
         raise ValueError(f"{op}: {name} must have shape [{length}], one number per state, got {list(coef.shape)}")
 
 
 def coefficients(coef: Tensor, device: torch.device) -> Tensor:
     """Float64 on the states' device; a host tensor is copied without waiting for the device."""
+    if coef.dtype == torch.float64 and coef.device == device:
+        return coef
     return coef.to(device=device, dtype=torch.float64, non_blocking=True)
 
 
@@ -107,44 +233,12 @@ def check_raw(op: str, states: Sequence[Tensor], *coefs: Tensor) -> None:
 
 def one_layout(tensors: Sequence[Tensor]) -> tuple[list[Tensor], torch.memory_format]:
     """The tensors in one dense element order (channels_last stays so), copied only where they disagree."""
-    formats = [torch.contiguous_format]
-    if tensors[0].dim() == 4:
-        formats.append(torch.channels_last)
-    elif tensors[0].dim() == 5:
-        formats.append(torch.channels_last_3d)
-    for layout in formats:
-        if all(t.is_contiguous(memory_format=layout) for t in tensors):
-            return list(tensors), layout
+    if all([t.is_contiguous() for t in tensors]):
+        return list(tensors), torch.contiguous_format
+    other = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensors[0].dim())
+    if other is not None and all(t.is_contiguous(memory_format=other) for t in tensors):
+        return list(tensors), other
     return [t.contiguous() for t in tensors], torch.contiguous_format
-
-
-def direct(*tensors: Tensor) -> bool:
-    """Whether nothing but the native kernel would see the call: plain tensors, no gradient, mode or transform.
-
-    Then a wrapper may skip the dispatcher, whose layers for autograd cost more than a small kernel does.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _observed():
-        return False
-    return all(type(t) is Tensor and not t.is_neg() for t in tensors) and (
-        native is not None and (tensors[0].is_cpu or (tensors[0].is_cuda and _CUDA))
-    )
-
-
-def _observed() -> bool:
-    """Whether a dispatch mode or a functorch transform is active; true where torch does not tell."""
-    try:
-        modes, transform = torch._C._len_torch_dispatch_stack(), torch._C._functorch.peek_interpreter_stack()
-    except AttributeError:
-        return True
-    return modes > 0 or transform is not None
-
-
-def launch(kernel: Callable[..., str], args: tuple[Any, ...], device: torch.device) -> None:
-    """Queue a kernel on the device's current stream; its error message, if any, becomes an exception."""
-    with torch.cuda.device(device):
-        error = kernel(*args, torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream)
-    if error:
-        raise RuntimeError(f"gas_engine: a CUDA kernel was not launched: {error}")
 
 
 def _describe(value: object) -> str:

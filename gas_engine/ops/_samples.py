@@ -1,30 +1,39 @@
-"""One `sample_inputs` per op, shared by tests and benches: the shapes, dtypes and layouts callers bring."""
+"""What callers bring: one `sample_inputs` per op, shared by tests and benches.
+
+An op's own module draws its samples with `draw`; they are gathered in `tests/ops/`.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["ODD_SIZES", "adjoint_step_inputs", "lincomb_inputs"]
+__all__ = ["ODD_SIZES", "Sample", "adjoint_step_inputs", "draw", "lincomb_inputs"]
 
 ODD_SIZES = (0, 1, 3, 129, 1134)
 
 
-def _states(
-    count: int,
-    shape: tuple[int, ...],
+class Sample(NamedTuple):
+    """One call: op(*args, **kwargs), and the twin likewise."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = {}
+
+
+def draw(
     generator: torch.Generator,
-    layout: torch.memory_format,
-    **options: Any,
-) -> list[Tensor]:
-    """Random states; drawn on the host in float64, so that every device and dtype gets the same numbers."""
-    grad = options.pop("requires_grad", False)
-    states = [torch.randn(shape, generator=generator, dtype=torch.float64).to(**options) for _ in range(count)]
-    if layout != torch.contiguous_format:
-        states = [s.contiguous(memory_format=layout) for s in states]
-    return [s.detach().requires_grad_(grad) for s in states]
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    requires_grad: bool = False,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """A normal tensor, drawn on the host in float64: every device and dtype gets the same numbers."""
+    value = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+    return value.contiguous(memory_format=layout).detach().requires_grad_(requires_grad)
 
 
 def lincomb_inputs(
@@ -38,9 +47,8 @@ def lincomb_inputs(
 ) -> tuple[list[Tensor], Tensor]:
     """Inputs (states, coef) of `lincomb`: J states of `shape` in `dtype`, coef [J] float64."""
     generator = torch.Generator().manual_seed(seed)
-    states = _states(J, shape, generator, layout, dtype=dtype, device=device, requires_grad=requires_grad)
-    (coef,) = _states(1, (J,), generator, torch.contiguous_format, device=device, requires_grad=requires_grad)
-    return states, coef
+    states = [draw(generator, shape, dtype, device, requires_grad, layout) for _ in range(J)]
+    return states, draw(generator, (J,), torch.float64, device, requires_grad)
 
 
 def adjoint_step_inputs(
@@ -54,6 +62,32 @@ def adjoint_step_inputs(
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
     """Inputs (x, f, g, a, b) of `adjoint_step`: states of `shape` in `dtype`, a and b [J] float64."""
     generator = torch.Generator().manual_seed(seed)
-    x, f, *g = _states(J + 2, shape, generator, layout, dtype=dtype, device=device, requires_grad=requires_grad)
-    a, b = _states(2, (J,), generator, torch.contiguous_format, device=device, requires_grad=requires_grad)
+    x, f, *g = (draw(generator, shape, dtype, device, requires_grad, layout) for _ in range(J + 2))
+    a, b = (draw(generator, (J,), torch.float64, device, requires_grad) for _ in range(2))
     return x, f, g, a, b
+
+
+def lincomb_samples(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", requires_grad: bool = False
+) -> Iterator[Sample]:
+    """Odd sizes, many states, channels_last, mixed dtypes, the scaled second output."""
+    for n in ODD_SIZES:
+        yield Sample(lincomb_inputs((n,), 3, dtype, device, requires_grad))
+    states, coef = lincomb_inputs((2, 3, 4, 5), 4, dtype, device, requires_grad, torch.channels_last)
+    yield Sample((states, coef))
+    yield Sample((states, coef, coef.detach()[:1]), {"cast": torch.bfloat16})
+    narrow = draw(torch.Generator().manual_seed(1), (2, 3, 4, 5), torch.bfloat16, device, requires_grad)
+    yield Sample(([states[0], narrow], coef.detach()[:2]))
+    yield Sample(lincomb_inputs((5,), 64, dtype, device, requires_grad))
+
+
+def adjoint_step_samples(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", requires_grad: bool = False
+) -> Iterator[Sample]:
+    """Odd sizes, many cotangents, channels_last, a network output narrower than the state."""
+    for n in ODD_SIZES:
+        yield Sample(adjoint_step_inputs((n,), 3, dtype, device, requires_grad))
+    x, f, g, a, b = adjoint_step_inputs((2, 3, 4, 5), 2, dtype, device, requires_grad, torch.channels_last)
+    yield Sample((x, f, g, a, b))
+    yield Sample((x, f.detach().bfloat16().requires_grad_(requires_grad), g, a, b))
+    yield Sample(adjoint_step_inputs((5,), 64, dtype, device, requires_grad))

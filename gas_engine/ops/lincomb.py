@@ -5,6 +5,7 @@ Shapes: J states of one shape [...], coef [J].
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -39,10 +40,13 @@ def lincomb(
     solver (arXiv 2510.17699, section 3). With `scale` or `cast`: also z = scale * y, rounded from the
     *stored* y, so that a later scale * y rebuilds z bit for bit.
 
-    Shapes and dtypes: states J tensors [...] of one dtype (float32, float64, bfloat16, float16) and device,
-    J from 1 to 64; coef [J] and scale (one element) floating, on any device (a host tensor beside CUDA states
-    is copied to the device, without a wait); y like states[0], z the same in dtype `cast` (default: its own).
-    Sums run in float32, or float64 for float64 states. Differentiable in all tensors, any number of times.
+    Shapes and dtypes: states J tensors [...] on one device, J from 1 to 64, each float32, float64, bfloat16 or
+    float16 (a network's output may be narrower than the state); coef [J] and scale (one element) floating, on
+    any device (a host tensor beside CUDA states is copied to the device, without a wait). y has the shape of a
+    state and the dtype they promote to, z the same in dtype `cast` (default: that of y). Sums run in float32,
+    or float64 where y is float64. Differentiable in all tensors, any number of times.
+    Error against the float64 twin at J = 10, relative L2 (bias over norm): float32 1.1e-7 (< 1e-9), bfloat16
+    1.7e-3 and float16 2.1e-4 (the rounding of the result; < 1e-5).
     Memory: reads each state once, writes y (and z) once: J+1 (J+2) state-sized moves, no temporary; states
     that share no dense layout are first copied. The backward pass keeps only what the asked gradients need.
     Raises: ValueError (shapes, devices, lengths) or TypeError (dtypes), with the value seen.
@@ -51,10 +55,14 @@ def lincomb(
         x_next = lincomb([x, f], torch.tensor([0.9, -0.1]))
         x_next, net_in = lincomb([x, f], coef, scale=c_in, cast=torch.bfloat16)
     """
-    if scale is None and cast is None and core.direct(*states, coef):
-        return _lincomb(list(states), core.coefficients(coef, states[0].device))
-    core.check_list("lincomb", "states", states)
+    found = core.uniform(states)
+    if found is None:
+        core.check_list("lincomb", "states", states)
     core.check_coef("lincomb", "coef", coef, len(states))
+    if found is not None and scale is None and cast is None and core.constant(coef):
+        out = torch.empty_like(states[0])
+        _launch(found, core.coefficients(coef, out.device), out)
+        return out
     if scale is not None and (not isinstance(scale, Tensor) or scale.numel() != 1 or not scale.is_floating_point()):
         seen = f"{scale.dtype} {list(scale.shape)}" if isinstance(scale, Tensor) else type(scale).__name__
         raise ValueError(f"lincomb: scale must be a floating tensor of one element, got {seen}")
@@ -71,8 +79,10 @@ def lincomb(
     return torch.ops.gas_engine.lincomb_cast(list(states), coef, scale, cast or states[0].dtype)
 
 
-core.LIBRARY.define("lincomb(Tensor[] states, Tensor coef) -> Tensor")
-core.LIBRARY.define("lincomb_cast(Tensor[] states, Tensor coef, Tensor scale, ScalarType dtype) -> (Tensor, Tensor)")
+def promoted(states: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that all of these fit in."""
+    dtypes = {s.dtype for s in states}
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _prepare(states: Sequence[Tensor], coef: Tensor, *scale: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -83,38 +93,41 @@ def _prepare(states: Sequence[Tensor], coef: Tensor, *scale: Tensor) -> tuple[li
     if scale and scale[0].numel() != 1:
         raise ValueError(f"lincomb: scale must have one element, got {list(scale[0].shape)}")
     states, layout = core.one_layout(states)
-    return states, torch.empty_like(states[0], memory_format=layout)
+    return states, torch.empty_like(states[0], dtype=promoted(states), memory_format=layout)
 
 
-def _launch(states: list[Tensor], coef: Tensor, out: Tensor, scale: Tensor | None, scaled: Tensor | None) -> None:
-    assert core.native is not None
-    coef = coef.contiguous()
-    args = (
-        core.DTYPES[out.dtype],
-        [s.data_ptr() for s in states],
+def _launch(
+    states: tuple[list[int], list[int] | int],
+    coef: Tensor,
+    out: Tensor,
+    scale: Tensor | None = None,
+    scaled: Tensor | None = None,
+) -> None:
+    coef = coef.contiguous()  # bound to a name: its memory must outlive the call
+    core.call(
+        "lincomb",
+        out.device,
+        states,
         coef.data_ptr(),
+        core.DTYPES[out.dtype],
         out.data_ptr(),
         core.DTYPES[scaled.dtype] if scaled is not None else 0,
-        scale.data_ptr() if scale is not None else 0,
-        scaled.data_ptr() if scaled is not None else 0,
+        core.address(scale),
+        core.address(scaled),
         out.numel(),
     )
-    if out.device.type == "cpu":
-        core.native.lincomb_cpu(*args, torch.get_num_threads())
-    else:
-        core.launch(core.native.lincomb_cuda, args, out.device)
 
 
-def _lincomb(states: list[Tensor], coef: Tensor) -> Tensor:
+def _lincomb(states: Sequence[Tensor], coef: Tensor) -> Tensor:
     states, out = _prepare(states, coef)
-    _launch(states, coef, out, None, None)
+    _launch(core.addresses(states), coef, out)
     return out
 
 
 def _lincomb_cast(states: list[Tensor], coef: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     states, out = _prepare(states, coef, scale)
     scaled = torch.empty_like(out, dtype=dtype)
-    _launch(states, coef, out, scale, scaled)
+    _launch(core.addresses(states), coef, out, scale, scaled)
     return out, scaled
 
 
@@ -127,29 +140,36 @@ def _lincomb_cast_fake(states: list[Tensor], coef: Tensor, scale: Tensor, dtype:
     return out, torch.empty_like(out, dtype=dtype)
 
 
-def _gradients(
-    g: Tensor, coef: Tensor, states: Sequence[Tensor], needs: Sequence[bool]
+def gradients(
+    g: Tensor, coef: Tensor, states: Sequence[Tensor], dtypes: Sequence[torch.dtype | None]
 ) -> tuple[list[Tensor | None], Tensor | None]:
-    """dL/dstates[i] = coef[i] g and dL/dcoef[i] = <g, states[i]>, through differentiable ops."""
-    each = [torch.ops.gas_engine.lincomb([g], coef[i : i + 1]) if need else None for i, need in enumerate(needs)]
+    """dL/dstates[i] = coef[i] g in the state's dtype and dL/dcoef[i] = <g, states[i]>, differentiably."""
+    each = [
+        None if dtype is None else torch.ops.gas_engine.lincomb([g], coef[i : i + 1]).to(dtype)
+        for i, dtype in enumerate(dtypes)
+    ]
     return each, dots(g, states) if states else None
+
+
+def _wanted(states: Sequence[Tensor]) -> list[torch.dtype | None]:
+    return [s.dtype if s.requires_grad else None for s in states]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     states, coef = inputs
-    kept = states if coef.requires_grad else ()
-    ctx.save_for_backward(coef, *kept)
+    ctx.dtypes = _wanted(states)
+    ctx.save_for_backward(coef, *(states if coef.requires_grad else ()))
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[list[Tensor | None], Tensor | None]:
     coef, *states = ctx.saved_tensors
-    return _gradients(g, coef, states, ctx.needs_input_grad[0])
+    return gradients(g, coef, states, ctx.dtypes)
 
 
 def _setup_cast(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     states, coef, scale, _ = inputs
     kept = states if coef.requires_grad else ()
-    ctx.has_scale_grad = scale.requires_grad
+    ctx.dtypes, ctx.has_scale_grad = _wanted(states), scale.requires_grad
     ctx.save_for_backward(coef, scale, *((output[0],) if scale.requires_grad else ()), *kept)
 
 
@@ -157,18 +177,17 @@ def _backward_cast(
     ctx: Any, g_out: Tensor, g_scaled: Tensor
 ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None, None]:
     coef, scale, *states = ctx.saved_tensors
-    g_scaled = g_scaled.to(g_out.dtype)
     d_scale = dots(states.pop(0), [g_scaled]).reshape(scale.shape) if ctx.has_scale_grad else None
     one = torch.ones(1, dtype=torch.float64, device=scale.device)
-    g = torch.ops.gas_engine.lincomb([g_out, g_scaled], torch.cat([one, scale.reshape(1)]))
-    return *_gradients(g, coef, states, ctx.needs_input_grad[0]), d_scale, None
+    g = torch.ops.gas_engine.lincomb([g_out, g_scaled], torch.cat([one, scale.reshape(1)])).to(g_out.dtype)
+    return *gradients(g, coef, states, ctx.dtypes), d_scale, None
 
 
-for _name, _impl, _fake, _back, _ctx in (
-    ("lincomb", _lincomb, _lincomb_fake, _backward, _setup),
-    ("lincomb_cast", _lincomb_cast, _lincomb_cast_fake, _backward_cast, _setup_cast),
-):
-    core.LIBRARY.impl(_name, _impl, "CPU")
-    core.LIBRARY.impl(_name, _impl, "CUDA")
-    torch.library.register_fake(f"gas_engine::{_name}", _fake, lib=core.LIBRARY)
-    torch.library.register_autograd(f"gas_engine::{_name}", _back, setup_context=_ctx, lib=core.LIBRARY)
+core.register("lincomb(Tensor[] states, Tensor coef) -> Tensor", _lincomb, _lincomb_fake, _backward, _setup)
+core.register(
+    "lincomb_cast(Tensor[] states, Tensor coef, Tensor scale, ScalarType dtype) -> (Tensor, Tensor)",
+    _lincomb_cast,
+    _lincomb_cast_fake,
+    _backward_cast,
+    _setup_cast,
+)

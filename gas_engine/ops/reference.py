@@ -6,6 +6,8 @@ Shapes: J states of one common shape [...], coefficients [J].
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -24,12 +26,13 @@ def lincomb_reference(
 
     Memory: about 3J state-sized moves, and one temporary per term.
     """
-    wide = accumulation_dtype(states[0].dtype)
+    dtype = functools.reduce(torch.promote_types, (s.dtype for s in states))
+    wide = accumulation_dtype(dtype)
     coef = coef.to(states[0].device, wide)
     total = coef[0] * states[0].to(wide)
     for c, state in zip(coef[1:], states[1:], strict=True):
         total = total + c * state.to(wide)
-    total = total.to(states[0].dtype)
+    total = total.to(dtype)
     if scale is None and cast is None:
         return total
     cast = cast or total.dtype
@@ -61,4 +64,4 @@ def adjoint_step_reference(
     """
     mu, g_x = lincomb_reference(g, b), lincomb_reference(g, a)
     assert isinstance(mu, Tensor) and isinstance(g_x, Tensor)
-    return mu, g_x, dots_reference(x, g), dots_reference(f, g)
+    return mu.to(f.dtype), g_x.to(x.dtype), dots_reference(x, g), dots_reference(f, g)
