@@ -11,6 +11,7 @@
 
 #include "adjoint.h"
 #include "lincomb.h"
+#include "reversible.h"
 
 namespace py = pybind11;
 
@@ -133,5 +134,6 @@ PYBIND11_MODULE(_native, m) {
 
     op<gas::LincombArgs>(m, "lincomb", gas::lincomb_cpu, DEVICE(lincomb_cuda));
     op<gas::AdjointArgs>(m, "adjoint", gas::adjoint_cpu, DEVICE(adjoint_cuda));
+    op<gas::ReversibleArgs>(m, "reversible", gas::reversible_cpu, DEVICE(reversible_cuda));
     m.attr("REDUCTION_BLOCKS") = gas::kReductionBlocks;
 }

@@ -33,4 +33,28 @@ GAS_HD void adjoint_term(V g, V x, V f, C a, C b, V& mu, V& g_x, V& da, V& db) {
     dot_term(g, f, db);
 }
 
+// A two-state step, and the state before it as the rounded next one tells it. Both must be compiled without
+// contraction: the way back repeats the way forth to the bit.
+template <class V, class C>
+GAS_HD V reversible_next(V previous, V current, V output, const C* coef) {
+    return coef[0] * previous + coef[1] * current + coef[2] * output;
+}
+template <class V, class C>
+GAS_HD V reversible_previous(V next, V current, V output, const C* coef, C inverse) {
+    return (next - coef[1] * current - coef[2] * output) * inverse;
+}
+
+// The bits of a floating number as an integer that grows with the number; its own inverse. `sign` is the
+// position of the sign in I, `magnitude` the mask of all the other bits.
+template <class I, class M>
+GAS_HD I ordered(I bits, int sign, M magnitude) {
+    return bits ^ ((bits >> sign) & magnitude);
+}
+
+// A difference that fits a code stays, any other becomes the escape.
+template <class I>
+GAS_HD I residual_code(I difference, int escape) {
+    return (difference <= escape) | (difference >= -escape) ? I{} + escape : difference;
+}
+
 }  // namespace gas

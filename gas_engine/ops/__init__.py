@@ -11,16 +11,32 @@ Registered with `torch.library` as `gas_engine::*`: they work under autograd, to
 
 from ._native import MAX_STATES
 from .adjoint import adjoint_step, adjoint_step_, dots
+from .conv_frozen import conv_frozen
 from .lincomb import lincomb
-from .reference import adjoint_step_reference, dots_reference, lincomb_reference
+from .reference import (
+    adjoint_step_reference,
+    conv_frozen_reference,
+    dots_reference,
+    lincomb_reference,
+    reversible_inverse_reference,
+    reversible_step_reference,
+)
+from .reversible import ResidualCodes, reversible_inverse, reversible_step
 
 __all__ = [
     "MAX_STATES",
+    "ResidualCodes",
     "adjoint_step",
     "adjoint_step_",
     "adjoint_step_reference",
+    "conv_frozen",
+    "conv_frozen_reference",
     "dots",
     "dots_reference",
     "lincomb",
     "lincomb_reference",
+    "reversible_inverse",
+    "reversible_inverse_reference",
+    "reversible_step",
+    "reversible_step_reference",
 ]

@@ -62,15 +62,16 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup: Callable[..., None] | None = None,
     vmap: Callable[..., Any] | None = None,
+    keys: Sequence[str] = ("CPU", "CUDA"),
 ) -> None:
-    """Make `gas_engine::<schema>` a torch op: its kernel for CPU and CUDA, fake, derivative and vmap rule.
+    """Make `gas_engine::<schema>` a torch op: its kernel for each of `keys`, fake, derivative and vmap rule.
 
     Without `backward` the op refuses to be differentiated, in one sentence, instead of giving zeros.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, kernel, "CPU")
-    LIBRARY.impl(name, kernel, "CUDA")
+    for key in keys:
+        LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"gas_engine::{name}", fake, lib=LIBRARY)
 
     if "!" not in schema:  # an op that writes into its inputs has no derivative to register
@@ -202,6 +203,16 @@ def check_states(op: str, name: str, states: Sequence[Tensor], like: Tensor | No
             raise ValueError(f"{op}: all tensors must have one shape, got {name} {list(s.shape)} beside {list(shape)}")
         if s.device != device:
             raise ValueError(f"{op}: all tensors must be on one device, got {name} on {s.device} beside {device}")
+
+
+def check_frozen(op: str, **weights: Tensor | None) -> None:
+    """Refuse weights that want a gradient: an op that keeps no input has none to give."""
+    for name, weight in weights.items():
+        if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{op}: {name} wants a gradient, and this op keeps nothing to make one from; freeze it with "
+                f"requires_grad_(False), or call the twin {op}_reference"
+            )
 
 
 def check_coef(op: str, name: str, coef: Tensor, length: int) -> None:

@@ -7,11 +7,20 @@ Shapes: J states of one common shape [...], coefficients [J].
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "adjoint_step_reference", "dots_reference", "lincomb_reference"]
+__all__ = [
+    "accumulation_dtype",
+    "adjoint_step_reference",
+    "conv_frozen_reference",
+    "dots_reference",
+    "lincomb_reference",
+    "reversible_inverse_reference",
+    "reversible_step_reference",
+]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -65,3 +74,65 @@ def adjoint_step_reference(
     mu, g_x = lincomb_reference(g, b), lincomb_reference(g, a)
     assert isinstance(mu, Tensor) and isinstance(g_x, Tensor)
     return mu.to(f.dtype), g_x.to(x.dtype), dots_reference(x, g), dots_reference(f, g)
+
+
+def conv_frozen_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    transposed: bool = False,
+    output_padding: int | Sequence[int] = 0,
+) -> Tensor:
+    """Twin of `gas_engine.ops.conv_frozen`: PyTorch's convolution, which keeps x."""
+    kind = f"conv_transpose{x.dim() - 2}d" if transposed else f"conv{x.dim() - 2}d"
+    rest = (output_padding, groups, dilation) if transposed else (dilation, groups)
+    return getattr(torch.nn.functional, kind)(x, weight, bias, stride, padding, *rest)
+
+
+ESCAPE = -128  # the code of an element whose distance does not fit; kEscape in csrc/reversible.h
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16}
+_INTEGERS[torch.float16] = torch.int16
+
+
+def _ordered(x: Tensor) -> Tensor:
+    """The floats of a type numbered in their order, int64."""
+    bits = x.detach().contiguous().view(_INTEGERS[x.dtype])
+    magnitude = torch.iinfo(bits.dtype).max
+    return (bits ^ ((bits >> (8 * bits.element_size() - 1)) & magnitude)).long()
+
+
+def _previous(x_next: Tensor, x: Tensor, f: Tensor, coef: Tensor) -> Tensor:
+    wide = accumulation_dtype(x.dtype)
+    _, a, b = coef.to(x.device, wide).unbind()
+    return ((x_next.to(wide) - a * x.to(wide) - b * f.to(wide)) / coef[0].to(x.device, wide)).to(x.dtype)
+
+
+def reversible_step_reference(x_prev: Tensor, x: Tensor, f: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
+    """Twin of the kernel under `gas_engine.ops.reversible_step`: x_next, and int8 codes with -128 for an escape.
+
+    x_next = coef[0] x_prev + coef[1] x + coef[2] f;  code = ordered(x_prev) - ordered(inverse of the rounded x_next).
+    """
+    x_next = lincomb_reference([x_prev, x, f], coef)
+    assert isinstance(x_next, Tensor)
+    x_next = x_next.to(x.dtype)
+    with torch.no_grad():
+        difference = _ordered(x_prev) - _ordered(_previous(x_next, x, f, coef))
+        code = torch.where(difference.abs() < -ESCAPE, difference, ESCAPE).to(torch.int8)
+    return x_next, code
+
+
+def reversible_inverse_reference(x_next: Tensor, x: Tensor, f: Tensor, coef: Tensor, code: Tensor) -> Tensor:
+    """Twin of the kernel under `gas_engine.ops.reversible_inverse`: x_prev, except where the code is an escape.
+
+    The value is the exact one; the derivative that of x_prev = (x_next - coef[1] x - coef[2] f) / coef[0].
+    """
+    guess = _previous(x_next, x, f, coef)
+    integer = _INTEGERS[x.dtype]
+    order = (_ordered(guess) + code).to(integer)
+    magnitude = torch.iinfo(integer).max
+    exact = (order ^ ((order >> (8 * order.element_size() - 1)) & magnitude)).view(x.dtype)
+    return exact + (guess - guess.detach()) if guess.requires_grad else exact

@@ -1,0 +1,211 @@
+"""`reversible_step` and `reversible_inverse`: a two-state solver step that can be undone to the bit.
+
+Shapes: states x[n-1], x[n], x[n+1] and the network's output F[n] of one shape [...]; coef [3].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _native as core
+from ._samples import Sample, draw
+from .lincomb import gradients, lincomb
+from .reference import ESCAPE, reversible_inverse_reference, reversible_step_reference
+
+__all__ = ["ResidualCodes", "reversible_inverse", "reversible_step"]
+
+
+class ResidualCodes(NamedTuple):
+    """What the inverse of a rounded step misses: int8 counts of units in the last place, and whole values for the
+    elements where a count does not fit (code -128), in the order of the elements."""
+
+    code: Tensor
+    escaped: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: one an element, and an element's own for each escape."""
+        return self.code.nbytes + self.escaped.nbytes
+
+
+def reversible_step(
+    x_prev: Tensor, x: Tensor, f: Tensor, coef: Tensor, codes: bool = True
+) -> tuple[Tensor, ResidualCodes | None]:
+    """One step of a two-state reversible solver, with what it takes to undo it exactly.
+
+    x[n+1] = coef[0] x[n-1] + coef[1] x[n] + coef[2] F[n]   (a band tableau: A[n,n-1], A[n,n], B[n,n]; coef[0] != 0).
+    The codes are the distance, in floats of the states' type, from x[n-1] to what `reversible_inverse` makes of the
+    rounded x[n+1]: a few bits an element, more the smaller coef[0] is.
+
+    `codes=False` is the carry: states in float64, whose rounding is far below that of the float32 network that
+    evaluates them, so that the inverse comes back to the same network input without codes.
+
+    Shapes and dtypes: x_prev, x, f [...] on one device, x_prev and x of one dtype (float32, float64, bfloat16,
+    float16; float64 for the carry), f of any of these; coef [3] floating. Returns x_next like x, and the codes or None.
+    Differentiable in all four, any number of times; the codes are constants.
+    Memory: three reads and one write of a state, and n bytes of codes; the escapes are gathered in one more pass over
+    the codes (on a GPU that waits for their number). The codes hold for the device and build that made them.
+    Raises: ValueError (shapes, devices, a carry that is not float64) or TypeError (dtypes), with the value seen.
+
+        x_next, codes = reversible_step(x_prev, x, f, coef)
+        assert torch.equal(reversible_inverse(x_next, x, f, coef, codes), x_prev)
+    """
+    coef = _check("reversible_step", "x_prev", x_prev, x, f, coef)
+    if not codes:
+        if x.dtype != torch.float64:
+            raise ValueError(f"reversible_step: the carry without codes needs float64 states, got {x.dtype}")
+        return lincomb([x_prev, x, f], coef), None
+    if core.runs_on(x.device):
+        x_next, code = torch.ops.gas_engine.reversible_step(x_prev, x, f, coef)
+    else:
+        x_next, code = reversible_step_reference(x_prev, x, f, coef)
+    return x_next, ResidualCodes(code, x_prev.detach()[code == ESCAPE])
+
+
+def reversible_inverse(
+    x_next: Tensor, x: Tensor, f: Tensor, coef: Tensor, codes: ResidualCodes | None = None
+) -> Tensor:
+    """The state before a `reversible_step`: bit for bit with its codes, to rounding in float64 without.
+
+    x[n-1] = (x[n+1] - coef[1] x[n] - coef[2] F[n]) / coef[0], rounded, plus the codes' units in the last place.
+
+    Shapes, dtypes, memory, errors as in `reversible_step`; x, f and coef must be the very bits of the step.
+    Differentiable in x_next, x, f and coef, any number of times.
+    """
+    coef = _check("reversible_inverse", "x_next", x_next, x, f, coef)
+    if codes is None:
+        if x.dtype != torch.float64:
+            raise ValueError(f"reversible_inverse: {x.dtype} states need the codes of their step, got None")
+        one = torch.ones(1, dtype=torch.float64, device=coef.device)
+        return lincomb([x_next, x, f], torch.cat([one, -coef[1:]]) / coef[0])
+    if codes.code.shape != x.shape or codes.code.dtype != torch.int8:
+        raise ValueError(
+            f"reversible_inverse: the codes must be int8 {list(x.shape)}, got {codes.code.dtype} {list(codes.code.shape)}"
+        )
+    if core.runs_on(x.device):
+        x_prev = torch.ops.gas_engine.reversible_inverse(x_next, x, f, coef, codes.code)
+    else:
+        x_prev = reversible_inverse_reference(x_next, x, f, coef, codes.code)
+    if not torch.compiler.is_compiling() and codes.escaped.numel() == 0:
+        return x_prev
+    return x_prev.masked_scatter(codes.code == ESCAPE, codes.escaped)
+
+
+def _check(op: str, name: str, other: Tensor, x: Tensor, f: Tensor, coef: Tensor) -> Tensor:
+    core.check_list(op, f"({name}, x, f)", (other, x, f))
+    core.check_states(op, f"({name}, x, f)", (other, x, f))
+    if other.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} and x must have one dtype, got {other.dtype} and {x.dtype}")
+    core.check_coef(op, "coef", coef, 3)
+    return core.coefficients(coef, x.device)
+
+
+def _prepare(other: Tensor, x: Tensor, f: Tensor, coef: Tensor, *code: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Dense tensors of one layout, and the empty state."""
+    _check("reversible", "the other state", other, x, f, coef)
+    core.check_raw("reversible", [x], coef)
+    dense, layout = core.one_layout([other, x, f, *code])
+    return dense, torch.empty_like(x, memory_format=layout)
+
+
+def _launch(previous: Tensor, x: Tensor, f: Tensor, coef: Tensor, x_next: Tensor, code: Tensor, inverse: bool) -> None:
+    coef = coef.contiguous()  # bound to a name: its memory must outlive the call
+    core.call(
+        "reversible",
+        x.device,
+        core.DTYPES[x.dtype],
+        previous.data_ptr(),
+        x.data_ptr(),
+        core.DTYPES[f.dtype],
+        f.data_ptr(),
+        coef.data_ptr(),
+        x_next.data_ptr(),
+        code.data_ptr(),
+        x.numel(),
+        inverse,
+    )
+
+
+def _step(x_prev: Tensor, x: Tensor, f: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
+    (x_prev, x, f), x_next = _prepare(x_prev, x, f, coef)
+    code = torch.empty_like(x_next, dtype=torch.int8)
+    _launch(x_prev, x, f, coef, x_next, code, False)
+    return x_next, code
+
+
+def _step_fake(x_prev: Tensor, x: Tensor, f: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
+    x_next = _prepare(x_prev, x, f, coef)[1]
+    return x_next, torch.empty_like(x_next, dtype=torch.int8)
+
+
+def _inverse(x_next: Tensor, x: Tensor, f: Tensor, coef: Tensor, code: Tensor) -> Tensor:
+    (x_next, x, f, code), x_prev = _prepare(x_next, x, f, coef, code)
+    _launch(x_prev, x, f, coef, x_next, code, True)
+    return x_prev
+
+
+def _inverse_fake(x_next: Tensor, x: Tensor, f: Tensor, coef: Tensor, code: Tensor) -> Tensor:
+    return _prepare(x_next, x, f, coef, code)[1]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *states, coef = inputs
+    ctx.dtypes = [s.dtype if s.requires_grad else None for s in states]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(coef, *(states if coef.requires_grad else ()))
+
+
+def _backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    coef, *states = ctx.saved_tensors
+    each, d_coef = gradients(g, coef, states, ctx.dtypes)
+    return *each, d_coef
+
+
+def _setup_inverse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_next, x, f, coef, _ = inputs
+    ctx.dtypes = [s.dtype if s.requires_grad else None for s in (x_next, x, f)]
+    ctx.save_for_backward(coef, *((output, x, f) if coef.requires_grad else ()))
+
+
+def _backward_inverse(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x_prev = (x_next - coef[1] x - coef[2] f) / coef[0]: dx_prev/dcoef = -(x_prev, x, f) / coef[0]."""
+    coef, *states = ctx.saved_tensors
+    one = torch.ones(1, dtype=torch.float64, device=coef.device)
+    each, d_coef = gradients(g, torch.cat([one, -coef[1:]]) / coef[0], states, ctx.dtypes)
+    return *each, None if d_coef is None else -d_coef / coef[0], None
+
+
+core.register(
+    "reversible_step(Tensor x_prev, Tensor x, Tensor f, Tensor coef) -> (Tensor, Tensor)",
+    _step,
+    _step_fake,
+    _backward,
+    _setup,
+)
+core.register(
+    "reversible_inverse(Tensor x_next, Tensor x, Tensor f, Tensor coef, Tensor code) -> Tensor",
+    _inverse,
+    _inverse_fake,
+    _backward_inverse,
+    _setup_inverse,
+)
+
+
+def reversible_step_samples(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", requires_grad: bool = False
+) -> Iterator[Sample]:
+    """Odd sizes, channels_last, a narrower network output, a coefficient small enough for escapes."""
+    generator = torch.Generator().manual_seed(0)
+    coef = torch.tensor([0.8, 0.15, -0.3], dtype=torch.float64, device=device, requires_grad=requires_grad)
+    for shape in ((0,), (1,), (3,), (129,), (2, 567), (2, 3, 4, 5)):
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        states = [draw(generator, shape, dtype, device, requires_grad, layout) for _ in range(3)]
+        yield Sample((*states, coef))
+    narrow = draw(generator, (2, 3, 4, 5), torch.bfloat16, device, requires_grad)
+    yield Sample((*states[:2], narrow, coef))
+    small = torch.tensor([1e-3, 1.0, 1.0], dtype=torch.float64, device=device)
+    yield Sample((*states, small))

@@ -1,0 +1,207 @@
+"""What every op promises, over its one list of samples: values, derivatives, registration, compilation, bits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from gas_engine import ops
+from gas_engine.ops import _native, _samples
+from gas_engine.ops.conv_frozen import conv_frozen_samples
+from gas_engine.ops.reversible import reversible_step_samples
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run bench/gpu.sh on one"),
+    ],
+)
+DEVICES = ["cpu", CUDA]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-13, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op, its twin, its samples, and how often it differentiates."""
+
+    op: Callable[..., Any]
+    twin: Callable[..., Any]
+    samples: Callable[..., Iterator[_samples.Sample]]
+    derivatives: int = 2
+    own_kernel: bool = True  # False where PyTorch's kernels do the work: their bits may depend on the threads
+
+
+OPS = {
+    "lincomb": Op(ops.lincomb, ops.lincomb_reference, _samples.lincomb_samples),
+    "adjoint_step": Op(ops.adjoint_step, ops.adjoint_step_reference, _samples.adjoint_step_samples),
+    "conv_frozen": Op(ops.conv_frozen, ops.conv_frozen_reference, conv_frozen_samples, own_kernel=False),
+    "reversible_step": Op(ops.reversible_step, ops.reversible_step_reference, reversible_step_samples),
+}
+
+
+def wide(value: Any) -> Any:
+    """In float64, detached, wanting the same gradients."""
+
+    def one(v: Any) -> Any:
+        if not isinstance(v, Tensor):
+            return torch.float64 if isinstance(v, torch.dtype) else v
+        return v.detach().double().requires_grad_(v.requires_grad) if v.is_floating_point() else v
+
+    return tree_map(one, value)
+
+
+def leaves(*values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.requires_grad]
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def cotangents(outputs: list[Tensor]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [_samples.draw(generator, tuple(t.shape), t.dtype, t.device) for t in outputs]
+
+
+def gradients(function: Callable[..., Any], sample: _samples.Sample) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    outputs = [t for t in tensors(function(*sample.args, **sample.kwargs)) if t.requires_grad]
+    return outputs, torch.autograd.grad(outputs, leaves(sample), [g.to(t.dtype) for g, t in zip(cotangents(outputs), outputs, strict=True)])
+
+
+def assert_near(got: Tensor, want: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Relative L2 error, and the mean error beside it: a few outliers must not hide a bias, nor a bias itself."""
+    assert got.shape == want.shape, what
+    if not got.numel():
+        return
+    error, norm = got.double() - want, want.norm().clamp(min=1e-30)
+    assert torch.isfinite(error).all(), what
+    assert error.norm() <= TOLERANCE[dtype] * norm + 1e-30, f"{what}: relative error {error.norm() / norm:.1e}"
+
+
+def narrowest(sample: _samples.Sample) -> torch.dtype:
+    return max((t.dtype for t in tensors(sample)), key=TOLERANCE.__getitem__)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_values_and_gradients_against_the_float64_twin(name: str, dtype: torch.dtype, device: str) -> None:
+    op = OPS[name]
+    for i, sample in enumerate(op.samples(dtype, device, requires_grad=True)):
+        outputs, grads = gradients(op.op, sample)
+        wanted, wanted_grads = gradients(op.twin, wide(sample))
+        loosest = max([narrowest(sample), *(t.dtype for t in outputs)], key=TOLERANCE.__getitem__)
+        for k, (got, want) in enumerate(zip((*outputs, *grads), (*wanted, *wanted_grads), strict=True)):
+            assert_near(got.detach(), want.detach(), loosest, f"{name} sample {i} result {k}")
+        for grad, leaf in zip(grads, leaves(sample), strict=True):
+            assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_derivatives_by_finite_differences(name: str) -> None:
+    op = OPS[name]
+    for sample in op.samples(torch.float64, "cpu", requires_grad=True):
+        flat, spec = tree_flatten((sample.args, sample.kwargs))
+        if not 0 < sum(t.numel() for t in leaves(sample)) <= 600 or any(
+            isinstance(v, torch.dtype) or (isinstance(v, Tensor) and v.dtype == torch.bfloat16) for v in flat
+        ):
+            continue
+        wanted = [i for i, v in enumerate(flat) if isinstance(v, Tensor) and v.requires_grad]
+
+        def function(*values: Tensor, flat: Any = flat, spec: Any = spec, wanted: Any = wanted) -> Any:
+            args, kwargs = tree_unflatten([dict(zip(wanted, values)).get(i, v) for i, v in enumerate(flat)], spec)
+            return tuple(t for t in tensors(op.op(*args, **kwargs)) if t.requires_grad)
+
+        inputs = [flat[i] for i in wanted]
+        assert gradcheck(function, inputs, fast_mode=True)
+        if op.derivatives > 1:
+            assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+class Recorder(TorchDispatchMode):
+    """Every call of a registered op, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "gas_engine":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.skipif(_native.native is None, reason="the native core is off: the twins are no registered ops")
+def test_opcheck(name: str, device: str) -> None:
+    op, seen = OPS[name], set()
+    for sample in itertools.islice(op.samples(torch.float32, device, requires_grad=True), 2, None):
+        with Recorder() as recorder:
+            gradients(op.op, sample)
+        for func, args, kwargs in recorder.calls:
+            key = (str(func), str([(getattr(a, "shape", a)) for a in tree_leaves(args)]))
+            if key in seen:
+                continue
+            seen.add(key)
+            keep = "backward" not in str(func) or op.derivatives > 1
+            args = tree_map(
+                lambda t, keep=keep: t.detach().clone().requires_grad_(keep and t.requires_grad)
+                if isinstance(t, Tensor)
+                else t,
+                args,
+            )
+            # Layouts, and with them the order of float32 sums, may differ under the compiler.
+            torch.library.opcheck(func, args, kwargs, rtol=1e-5, atol=1e-5)
+    assert seen
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.skipif(_native.native is None, reason="the native core is off: the twins promise no fixed order")
+def test_bits_do_not_depend_on_run_or_threads(name: str, device: str) -> None:
+    op = OPS[name]
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 3) if op.own_kernel else (2, 2):
+            torch.set_num_threads(count)
+            samples = op.samples(torch.float32, device, requires_grad=True)
+            results.append([t for sample in samples for part in gradients(op.op, sample) for t in part])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(got, want) for got, want in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_compile_fullgraph(name: str) -> None:
+    op = OPS[name]
+    compiled = torch.compile(op.op, backend="aot_eager", fullgraph=True)
+    for sample in itertools.islice(op.samples(torch.float32, "cpu", requires_grad=True), 3, 7):
+        for got, want in zip(itertools.chain(*gradients(compiled, sample)), itertools.chain(*gradients(op.op, sample)), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_autocast_neither_breaks_nor_narrows_sums(name: str) -> None:
+    op = OPS[name]
+    for sample in op.samples(torch.float32):
+        plain = tensors(op.op(*sample.args, **sample.kwargs))
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = tensors(op.op(*sample.args, **sample.kwargs))
+        for got, want in zip(cast, plain, strict=True):
+            assert_near(got, want.double(), torch.float32 if op.own_kernel else got.dtype, name)
+            if op.own_kernel:  # the others follow PyTorch's rules of autocast
+                assert got.dtype == want.dtype
