@@ -59,15 +59,16 @@ GAS_HD void block(const ReversibleArgs& args, const Acc<T>* coef, Acc<T> inverse
     const auto current = load_as<Full, A>(args.dtype, args.current, at, left);
     const auto output = load_as<Full, A>(args.output_dtype, args.output, at, left);
     if (!args.inverse) {
-        const auto sum = reversible_next(load_as<Full, A>(args.dtype, args.previous, at, left), current,
-                                         output, coef);
+        const auto sum =
+            reversible_next(load_as<Full, A>(args.dtype, args.previous, at, left), current, output, coef);
         store_as<Full, false, A>(args.dtype, args.next, at, sum, left);
     }
     const auto next = load_as<Full, A>(args.dtype, args.next, at, left);
     const auto guess = ordered_of<T>(rounded<T>(reversible_previous(next, current, output, coef, inverse)));
     if (args.inverse) {
         const auto code = load_ints<Full, T, std::int8_t>(args.code, at, left);
-        const auto truth = std::bit_cast<Ints<T>>(std::bit_cast<Unsigned>(guess) + std::bit_cast<Unsigned>(code));
+        const auto truth =
+            std::bit_cast<Ints<T>>(std::bit_cast<Unsigned>(guess) + std::bit_cast<Unsigned>(code));
         store_ints<Full, T, Raw<T>>(args.previous, at, ordered_of<T>(truth), left);
     } else {
         const auto truth = ordered_of<T>(load_ints<Full, T, Raw<T>>(args.previous, at, left));

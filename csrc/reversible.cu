@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kThreads)
     using A = Acc<T>;
     using Unsigned = std::make_unsigned_t<Lane<T>>;
     constexpr int V = kPerThread<A>;
-    const A coef[3] = {static_cast<A>(args.coef[0]), static_cast<A>(args.coef[1]), static_cast<A>(args.coef[2])};
+    const A coef[3] = {static_cast<A>(args.coef[0]), static_cast<A>(args.coef[1]),
+                       static_cast<A>(args.coef[2])};
     const A inverse = 1 / coef[0];
     const std::int64_t stride = std::int64_t{gridDim.x} * kThreads * V;
     for (std::int64_t at = (std::int64_t{blockIdx.x} * kThreads + threadIdx.x) * V; at < args.n;
@@ -58,7 +59,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int k = 0; k < V; ++k) {
             if (!args.inverse) {
-                const A sum = reversible_next(static_cast<A>(widen(previous.v[k])), current[k], output[k], coef);
+                const A sum =
+                    reversible_next(static_cast<A>(widen(previous.v[k])), current[k], output[k], coef);
                 next.v[k] = narrow<T>(sum);
             }
             const A back =
@@ -69,7 +71,8 @@ __global__ void __launch_bounds__(kThreads)
                 previous.v[k] = unordered<T>(static_cast<Lane<T>>(truth));
             } else {
                 const auto truth = static_cast<Unsigned>(ordered_of(previous.v[k]));
-                code.v[k] = static_cast<std::int8_t>(residual_code(static_cast<Lane<T>>(truth - guess), kEscape));
+                code.v[k] =
+                    static_cast<std::int8_t>(residual_code(static_cast<Lane<T>>(truth - guess), kEscape));
             }
         }
         if (args.inverse) {

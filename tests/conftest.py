@@ -33,3 +33,12 @@ def tiny() -> Callable[[float], EDMDenoiser]:
     arguments = json.loads((GOLDEN / "tiny_edm_ctor.json").read_text())
     network = build_edm(arguments["kwargs"], arrays("tiny_edm_state"), arguments["cls"])
     return lambda t_eps=1e-3: EDMDenoiser(network, t_eps)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What ptxas said of every CUDA source."""
+    reports = [value for r in terminalreporter.getreports("passed") for key, value in r.user_properties if key == "ptxas"]
+    if reports:
+        terminalreporter.section("CUDA kernels")
+        for line in reports:
+            terminalreporter.write_line(str(line))

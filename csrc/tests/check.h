@@ -15,3 +15,4 @@ inline int failures = 0;
 
 void test_dtypes();
 void test_ops();
+void test_reversible();

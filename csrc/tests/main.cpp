@@ -3,6 +3,7 @@
 int main() {
     test_dtypes();
     test_ops();
+    test_reversible();
     std::printf("%d failures\n", failures);
     return failures == 0 ? 0 : 1;
 }

@@ -49,10 +49,23 @@ _CUDA = bool(native and native.build_info()["cuda"]) and torch.version.hip is No
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether the native ops serve tensors of this device (else the twins do, e.g. on mps or xpu)."""
-    if native is None:
+    """Whether the registered op serves a call on this device.
+
+    Else the twin does: without the core, on devices it has no kernels for (mps, xpu), and under forward-mode AD or
+    torch.func.grad and jvp, which registered ops cannot follow; torch.func.vmap they can.
+    """
+    if native is None or transformed():
         return False
     return device.type == "cpu" or device.type == "meta" or (device.type == "cuda" and _CUDA)
+
+
+def transformed() -> bool:
+    """Whether somebody differentiates in another way than by the autograd tape."""
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    vmap = torch._C._functorch.TransformType.Vmap
+    return forward_ad._current_level >= 0 or any(level.key() != vmap for level in stack)
 
 
 def register(
@@ -66,7 +79,8 @@ def register(
 ) -> None:
     """Make `gas_engine::<schema>` a torch op: its kernel for each of `keys`, fake, derivative and vmap rule.
 
-    Without `backward` the op refuses to be differentiated, in one sentence, instead of giving zeros.
+    Without `backward` the op refuses to be differentiated, in one sentence, instead of giving zeros. Without `vmap`
+    torch.func.vmap calls it once for every element of the mapped dimension.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -81,14 +95,28 @@ def register(
             setup_context=setup if backward else None,
             lib=LIBRARY,
         )
-    if vmap is not None:
-        torch.library.register_vmap(f"gas_engine::{name}", vmap, lib=LIBRARY)
+        torch.library.register_vmap(f"gas_engine::{name}", vmap or functools.partial(one_by_one, name), lib=LIBRARY)
 
 
 def _refuse(name: str, ctx: Any, *grads: Tensor) -> Any:
     raise NotImplementedError(
         f"gas_engine::{name} has no derivative of its own: differentiate its twin in gas_engine.ops.reference"
     )
+
+
+def one_by_one(name: str, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """The vmap rule that serves every op: a call for each element of the mapped dimension."""
+    op = getattr(torch.ops.gas_engine, name)
+
+    def pick(value: Any, dim: Any, i: int) -> Any:
+        if isinstance(value, list | tuple) and isinstance(dim, list | tuple):
+            return [pick(v, d, i) for v, d in zip(value, dim, strict=True)]
+        return value if dim is None else value.select(dim, i)
+
+    results = [op(*map(functools.partial(pick, i=i), args, in_dims)) for i in range(info.batch_size)]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
 def call(name: str, device: torch.device, *fields: Any) -> None:

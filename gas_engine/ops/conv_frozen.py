@@ -54,6 +54,8 @@ def conv_frozen(
             f"{list(x.shape)} and {list(weight.shape)}"
         )
     core.check_frozen("conv_frozen", weight=weight, bias=bias)
+    if core.transformed():
+        return conv_frozen_reference(x, weight, bias, stride, padding, dilation, groups, transposed, output_padding)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -183,7 +183,18 @@ def _backward_cast(
     return *gradients(g, coef, states, ctx.dtypes), d_scale, None
 
 
-core.register("lincomb(Tensor[] states, Tensor coef) -> Tensor", _lincomb, _lincomb_fake, _backward, _setup)
+def _vmap(info: Any, in_dims: tuple[Any, ...], states: list[Tensor], coef: Tensor) -> tuple[Tensor, int]:
+    """One call for all, where they share the coefficients: a mapped dimension is one more of the state's."""
+    if in_dims[1] is not None:
+        return core.one_by_one("lincomb", info, in_dims, states, coef)
+    front = [
+        s.unsqueeze(0).expand(info.batch_size, *s.shape) if dim is None else s.movedim(dim, 0)
+        for s, dim in zip(states, in_dims[0], strict=True)
+    ]
+    return torch.ops.gas_engine.lincomb(front, coef), 0
+
+
+core.register("lincomb(Tensor[] states, Tensor coef) -> Tensor", _lincomb, _lincomb_fake, _backward, _setup, _vmap)
 core.register(
     "lincomb_cast(Tensor[] states, Tensor coef, Tensor scale, ScalarType dtype) -> (Tensor, Tensor)",
     _lincomb_cast,

@@ -39,6 +39,7 @@ class Op:
     twin: Callable[..., Any]
     samples: Callable[..., Iterator[_samples.Sample]]
     derivatives: int = 2
+    maps: bool = True  # under vmap
     own_kernel: bool = True  # False where PyTorch's kernels do the work: their bits may depend on the threads
 
 
@@ -46,7 +47,7 @@ OPS = {
     "lincomb": Op(ops.lincomb, ops.lincomb_reference, _samples.lincomb_samples),
     "adjoint_step": Op(ops.adjoint_step, ops.adjoint_step_reference, _samples.adjoint_step_samples),
     "conv_frozen": Op(ops.conv_frozen, ops.conv_frozen_reference, conv_frozen_samples, own_kernel=False),
-    "reversible_step": Op(ops.reversible_step, ops.reversible_step_reference, reversible_step_samples),
+    "reversible_step": Op(ops.reversible_step, ops.reversible_step_reference, reversible_step_samples, maps=False),
 }
 
 
@@ -205,3 +206,58 @@ def test_autocast_neither_breaks_nor_narrows_sums(name: str) -> None:
             assert_near(got, want.double(), torch.float32 if op.own_kernel else got.dtype, name)
             if op.own_kernel:  # the others follow PyTorch's rules of autocast
                 assert got.dtype == want.dtype
+
+
+def last_small(op: Op, dtype: torch.dtype) -> _samples.Sample:
+    """A sample with dimensions to map over."""
+    return [s for s in op.samples(dtype, "cpu", requires_grad=True) if max(t.dim() for t in leaves(s)) >= 3][0]
+
+
+def as_function(op: Callable[..., Any], sample: _samples.Sample) -> tuple[Callable[..., Any], list[Tensor]]:
+    """The call as a function of the tensors that want a gradient."""
+    flat, spec = tree_flatten((sample.args, sample.kwargs))
+    wanted = [i for i, v in enumerate(flat) if isinstance(v, Tensor) and v.requires_grad]
+
+    def function(*values: Tensor) -> Any:
+        filled = dict(zip(wanted, values, strict=True))
+        args, kwargs = tree_unflatten([filled.get(i, v) for i, v in enumerate(flat)], spec)
+        return tuple(tensors(op(*args, **kwargs)))
+
+    return function, [flat[i].detach() for i in wanted]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_vmap_is_a_loop(name: str) -> None:
+    op = OPS[name]
+    function, inputs = as_function(op.op, last_small(op, torch.float32))
+    if not op.maps:
+        with pytest.raises(RuntimeError, match="dynamic shape"):
+            torch.func.vmap(function)(*[torch.stack([t, t]) for t in inputs])
+        return
+    mapped = [torch.stack([t * (1 + 0.5 * i) for i in range(3)]) for t in inputs]
+    for chosen in ([True] * len(inputs), [i == 0 for i in range(len(inputs))]):
+        given = [m if yes else t for m, t, yes in zip(mapped, inputs, chosen, strict=True)]
+        results = torch.func.vmap(function, tuple(0 if yes else None for yes in chosen))(*given)
+        for i in range(3):
+            one = function(*[t[i] if yes else t for t, yes in zip(given, chosen, strict=True)])
+            for got, want in zip(results, one, strict=True):
+                torch.testing.assert_close(got[i], want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_function_transforms_and_forward_mode(name: str) -> None:
+    """grad and jvp of torch.func, and a Jacobian-vector product that agrees with the tape's."""
+    op = OPS[name]
+    function, inputs = as_function(op.op, last_small(op, torch.float64))
+
+    def loss(*values: Tensor) -> Tensor:
+        return sum((t.double() ** 3).sum() for t in function(*values))
+
+    grads = torch.func.grad(loss, tuple(range(len(inputs))))(*inputs)
+    leaves_ = [t.clone().requires_grad_() for t in inputs]
+    for got, want in zip(grads, torch.autograd.grad(loss(*leaves_), leaves_), strict=True):
+        torch.testing.assert_close(got, want)
+    directions = cotangents(inputs)
+    _, slope = torch.func.jvp(loss, tuple(inputs), tuple(directions))
+    expected = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
+    torch.testing.assert_close(slope, expected)
