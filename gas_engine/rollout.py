@@ -206,11 +206,11 @@ class _Rollout(torch.autograd.Function):
         d_t, d_c = [zero] * steps, [zero] * steps
         for j in reversed(range(steps)):
             graph = graphs.pop(j, None) or network.graph(j, network.input(j, slots[j]))
-            output = graph.output.detach().to(grad.dtype)
+            output = graph.output.detach()  # in the network's own dtype, and so is mu
             later = [slots[n] for n in range(j + 1, steps + 1)]
             mu, partial, *products = adjoint_step(slots[j], output, later, *ctx.columns[j])
             d_columns.append(torch.stack(products))
-            vjp_x, vjp_t = _vjp(graph, mu.to(graph.output.dtype))
+            vjp_x, vjp_t = _vjp(graph, mu)
             del graph, output, mu
             if vjp_t is not None:
                 d_t[j] = vjp_t

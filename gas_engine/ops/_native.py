@@ -28,20 +28,15 @@ DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float64: 1, torch.bflo
 
 
 def _load() -> ModuleType | None:
-    """The extension module, or None where the twins shall run (with one warning if nobody asked for that)."""
-    if os.environ.get("GAS_ENGINE_NATIVE", "").lower() == "off":
-        return None
-    try:
-        _native = importlib.import_module("gas_engine._native")
-    except ImportError as error:
-        warnings.warn(
-            f"gas_engine: the native core is not there ({error}), so the slower pure-PyTorch twins run: "
-            "build it with `pip install -e .`, or set GAS_ENGINE_NATIVE=off to say that this is wanted",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    return _native
+    """The extension module, or None where the twins shall run; then there is one warning."""
+    why = "GAS_ENGINE_NATIVE=off"
+    if os.environ.get("GAS_ENGINE_NATIVE", "").lower() != "off":
+        try:
+            return importlib.import_module("gas_engine._native")
+        except ImportError as error:
+            why = f"the native core is not there ({error}; build it with `pip install -e .`)"
+    warnings.warn(f"gas_engine: {why}, so the slower pure-PyTorch twins of the ops run", RuntimeWarning, stacklevel=2)
+    return None
 
 
 native: ModuleType | None = _load()

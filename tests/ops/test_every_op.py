@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -261,3 +265,32 @@ def test_function_transforms_and_forward_mode(name: str) -> None:
     _, slope = torch.func.jvp(loss, tuple(inputs), tuple(directions))
     expected = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
     torch.testing.assert_close(slope, expected)
+
+
+def fingerprint() -> list[float]:
+    """One number for each result of each op, over all samples."""
+    return [
+        t.double().norm().item()
+        for op in OPS.values()
+        for sample in op.samples(torch.float32)
+        for t in tensors(op.op(*sample.args, **sample.kwargs))
+    ]
+
+
+def test_twins_stand_in_without_the_core() -> None:
+    """GAS_ENGINE_NATIVE=off: the same values, and one warning."""
+    script = (
+        "import warnings\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import test_every_op as t\n"
+        "    values = t.fingerprint()\n"
+        "assert t._native.native is None\n"
+        "print(sum('gas_engine' in str(w.message) for w in caught), *map(repr, values))"
+    )
+    environment = {**os.environ, "GAS_ENGINE_NATIVE": "off", "PYTHONPATH": str(Path(__file__).parent)}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    warned, *values = map(float, run.stdout.split())
+    assert warned == 1
+    assert values == pytest.approx(fingerprint(), rel=1e-4, abs=1e-6)

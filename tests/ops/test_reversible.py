@@ -146,7 +146,7 @@ def test_any_shape_and_coefficient(shape: tuple[int, ...], dtype: torch.dtype, c
 
 
 X, C3 = torch.zeros(2, 3), torch.ones(3)
-CODES = ops.ResidualCodes(torch.zeros(2, 3, dtype=torch.int8), torch.zeros(0))
+CODES = ops.ResidualCodes(torch.zeros(2, 3, dtype=torch.int8), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
 
 
 @pytest.mark.parametrize(
