@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "adjoint.h"
+#include "glu.h"
 #include "lincomb.h"
 #include "reversible.h"
 
@@ -135,6 +136,7 @@ PYBIND11_MODULE(_native, m) {
 
     op<gas::LincombArgs>(m, "lincomb", gas::lincomb_cpu, DEVICE(lincomb_cuda));
     op<gas::AdjointArgs>(m, "adjoint", gas::adjoint_cpu, DEVICE(adjoint_cuda));
+    op<gas::GluArgs>(m, "glu", gas::glu_cpu, DEVICE(glu_cuda));
     op<gas::ReversibleArgs>(m, "reversible", gas::reversible_cpu, DEVICE(reversible_cuda));
     m.attr("REDUCTION_BLOCKS") = gas::kReductionBlocks;
 }

@@ -13,6 +13,8 @@ inline int failures = 0;
         }                                                                       \
     } while (false)
 
+void test_activation();
 void test_dtypes();
+void test_glu();
 void test_ops();
 void test_reversible();

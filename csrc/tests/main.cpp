@@ -1,7 +1,9 @@
 #include "check.h"
 
 int main() {
+    test_activation();
     test_dtypes();
+    test_glu();
     test_ops();
     test_reversible();
     std::printf("%d failures\n", failures);

@@ -12,14 +12,17 @@ Registered with `torch.library` as `gas_engine::*`: they work under autograd, to
 from ._native import MAX_STATES
 from .adjoint import adjoint_step, adjoint_step_, dots
 from .conv_frozen import conv_frozen
+from .glu import geglu, silu_mul
 from .lincomb import lincomb
 from .reference import (
     adjoint_step_reference,
     conv_frozen_reference,
     dots_reference,
+    geglu_reference,
     lincomb_reference,
     reversible_inverse_reference,
     reversible_step_reference,
+    silu_mul_reference,
 )
 from .reversible import ResidualCodes, reversible_inverse, reversible_step
 
@@ -33,10 +36,14 @@ __all__ = [
     "conv_frozen_reference",
     "dots",
     "dots_reference",
+    "geglu",
+    "geglu_reference",
     "lincomb",
     "lincomb_reference",
     "reversible_inverse",
     "reversible_inverse_reference",
     "reversible_step",
     "reversible_step_reference",
+    "silu_mul",
+    "silu_mul_reference",
 ]

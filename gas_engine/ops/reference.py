@@ -17,9 +17,11 @@ __all__ = [
     "adjoint_step_reference",
     "conv_frozen_reference",
     "dots_reference",
+    "geglu_reference",
     "lincomb_reference",
     "reversible_inverse_reference",
     "reversible_step_reference",
+    "silu_mul_reference",
 ]
 
 
@@ -136,3 +138,16 @@ def reversible_inverse_reference(x_next: Tensor, x: Tensor, f: Tensor, coef: Ten
     magnitude = torch.iinfo(integer).max
     exact = (order ^ ((order >> (8 * order.element_size() - 1)) & magnitude)).view(x.dtype)
     return exact + (guess - guess.detach()) if guess.requires_grad else exact
+
+
+def geglu_reference(x: Tensor, approximate: str = "none") -> Tensor:
+    """Twin of `gas_engine.ops.geglu`: value * gelu(gate), value and gate the halves of the last dimension."""
+    value, gate = x.to(accumulation_dtype(x.dtype)).chunk(2, -1)
+    return (value * torch.nn.functional.gelu(gate, approximate=approximate)).to(x.dtype)
+
+
+def silu_mul_reference(gate: Tensor, value: Tensor | None = None) -> Tensor:
+    """Twin of `gas_engine.ops.silu_mul`: silu(gate) * value; without value, of the halves of gate."""
+    wide = gate.to(accumulation_dtype(gate.dtype))
+    wide, other = wide.chunk(2, -1) if value is None else (wide, value.to(wide.dtype))
+    return (torch.nn.functional.silu(wide) * other).to(gate.dtype)

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from gas_engine import ops
 from gas_engine.ops import _native, _samples
 from gas_engine.ops.conv_frozen import conv_frozen_samples
+from gas_engine.ops.glu import geglu_samples, silu_mul_samples
 from gas_engine.ops.reversible import reversible_step_samples
 
 CUDA = pytest.param(
@@ -51,6 +52,8 @@ OPS = {
     "lincomb": Op(ops.lincomb, ops.lincomb_reference, _samples.lincomb_samples),
     "adjoint_step": Op(ops.adjoint_step, ops.adjoint_step_reference, _samples.adjoint_step_samples),
     "conv_frozen": Op(ops.conv_frozen, ops.conv_frozen_reference, conv_frozen_samples, own_kernel=False),
+    "geglu": Op(ops.geglu, ops.geglu_reference, geglu_samples, derivatives=1),
+    "silu_mul": Op(ops.silu_mul, ops.silu_mul_reference, silu_mul_samples, derivatives=1),
     "reversible_step": Op(ops.reversible_step, ops.reversible_step_reference, reversible_step_samples, maps=False),
 }
 
