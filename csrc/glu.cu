@@ -11,10 +11,11 @@ __global__ void __launch_bounds__(kThreads)
     using A = Acc<T>;
     constexpr int V = kPack<T>;
     const std::int64_t packs = args.rows * per_row, stride = std::int64_t{gridDim.x} * kThreads;
-    for (std::int64_t pack = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; pack < packs; pack += stride) {
+    for (std::int64_t pack = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; pack < packs;
+         pack += stride) {
         // A 64-bit division costs as much as the memory access it finds.
-        const std::int64_t row = small ? static_cast<std::uint32_t>(pack) / static_cast<std::uint32_t>(per_row)
-                                       : pack / per_row;
+        const std::int64_t row =
+            small ? static_cast<std::uint32_t>(pack) / static_cast<std::uint32_t>(per_row) : pack / per_row;
         const std::int64_t at = (pack - row * per_row) * V;
         const auto in = [&](const void* p, std::int64_t row_stride) {
             return load<V>(static_cast<const T*>(p) + row * row_stride, at, args.width, aligned);
@@ -63,7 +64,8 @@ const char* glu_cuda(const GluArgs& args, int device, void* stream) {
         const std::int64_t per_row = (args.width + V - 1) / V;
         const bool small = args.rows * per_row < (std::int64_t{1} << 31);
         const unsigned blocks = blocks_for(args.rows * per_row, kThreads);
-        glu_kernel<T><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args, per_row, small, aligned);
+        glu_kernel<T>
+            <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args, per_row, small, aligned);
     });
     return message(cudaGetLastError());
 }

@@ -32,9 +32,9 @@ GAS_HD Ints<T> ordered_of(Ints<T> bits) {
 template <class To, int W, class From>
 GAS_HD Vec<To, W> convert(Vec<From, W> v) {
     if constexpr (sizeof(To) > 2 * sizeof(From) || sizeof(From) > 2 * sizeof(To)) {
-        using Next = std::conditional_t<
-            (sizeof(To) > sizeof(From)), std::conditional_t<sizeof(From) == 1, std::int16_t, std::int32_t>,
-            std::conditional_t<sizeof(From) == 8, std::int32_t, std::int16_t>>;
+        using Next = std::conditional_t<(sizeof(To) > sizeof(From)),
+                                        std::conditional_t<sizeof(From) == 1, std::int16_t, std::int32_t>,
+                                        std::conditional_t<sizeof(From) == 8, std::int32_t, std::int16_t>>;
         return convert<To, W, Next>(__builtin_convertvector(v, Vec<Next, W>));
     } else {
         return __builtin_convertvector(v, Vec<To, W>);
@@ -93,7 +93,8 @@ GAS_HD void block(const Pointers<T> s, std::int64_t at, std::int64_t left) {
         store_lanes<true, T, Values<T>, W>(stored, sum, W);
         next = load<true>(stored, W);
     }
-    const auto guess = ordered_of<T>(rounded<T>(reversible_previous(next, current, output, s.coef, s.inverse)));
+    const auto guess =
+        ordered_of<T>(rounded<T>(reversible_previous(next, current, output, s.coef, s.inverse)));
     if constexpr (Inverse) {
         const auto code = load_ints<Full, T, std::int8_t>(s.code, at, left);
         const auto truth = std::bit_cast<Unsigned>(guess) + std::bit_cast<Unsigned>(code);
@@ -101,17 +102,22 @@ GAS_HD void block(const Pointers<T> s, std::int64_t at, std::int64_t left) {
     } else {
         const auto truth = ordered_of<T>(load_ints<Full, T, Raw<T>>(s.previous, at, left));
         const auto difference = std::bit_cast<Unsigned>(truth) - std::bit_cast<Unsigned>(guess);
-        store_ints<Full, T, std::int8_t>(s.code, at, residual_code(std::bit_cast<Ints<T>>(difference), kEscape), left);
+        store_ints<Full, T, std::int8_t>(s.code, at,
+                                         residual_code(std::bit_cast<Ints<T>>(difference), kEscape), left);
     }
 }
 
 template <bool Inverse, class T>
 void run(const ReversibleArgs& args, int threads) {
     constexpr std::int64_t W = kLanes<T>;
-    Pointers<T> states{static_cast<T*>(args.previous), static_cast<const T*>(args.current),
-                     static_cast<T*>(args.next),     args.code,
-                     args.output_dtype,              args.output,
-                     {},                             {}};
+    Pointers<T> states{static_cast<T*>(args.previous),
+                       static_cast<const T*>(args.current),
+                       static_cast<T*>(args.next),
+                       args.code,
+                       args.output_dtype,
+                       args.output,
+                       {},
+                       {}};
     std::copy_n(args.coef, 3, states.coef);
     states.inverse = 1 / states.coef[0];
     const std::int64_t n = args.n, chunks = (n + kChunk - 1) / kChunk;
@@ -128,7 +134,8 @@ void run(const ReversibleArgs& args, int threads) {
 }  // namespace
 
 void reversible_cpu(const ReversibleArgs& args, int threads) {
-    visit(args.dtype, [&]<class T>(T) { args.inverse ? run<true, T>(args, threads) : run<false, T>(args, threads); });
+    visit(args.dtype,
+          [&]<class T>(T) { args.inverse ? run<true, T>(args, threads) : run<false, T>(args, threads); });
 }
 
 }  // namespace gas

@@ -43,8 +43,8 @@ GAS_HD F from_bf16(U h) {
 template <class F, class U>
 GAS_HD U to_bf16(F v) {
     const U u = std::bit_cast<U>(v);
-    const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // nearest, ties to even
-    return (u & 0x7fffffffu) > 0x7f800000u ? (rounded | 0x7fc0u) & 0xffffu : rounded;  // a NaN stays one
+    const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;              // nearest, ties to even
+    return (u & 0x7fffffffu) > 0x7f800000u ? rounded | 0x7fc0u : rounded;  // a NaN stays one
 }
 
 template <class F, class U>
@@ -68,6 +68,53 @@ GAS_HD U to_f16(F v) {
     return (magnitude >= 0x47800000u ? large : small) | ((u & 0x80000000u) >> 16);
 }
 
+// W 16-bit elements to floats and back. Where the machine has an instruction for it, the compiler does not
+// always find it.
+template <class T, int W>
+GAS_HD Vec<float, W> widen_lanes(Vec<std::uint16_t, W> h) {
+    using F = Vec<float, W>;
+#if defined(__AVX512F__)
+    if constexpr (W == 16) {
+        const auto bits = std::bit_cast<__m256i>(h);
+        if constexpr (std::is_same_v<T, f16>) return std::bit_cast<F>(_mm512_cvtph_ps(bits));
+        return std::bit_cast<F>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    }
+#endif
+#if defined(__AVX2__) && defined(__F16C__)
+    if constexpr (W == 8) {
+        const auto bits = std::bit_cast<__m128i>(h);
+        if constexpr (std::is_same_v<T, f16>) return std::bit_cast<F>(_mm256_cvtph_ps(bits));
+        return std::bit_cast<F>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    }
+#endif
+    const auto wide = __builtin_convertvector(h, Vec<std::uint32_t, W>);
+    if constexpr (std::is_same_v<T, bf16>)
+        return from_bf16<F>(wide);
+    else
+        return from_f16<F>(wide);
+}
+
+template <class T, int W>
+GAS_HD Vec<std::uint16_t, W> narrow_lanes(Vec<float, W> v) {
+    using U = Vec<std::uint32_t, W>;
+    using Raw = Vec<std::uint16_t, W>;
+    constexpr bool half = std::is_same_v<T, f16>;
+#if defined(__AVX512F__)
+    if constexpr (W == 16) {
+        if constexpr (half) return std::bit_cast<Raw>(_mm512_cvtps_ph(std::bit_cast<__m512>(v), 0));
+        return std::bit_cast<Raw>(
+            _mm512_cvtepi32_epi16(std::bit_cast<__m512i>(to_bf16<Vec<float, W>, U>(v))));
+    }
+#endif
+#if defined(__AVX2__) && defined(__F16C__)
+    if constexpr (W == 8 && half) return std::bit_cast<Raw>(_mm256_cvtps_ph(std::bit_cast<__m256>(v), 0));
+#endif
+    if constexpr (half)
+        return __builtin_convertvector((to_f16<Vec<float, W>, U>(v)), Raw);
+    else
+        return __builtin_convertvector((to_bf16<Vec<float, W>, U>(v)), Raw);
+}
+
 // Load W elements as Acc<T>; unless Full, only `count` of them (clamped to 0..W), and zeros.
 template <bool Full, class T, int W = kLanes<T>>
 GAS_HD Vec<Acc<T>, W> load(const T* p, std::int64_t count) {
@@ -81,12 +128,7 @@ GAS_HD Vec<Acc<T>, W> load(const T* p, std::int64_t count) {
     if constexpr (sizeof(T) != 2) {
         return raw;
     } else {
-        using F = Vec<float, W>;
-        const auto h = __builtin_convertvector(raw, Vec<std::uint32_t, W>);
-        if constexpr (std::is_same_v<T, bf16>)
-            return from_bf16<F>(h);
-        else
-            return from_f16<F>(h);
+        return widen_lanes<T, W>(raw);
     }
 }
 
@@ -134,12 +176,7 @@ GAS_HD void store_lanes(T* p, V v, std::int64_t count) {
     if constexpr (sizeof(T) != 2) {
         raw = __builtin_convertvector(v, Vec<Raw, W>);
     } else {
-        using U = Vec<std::uint32_t, W>;
-        const auto f = __builtin_convertvector(v, Vec<float, W>);
-        if constexpr (std::is_same_v<T, bf16>)
-            raw = __builtin_convertvector((to_bf16<Vec<float, W>, U>(f)), Vec<Raw, W>);
-        else
-            raw = __builtin_convertvector((to_f16<Vec<float, W>, U>(f)), Vec<Raw, W>);
+        raw = narrow_lanes<T, W>(__builtin_convertvector(v, Vec<float, W>));
     }
     if constexpr (Full) {
         put<Stream>(p, raw);

@@ -21,8 +21,8 @@ void check_glu(Act act, double (*function)(double), std::int64_t rows, std::int6
         d_x(rows * stride + 1, kGuard);
     for (std::size_t k = 0; k < x.size(); ++k) x[k] = static_cast<float>(std::sin(0.37 * k) * 4);
     for (std::size_t k = 0; k < grad.size(); ++k) grad[k] = static_cast<float>(std::cos(0.7 * k));
-    GluArgs args{DType::f32, act,     x.data() + width, x.data(),         stride,     stride, nullptr,
-                 out.data(), nullptr, nullptr,          stride,           stride,     rows,   width};
+    GluArgs args{DType::f32, act,     x.data() + width, x.data(), stride, stride, nullptr,
+                 out.data(), nullptr, nullptr,          stride,   stride, rows,   width};
     glu_cpu(args, threads);
     args.grad = grad.data();
     args.d_gate = d_x.data() + width, args.d_value = d_x.data();
