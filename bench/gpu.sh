@@ -21,5 +21,12 @@ step() { # step SECONDS NAME COMMAND...
 step 180 build "$python" -m pip install --no-build-isolation --no-deps -e .
 step 60 doctor "$python" -m gas_engine.doctor
 step 300 tests "$python" -m pytest tests -q -m gpu
+if command -v compute-sanitizer > /dev/null; then
+    # The ops' own kernels over every sample; torch's are not ours to check, and the sanitizer takes its time.
+    for tool in memcheck racecheck; do
+        step 120 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name-exclude kernel_substring=at:: \
+            "$python" -m pytest tests/ops/test_every_op.py -q -m gpu -k "float64_twin and float32"
+    done
+fi
 step 300 benches "$python" -m pytest bench -q --benchmark-disable-gc
 exit $status

@@ -215,9 +215,28 @@ def test_autocast_neither_breaks_nor_narrows_sums(name: str) -> None:
                 assert got.dtype == want.dtype
 
 
-def last_small(op: Op, dtype: torch.dtype) -> _samples.Sample:
-    """A sample with dimensions to map over."""
-    return [s for s in op.samples(dtype, "cpu", requires_grad=True) if max(t.dim() for t in leaves(s)) >= 3][0]
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run bench/gpu.sh on one")
+@pytest.mark.parametrize("name", [name for name in OPS if name != "reversible_step"])  # it counts its escapes
+def test_cuda_graph(name: str) -> None:
+    """A captured call reads its inputs anew: no synchronisation, no memory that the graph does not own."""
+    op = OPS[name]
+    sample = with_dimensions(op, torch.float32, "cuda")
+    function, inputs = as_function(op.op, sample)
+    function(*inputs)  # warm-up outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function(*inputs)
+    for t in inputs:
+        t.mul_(0.5)
+    graph.replay()
+    for got, want in zip(results, function(*inputs), strict=True):
+        assert torch.equal(got, want)
+
+
+def with_dimensions(op: Op, dtype: torch.dtype, device: str = "cpu") -> _samples.Sample:
+    """The first sample that has dimensions to map over."""
+    return next(s for s in op.samples(dtype, device, requires_grad=True) if max(t.dim() for t in leaves(s)) >= 3)
 
 
 def as_function(op: Callable[..., Any], sample: _samples.Sample) -> tuple[Callable[..., Any], list[Tensor]]:
@@ -236,7 +255,7 @@ def as_function(op: Callable[..., Any], sample: _samples.Sample) -> tuple[Callab
 @pytest.mark.parametrize("name", OPS)
 def test_vmap_is_a_loop(name: str) -> None:
     op = OPS[name]
-    function, inputs = as_function(op.op, last_small(op, torch.float32))
+    function, inputs = as_function(op.op, with_dimensions(op, torch.float32))
     if not op.maps:
         with pytest.raises(RuntimeError, match="dynamic shape"):
             torch.func.vmap(function)(*[torch.stack([t, t]) for t in inputs])
@@ -255,7 +274,7 @@ def test_vmap_is_a_loop(name: str) -> None:
 def test_function_transforms_and_forward_mode(name: str) -> None:
     """grad and jvp of torch.func, and a Jacobian-vector product that agrees with the tape's."""
     op = OPS[name]
-    function, inputs = as_function(op.op, last_small(op, torch.float64))
+    function, inputs = as_function(op.op, with_dimensions(op, torch.float64))
 
     def loss(*values: Tensor) -> Tensor:
         return sum((t.double() ** 3).sum() for t in function(*values))
