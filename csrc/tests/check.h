@@ -13,5 +13,6 @@ inline int failures = 0;
         }                                                                       \
     } while (false)
 
+void test_activation();
 void test_dtypes();
 void test_ops();

@@ -1,6 +1,7 @@
 #include "check.h"
 
 int main() {
+    test_activation();
     test_dtypes();
     test_ops();
     std::printf("%d failures\n", failures);

@@ -25,6 +25,8 @@ LIBRARY = torch.library.Library("gas_engine", "DEF")
 
 # The order of `enum class DType` in csrc/dtypes.h.
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# The order of `enum class Act` in csrc/activation.h.
+ACTIVATIONS: dict[str, int] = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 
 
 def _load() -> ModuleType | None:
