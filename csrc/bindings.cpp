@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "adjoint.h"
+#include "group_norm_silu.h"
 #include "lincomb.h"
 
 namespace py = pybind11;
@@ -133,5 +134,8 @@ PYBIND11_MODULE(_native, m) {
 
     op<gas::LincombArgs>(m, "lincomb", gas::lincomb_cpu, DEVICE(lincomb_cuda));
     op<gas::AdjointArgs>(m, "adjoint", gas::adjoint_cpu, DEVICE(adjoint_cuda));
+    op<gas::GroupNormArgs>(m, "group_norm_silu", gas::group_norm_silu_cpu, DEVICE(group_norm_silu_cuda));
+    op<gas::GroupNormArgs>(m, "group_norm_silu_backward", gas::group_norm_silu_backward_cpu,
+                           DEVICE(group_norm_silu_backward_cuda));
     m.attr("REDUCTION_BLOCKS") = gas::kReductionBlocks;
 }

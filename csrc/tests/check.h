@@ -15,4 +15,5 @@ inline int failures = 0;
 
 void test_activation();
 void test_dtypes();
+void test_group_norm_silu();
 void test_ops();

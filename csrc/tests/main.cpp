@@ -3,6 +3,7 @@
 int main() {
     test_activation();
     test_dtypes();
+    test_group_norm_silu();
     test_ops();
     std::printf("%d failures\n", failures);
     return failures == 0 ? 0 : 1;
