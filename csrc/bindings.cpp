@@ -19,7 +19,7 @@ namespace {
 
 // One Python value, turned into whatever field it meets.
 class From {
-public:
+  public:
     explicit From(py::handle value) : value_(value) {}
 
     template <class T>
@@ -35,7 +35,7 @@ public:
         }
     }
 
-private:
+  private:
     long long integer() const {
         const long long number = PyLong_AsLongLong(value_.ptr());  // addresses stay below 2^63
         if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
@@ -50,7 +50,8 @@ private:
         const bool one = !py::isinstance<py::list>(codes);
         gas::States states{};
         states.count = static_cast<int>(addresses.size());
-        if (states.count < 1 || states.count > gas::kMaxStates || (!one && py::len(codes) != addresses.size()))
+        if (states.count < 1 || states.count > gas::kMaxStates ||
+            (!one && py::len(codes) != addresses.size()))
             throw std::invalid_argument("between 1 and 64 states, got " + std::to_string(states.count));
         for (int i = 0; i < states.count; ++i) {
             states.at[i] = From(addresses[i]);

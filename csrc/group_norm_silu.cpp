@@ -54,9 +54,11 @@ void planar(const GroupNormArgs& args, std::int64_t group) {
         folded(args, b, first + c, gain, offset);
         const Affine<V> affine{V{} + mean, V{} + rstd, V{} + gain, V{} + offset};
         std::int64_t at = 0;
-        for (; at + W <= N; at += W)
+        for (; at + W <= N; at += W) {
+            __builtin_prefetch(x + at + size);  // of the group that this thread most likely takes next
             store_lanes<true, T, V, W, Stream>(out + at, norm_act(args.act, affine, load<true>(x + at, W)),
                                                W);
+        }
         if (at < N)
             store_lanes<false, T, V, W>(out + at, norm_act(args.act, affine, load<false>(x + at, N - at)),
                                         N - at);

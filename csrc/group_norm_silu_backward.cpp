@@ -61,6 +61,8 @@ void planar(const GroupNormArgs& args, std::int64_t group, bool kept, Acc<T>* dy
         const auto write = [&](auto full, std::int64_t at) {
             constexpr bool Full = decltype(full)::value;
             V n, dy;
+            __builtin_prefetch(x + at + size);  // of the group that this thread most likely takes next
+            __builtin_prefetch(g + at + size);
             if (kept) {
                 n = normalised(affine, load<Full>(x + at, end - at));
                 dy = load<Full>(dys + at, end - at);
