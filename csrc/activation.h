@@ -3,8 +3,8 @@
 //   silu(x) = x s(x), s(x) = 1 / (1 + e^-x);  gelu(x) = x Phi(x), Phi the standard normal cdf;
 //   gelu_tanh(x) = x s(2 u), u = sqrt(2/pi) (x + 0.044715 x^3), as x (1 + tanh u) / 2 = x s(2 u).
 //
-// Both cdfs are exact to a few roundings relative to their own size, far into the left tail as well (where
-// 1 + tanh or 1 + erf would cancel). An infinite x gives what torch gives; the slopes stay finite there.
+// Both cdfs are exact to a few roundings relative to their own size as long as they are normal numbers, far
+// into the left tail (where 1 + tanh or 1 + erf would cancel). At infinity they give what torch gives.
 #pragma once
 
 #include <cmath>
@@ -26,8 +26,9 @@ enum class Act : std::uint8_t { none = 0, silu = 1, gelu = 2, gelu_tanh = 3 };
 template <class V>
 using Element = V;
 
-GAS_HD float exp_of(float x) { return ::expf(x); }
-GAS_HD double exp_of(double x) { return ::exp(x); }
+// e^-|x|
+GAS_HD float decay(float x) { return ::expf(-::fabsf(x)); }
+GAS_HD double decay(double x) { return ::exp(-::fabs(x)); }
 
 // cdf = Phi(x) and density = Phi'(x).
 GAS_HD void normal(float x, float& cdf, float& density) {
@@ -56,38 +57,43 @@ using Element = typename ElementOf<V>::type;
 template <class V>
 inline constexpr int kLanesOf = static_cast<int>(sizeof(V) / sizeof(Element<V>));
 
-// e^(x + tail) for float vectors, |tail| below 1/4: 2^n e^r with r in +-ln(2)/2 (or little more). The
-// polynomial is the minimax fit of (e^r - 1 - r) / r^2 there: 3e-9 relative.
+// e^-(a + tail) for float vectors, a >= 0, |tail| < 1/4, zero where it would be subnormal: 2^n e^r with r in
+// +-ln(2)/2 (or little more). The polynomial is the minimax fit of (e^r - 1 - r) / r^2 there: 3e-9 relative.
+// A NaN gives some number: callers multiply by the NaN that they came with.
 template <class F>
-GAS_HD F exp_of_sum(F x, F tail) {
+GAS_HD F exp_minus(F a, F tail) {
     using U = Vec<std::uint32_t, kLanesOf<F>>;
     constexpr float kToInteger = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-    x = x > 89.0f ? F{} + 89.0f : x;         // e^89 is infinite and e^-104 zero; a NaN passes
-    x = x < -104.0f ? F{} - 104.0f : x;
-    const F shifted = x * 1.44269504f + kToInteger;
+    const F shifted = kToInteger - a * 1.44269504f;
     const F n = shifted - kToInteger;
-    const F r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f + tail;  // the first product is exact
+    const F r = -a - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f - tail;  // the first product is exact
     F p = 0.00138146128f * r + 0.00836871006f;
     p = p * r + 0.041668389f;
     p = p * r + 0.166665211f;
     p = p * r + 0.49999994f;
     p = p * (r * r) + r + 1.0f;
-    // 2^n in two factors, so that subnormal results round once and 2^128 p still may overflow properly.
-    const U whole = std::bit_cast<U>(shifted) - std::bit_cast<std::uint32_t>(kToInteger);
-    const U half = std::bit_cast<U>(std::bit_cast<Vec<std::int32_t, kLanesOf<F>>>(whole) >> 1);
-    return p * std::bit_cast<F>((half + 127u) << 23) * std::bit_cast<F>((whole - half + 127u) << 23);
+    const F e = std::bit_cast<F>(std::bit_cast<U>(p) + (std::bit_cast<U>(shifted) << 23));
+    return a > 87.0f ? F{} : e;
 }
 
-// The double overloads serve float64 tensors: lane by lane, as accurate as the system's library.
 template <class V>
-GAS_HD V exp_of(V x) {
+GAS_HD V magnitude(V x) {
+    if constexpr (sizeof(Element<V>) == 4)
+        return std::bit_cast<V>(std::bit_cast<Vec<std::uint32_t, kLanesOf<V>>>(x) & 0x7fffffffu);
+    else
+        return x < 0 ? -x : x;
+}
+
+// e^-|x|. Doubles go lane by lane, as accurate as the system's library: they serve float64 tensors.
+template <class V>
+GAS_HD V decay(V x) {
     if constexpr (std::is_arithmetic_v<V>) {
-        return exp_of(Vec<V, 4>{} + x)[0];
+        return decay(Vec<V, 4>{} + x)[0];
     } else if constexpr (std::is_same_v<Element<V>, float>) {
-        return exp_of_sum(x, V{});
+        return exp_minus(magnitude(x), V{});
     } else {
         V e{};
-        for (int k = 0; k < kLanesOf<V>; ++k) e[k] = std::exp(x[k]);
+        for (int k = 0; k < kLanesOf<V>; ++k) e[k] = std::exp(-std::abs(x[k]));
         return e;
     }
 }
@@ -103,11 +109,11 @@ GAS_HD void normal(V x, V& cdf, V& density) {
         cdf = wide_cdf[0], density = wide_density[0];
     } else if constexpr (std::is_same_v<Element<V>, float>) {
         using U = Vec<std::uint32_t, kLanesOf<V>>;
-        V a = x < 0.0f ? -x : x;
-        a = a > 14.5f ? V{} + 14.5f : a;  // Phi(-14.5) is below the smallest number
+        V a = magnitude(x);
+        a = a > 14.5f ? V{} + 14.5f : a;  // where e is zero
         // a^2 in two parts: rounded to one float, the exponent would be off by up to 50 ulp.
         const V high = std::bit_cast<V>(std::bit_cast<U>(a) & 0xfffff000u);
-        const V e = exp_of_sum(-0.5f * high * high, -0.5f * (a - high) * (a + high));
+        const V e = exp_minus(0.5f * high * high, 0.5f * (a - high) * (a + high));
         const V top =
             (((0.00411629304f * a + 0.0406331234f) * a + 0.183234841f) * a + 0.43829456f) * a + 0.5f;
         const V bottom =
@@ -127,11 +133,11 @@ GAS_HD void normal(V x, V& cdf, V& density) {
 
 #endif
 
-// s(x) and 1 - s(x), from one exponential that cannot overflow.
+// s(x) and 1 - s(x), from the one exponential that cannot overflow.
 template <class V>
 GAS_HD void sigmoid(V x, V& s, V& rest) {
     const V one = V{} + Element<V>(1);
-    const V e = exp_of(x < 0 ? x : -x);
+    const V e = decay(x);
     const V larger = one / (one + e), smaller = e * larger;
     s = x < 0 ? smaller : larger;
     rest = x < 0 ? larger : smaller;
@@ -154,12 +160,12 @@ GAS_HD void activate_both(Act act, V x, V& value, V& slope) {
         V s, rest;
         sigmoid(x, s, rest);
         value = x * s;
-        slope = s * (one + clamp_to(x, A(1000)) * rest);  // rest is zero before the limit is met
+        slope = s * (one + x * rest);
     } else if (act == Act::gelu) {
         V cdf, density;
         normal(x, cdf, density);
         value = x * cdf;
-        slope = cdf + clamp_to(x, A(50)) * density;  // density is zero before the limit is met
+        slope = cdf + x * density;
     } else if (act == Act::gelu_tanh) {
         constexpr A kLinear = A(1.5957691216057308);  // 2 sqrt(2/pi)
         constexpr A kCubic = A(0.044715) * kLinear;

@@ -11,6 +11,7 @@
 
 #include "adjoint.h"
 #include "glu.h"
+#include "group_norm_silu.h"
 #include "lincomb.h"
 #include "reversible.h"
 
@@ -138,5 +139,8 @@ PYBIND11_MODULE(_native, m) {
     op<gas::AdjointArgs>(m, "adjoint", gas::adjoint_cpu, DEVICE(adjoint_cuda));
     op<gas::GluArgs>(m, "glu", gas::glu_cpu, DEVICE(glu_cuda));
     op<gas::ReversibleArgs>(m, "reversible", gas::reversible_cpu, DEVICE(reversible_cuda));
+    op<gas::GroupNormArgs>(m, "group_norm_silu", gas::group_norm_silu_cpu, DEVICE(group_norm_silu_cuda));
+    op<gas::GroupNormArgs>(m, "group_norm_silu_backward", gas::group_norm_silu_backward_cpu,
+                           DEVICE(group_norm_silu_backward_cuda));
     m.attr("REDUCTION_BLOCKS") = gas::kReductionBlocks;
 }

@@ -37,7 +37,9 @@ def tiny() -> Callable[[float], EDMDenoiser]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What ptxas said of every CUDA source."""
-    reports = [value for r in terminalreporter.getreports("passed") for key, value in r.user_properties if key == "ptxas"]
+    reports = [
+        value for r in terminalreporter.getreports("passed") for key, value in r.user_properties if key == "ptxas"
+    ]
     if reports:
         terminalreporter.section("CUDA kernels")
         for line in reports:

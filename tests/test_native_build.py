@@ -155,4 +155,3 @@ def test_kernels_compile_everywhere_without_spills(
     record_property("ptxas", report)
     spilled = [f"{name} sm_{arch}: {stores} + {loads}" for name, arch, _, stores, loads, _ in kernels if stores != "0"]
     assert not spilled, "\n".join([report, *spilled])
-

@@ -16,5 +16,6 @@ inline int failures = 0;
 void test_activation();
 void test_dtypes();
 void test_glu();
+void test_group_norm_silu();
 void test_ops();
 void test_reversible();

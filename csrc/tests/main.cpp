@@ -4,6 +4,7 @@ int main() {
     test_activation();
     test_dtypes();
     test_glu();
+    test_group_norm_silu();
     test_ops();
     test_reversible();
     std::printf("%d failures\n", failures);

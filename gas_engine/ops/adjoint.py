@@ -169,9 +169,7 @@ def _prepare_inplace(x: Tensor, f: Tensor, g: list[Tensor], a: Tensor, b: Tensor
     return dense, mu
 
 
-def _adjoint_step_inplace(
-    x: Tensor, f: Tensor, g: list[Tensor], a: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _adjoint_step_inplace(x: Tensor, f: Tensor, g: list[Tensor], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (_, f, *g), mu = _prepare_inplace(x, f, g, a, b)
     da, db = torch.empty_like(a), torch.empty_like(b)
     _launch(x, f, core.addresses(g), (da, db), (a, b), (mu, x))

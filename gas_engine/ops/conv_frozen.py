@@ -135,7 +135,9 @@ def _vmap_backward(
     return _merged(info, in_dims[0], g, run)
 
 
-_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
+_GEOMETRY = (
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
+)
 core.register(
     f"conv_frozen(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
     _conv,
@@ -162,7 +164,9 @@ def conv_frozen_samples(
     """1-D to 3-D, strides, groups, dilation, transposed, channels_last, 1 to 129 pixels."""
     generator = torch.Generator().manual_seed(0)
 
-    def sample(x: tuple[int, ...], weight: tuple[int, ...], layout: Any = torch.contiguous_format, **kwargs: Any) -> Any:
+    def sample(
+        x: tuple[int, ...], weight: tuple[int, ...], layout: Any = torch.contiguous_format, **kwargs: Any
+    ) -> Any:
         channels = weight[1] * kwargs.get("groups", 1) if kwargs.get("transposed") else weight[0]
         return Sample(
             (

@@ -191,7 +191,9 @@ core.register(
 core.register(
     "glu_backward(Tensor g, Tensor x, int act, bool gate_first) -> Tensor", _halves_backward, _halves_backward_fake
 )
-core.register("glu_pair(Tensor gate, Tensor value, int act) -> Tensor", _pair, _pair_fake, _derivative_pair, _setup_pair)
+core.register(
+    "glu_pair(Tensor gate, Tensor value, int act) -> Tensor", _pair, _pair_fake, _derivative_pair, _setup_pair
+)
 core.register(
     "glu_pair_backward(Tensor g, Tensor gate, Tensor value, int act) -> (Tensor, Tensor)",
     _pair_backward,

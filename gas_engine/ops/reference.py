@@ -10,14 +10,17 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
     "accumulation_dtype",
+    "activation_reference",
     "adjoint_step_reference",
     "conv_frozen_reference",
     "dots_reference",
     "geglu_reference",
+    "group_norm_silu_reference",
     "lincomb_reference",
     "reversible_inverse_reference",
     "reversible_step_reference",
@@ -92,7 +95,7 @@ def conv_frozen_reference(
     """Twin of `gas_engine.ops.conv_frozen`: PyTorch's convolution, which keeps x."""
     kind = f"conv_transpose{x.dim() - 2}d" if transposed else f"conv{x.dim() - 2}d"
     rest = (output_padding, groups, dilation) if transposed else (dilation, groups)
-    return getattr(torch.nn.functional, kind)(x, weight, bias, stride, padding, *rest)
+    return getattr(F, kind)(x, weight, bias, stride, padding, *rest)
 
 
 ESCAPE = -128  # the code of an element whose distance does not fit; kEscape in csrc/reversible.h
@@ -143,11 +146,59 @@ def reversible_inverse_reference(x_next: Tensor, x: Tensor, f: Tensor, coef: Ten
 def geglu_reference(x: Tensor, approximate: str = "none") -> Tensor:
     """Twin of `gas_engine.ops.geglu`: value * gelu(gate), value and gate the halves of the last dimension."""
     value, gate = x.to(accumulation_dtype(x.dtype)).chunk(2, -1)
-    return (value * torch.nn.functional.gelu(gate, approximate=approximate)).to(x.dtype)
+    return (value * F.gelu(gate, approximate=approximate)).to(x.dtype)
 
 
 def silu_mul_reference(gate: Tensor, value: Tensor | None = None) -> Tensor:
     """Twin of `gas_engine.ops.silu_mul`: silu(gate) * value; without value, of the halves of gate."""
     wide = gate.to(accumulation_dtype(gate.dtype))
     wide, other = wide.chunk(2, -1) if value is None else (wide, value.to(wide.dtype))
-    return (torch.nn.functional.silu(wide) * other).to(gate.dtype)
+    return (F.silu(wide) * other).to(gate.dtype)
+
+
+def activation_reference(y: Tensor, act: str) -> Tensor:
+    """The activations of the fused ops, by the names they take: none, silu, gelu (exact), gelu_tanh."""
+    if act == "silu":
+        return F.silu(y)
+    if act == "gelu":
+        return F.gelu(y)
+    if act == "gelu_tanh":
+        return F.gelu(y, approximate="tanh")
+    if act != "none":
+        raise ValueError(f"act must be 'silu', 'gelu', 'gelu_tanh' or 'none', got {act!r}")
+    return y
+
+
+def group_norm_silu_reference(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    act: str = "silu",
+) -> Tensor:
+    """Twin of `gas_engine.ops.group_norm_silu`: act(z (1 + scale) + shift), z = GroupNorm(x) weight + bias.
+
+    Shapes: x [B, C, *], weight and bias [C], scale and shift [B, C] or [B, C, 1, ...]; here weight and bias may
+    be trained. Memory: about 12 moves of x, and keeps three tensors of its size.
+    """
+    wide = accumulation_dtype(x.dtype)
+
+    def spread(v: Tensor) -> Tensor:
+        return v.to(wide).reshape(*v.shape[:2], *(1 for _ in x.shape[2:]))
+
+    weight, bias = (None if v is None else v.to(wide) for v in (weight, bias))
+    y = x.to(wide)
+    if x.numel() > x.shape[0] * num_groups:
+        y = F.group_norm(y, num_groups, weight, bias, eps)
+    else:  # torch refuses groups of one number, whose n is zero, or of none
+        y = y - y
+        y = y if weight is None else y * spread(weight[None])
+        y = y if bias is None else y + spread(bias[None])
+    if scale is not None:
+        y = y * (1 + spread(scale))
+    if shift is not None:
+        y = y + spread(shift)
+    return activation_reference(y, act).to(x.dtype)

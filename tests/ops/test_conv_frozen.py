@@ -16,7 +16,10 @@ from gas_engine.ops.conv_frozen import conv_frozen_samples
 def test_same_bits_and_strides_as_pytorch(dtype: torch.dtype) -> None:
     for sample in conv_frozen_samples(dtype, requires_grad=True):
         x = sample.args[0]
-        ours, theirs = ops.conv_frozen(*sample.args, **sample.kwargs), ops.conv_frozen_reference(*sample.args, **sample.kwargs)
+        ours, theirs = (
+            ops.conv_frozen(*sample.args, **sample.kwargs),
+            ops.conv_frozen_reference(*sample.args, **sample.kwargs),
+        )
         assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
         g = torch.randn_like(theirs)
         (got,), (want,) = torch.autograd.grad(ours, x, g), torch.autograd.grad(theirs, x, g)

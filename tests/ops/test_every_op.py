@@ -84,7 +84,9 @@ def cotangents(outputs: list[Tensor]) -> list[Tensor]:
 
 def gradients(function: Callable[..., Any], sample: _samples.Sample) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     outputs = [t for t in tensors(function(*sample.args, **sample.kwargs)) if t.requires_grad]
-    return outputs, torch.autograd.grad(outputs, leaves(sample), [g.to(t.dtype) for g, t in zip(cotangents(outputs), outputs, strict=True)])
+    return outputs, torch.autograd.grad(
+        outputs, leaves(sample), [g.to(t.dtype) for g, t in zip(cotangents(outputs), outputs, strict=True)]
+    )
 
 
 def assert_near(got: Tensor, want: Tensor, dtype: torch.dtype, what: str) -> None:
@@ -165,9 +167,9 @@ def test_opcheck(name: str, device: str) -> None:
             seen.add(key)
             keep = "backward" not in str(func) or op.derivatives > 1
             args = tree_map(
-                lambda t, keep=keep: t.detach().clone().requires_grad_(keep and t.requires_grad)
-                if isinstance(t, Tensor)
-                else t,
+                lambda t, keep=keep: (
+                    t.detach().clone().requires_grad_(keep and t.requires_grad) if isinstance(t, Tensor) else t
+                ),
                 args,
             )
             # Layouts, and with them the order of float32 sums, may differ under the compiler.
@@ -198,7 +200,9 @@ def test_compile_fullgraph(name: str) -> None:
     op = OPS[name]
     compiled = torch.compile(op.op, backend="aot_eager", fullgraph=True)
     for sample in itertools.islice(op.samples(torch.float32, "cpu", requires_grad=True), 3, 7):
-        for got, want in zip(itertools.chain(*gradients(compiled, sample)), itertools.chain(*gradients(op.op, sample)), strict=True):
+        for got, want in zip(
+            itertools.chain(*gradients(compiled, sample)), itertools.chain(*gradients(op.op, sample)), strict=True
+        ):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 

@@ -52,7 +52,11 @@ def test_keeps_the_input_once() -> None:
 
 def test_error_statistics_of_the_docstrings() -> None:
     x = torch.randn(64, 2560, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for dtype, error, bias in ((torch.float32, 1e-7, 2e-9), (torch.bfloat16, 1.8e-3, 1e-5), (torch.float16, 2.2e-4, 2e-6)):
+    for dtype, error, bias in (
+        (torch.float32, 1e-7, 2e-9),
+        (torch.bfloat16, 1.8e-3, 1e-5),
+        (torch.float16, 2.2e-4, 2e-6),
+    ):
         narrow = x.to(dtype)
         for op, twin in ((ops.geglu, ops.geglu_reference), (ops.silu_mul, ops.silu_mul_reference)):
             want = twin(narrow.double())

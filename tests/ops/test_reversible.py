@@ -45,7 +45,10 @@ def test_inverse_is_bit_exact(a: float, dtype: torch.dtype, device: str) -> None
     assert codes is not None and codes.code.dtype == torch.int8
     assert codes.escaped.numel() == int((codes.code == ESCAPE).sum())
     torch.testing.assert_close(
-        x_next[2].double(), ops.lincomb([x_prev, x, f], coef)[2].double(), rtol=8e-3 if dtype.itemsize < 4 else 1e-6, atol=1e-5
+        x_next[2].double(),
+        ops.lincomb([x_prev, x, f], coef)[2].double(),
+        rtol=8e-3 if dtype.itemsize < 4 else 1e-6,
+        atol=1e-5,
     )
     assert same_bits(ops.reversible_inverse(x_next, x, f, coef, codes), x_prev)
 
@@ -119,9 +122,7 @@ def test_layouts_agree_with_the_twin() -> None:
 
 def test_compiled_with_a_number_of_escapes_that_depends_on_data() -> None:
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        compiled = torch.compile(
-            lambda *v: ops.reversible_inverse(*_forth(*v)), backend="aot_eager", fullgraph=True
-        )
+        compiled = torch.compile(lambda *v: ops.reversible_inverse(*_forth(*v)), backend="aot_eager", fullgraph=True)
         x_prev, x, f = draw((129,), torch.float32)
         assert same_bits(compiled(x_prev, x, f, torch.tensor([1e-3, 1.0, 1.0])), x_prev)
 

@@ -249,7 +249,11 @@ def test_in_place_needs_a_dense_state() -> None:
 
 def test_error_statistics_of_the_docstrings() -> None:
     """Relative L2 error and bias against the float64 twin, at J = 10 and CIFAR-10 states."""
-    for dtype, error, bias in ((torch.float32, 1.2e-7, 1e-9), (torch.bfloat16, 1.8e-3, 2e-5), (torch.float16, 2.2e-4, 3e-6)):
+    for dtype, error, bias in (
+        (torch.float32, 1.2e-7, 1e-9),
+        (torch.bfloat16, 1.8e-3, 2e-5),
+        (torch.float16, 2.2e-4, 3e-6),
+    ):
         x, f, g, a, b = _samples.adjoint_step_inputs((24, 3, 32, 32), 10, dtype)
         mu, g_x, da, db = ops.adjoint_step(x, f, g, a, b)
         expected = ops.adjoint_step_reference(*wide((x, f, g, a, b)))
@@ -264,7 +268,8 @@ def test_error_statistics_of_the_docstrings() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 16 << 30, reason="needs 16 GiB of memory: two states of 4 GiB"
+    os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 16 << 30,
+    reason="needs 16 GiB of memory: two states of 4 GiB",
 )
 def test_states_beyond_two_to_the_31_elements() -> None:
     n = 2**31 + 4099

@@ -1,0 +1,156 @@
+#include "group_norm_silu.h"
+
+#include "group_norm_silu_host.h"
+
+namespace gas {
+namespace {
+
+// The sum of term(x) over n contiguous elements.
+template <class T, class Term>
+double total(const T* x, std::int64_t n, Term&& term) {
+    constexpr int W = kLanes<T>;
+    using V = Vec<Acc<T>, W>;
+    double sum = 0;
+    for (std::int64_t start = 0; start < n; start += kRun) {
+        const std::int64_t end = std::min(start + kRun, n);
+        V part[kTile]{};
+        std::int64_t at = start;
+        for (; at + kTile * W <= end; at += kTile * W) {
+            for (int u = 0; u < kTile; ++u) part[u] += term(load<true>(x + at + u * W, W));
+        }
+        for (; at + W <= end; at += W) part[0] += term(load<true>(x + at, W));
+        V tail{};
+        if (at < end) tail = term(load<false>(x + at, end - at));
+        for (std::int64_t k = end - at; k < W; ++k) tail[k] = 0;
+        sum += lane_sum(((part[0] + part[1]) + (part[2] + part[3])) + tail);
+    }
+    return sum;
+}
+
+template <class A>
+void store_statistics(const GroupNormArgs& args, std::int64_t group, A mean, A rstd) {
+    static_cast<A*>(args.mean)[group] = mean;
+    static_cast<A*>(args.rstd)[group] = rstd;
+}
+
+// One group of [B, C, N]: contiguous, and in the cache after the first of the three passes.
+template <class T, bool Stream>
+void planar(const GroupNormArgs& args, std::int64_t group) {
+    using A = Acc<T>;
+    constexpr int W = kLanes<T>;
+    using V = Vec<A, W>;
+    const std::int64_t N = args.N, channels = args.C / args.G, size = channels * N;
+    const T* x = static_cast<const T*>(args.x) + group * size;
+    T* out = static_cast<T*>(args.out) + group * size;
+
+    const A mean = static_cast<A>(total(x, size, [](V v) { return v; }) / size);
+    const double squares = total(x, size, [mean](V v) { return (v - mean) * (v - mean); });
+    const A rstd = static_cast<A>(1 / std::sqrt(squares / size + args.eps));
+    store_statistics(args, group, mean, rstd);
+
+    const std::int64_t b = group / args.G, first = group % args.G * channels;
+    for (std::int64_t c = 0; c < channels; ++c, x += N, out += N) {
+        A gain, offset;
+        folded(args, b, first + c, gain, offset);
+        const Affine<V> affine{V{} + mean, V{} + rstd, V{} + gain, V{} + offset};
+        std::int64_t at = 0;
+        for (; at + W <= N; at += W) {
+            __builtin_prefetch(x + at + size);  // of the group that this thread most likely takes next
+            store_lanes<true, T, V, W, Stream>(out + at, norm_act(args.act, affine, load<true>(x + at, W)),
+                                               W);
+        }
+        if (at < N)
+            store_lanes<false, T, V, W>(out + at, norm_act(args.act, affine, load<false>(x + at, N - at)),
+                                        N - at);
+    }
+    if constexpr (Stream) stream_fence();
+}
+
+// sums[c] = the sum over the pixels of term(x, vector of c).
+template <class T, class Term>
+void pixel_sums(const GroupNormArgs& args, const Block<T>& block, std::vector<double>& sums, Term&& term) {
+    constexpr int W = kLanes<T>;
+    using V = Vec<Acc<T>, W>;
+    const T* x = static_cast<const T*>(args.x) + block.b * args.N * args.C;
+    std::fill(sums.begin(), sums.end(), 0);
+    block.tiles([&](auto full, std::int64_t c) {
+        constexpr bool Full = decltype(full)::value;
+        for (std::int64_t start = 0; start < args.N; start += kRun / W) {
+            V part[kTile]{};
+            for (std::int64_t n = start; n < std::min(start + kRun / W, args.N); ++n) {
+                for (int u = 0; u < kTile; ++u)
+                    part[u] += term(load<Full>(x + n * args.C + c + u * W, block.end - c - u * W), c + u * W);
+            }
+            for (int u = 0; u < kTile; ++u)
+                for (int k = 0; k < W; ++k)
+                    sums[c - block.first + u * W + k] += static_cast<double>(part[u][k]);
+        }
+    });
+}
+
+// Whole groups of one sample of [B, N, C]: vectors of channels, three passes over the pixels.
+template <class T>
+void interleaved(const GroupNormArgs& args, std::int64_t index) {
+    using A = Acc<T>;
+    constexpr int W = kLanes<T>;
+    using V = Vec<A, W>;
+    Block<T> block(args, index);
+    const std::int64_t channels = args.C / args.G, size = channels * args.N;
+    std::vector<double> sums(block.mean.size());
+    // Calls body(its statistics' index, first of its channels in the block, its sum) for each group.
+    const auto groups = [&](auto&& body) {
+        for (std::int64_t c = 0; c < block.end - block.first; c += channels) {
+            double sum = 0;
+            for (std::int64_t k = c; k < c + channels; ++k) sum += sums[k];
+            body(block.b * args.G + (block.first + c) / channels, c, sum / size);
+        }
+    };
+    pixel_sums(args, block, sums, [](V v, std::int64_t) { return v; });
+    groups([&](std::int64_t, std::int64_t c, double mean) {
+        std::fill_n(block.mean.begin() + c, channels, static_cast<A>(mean));
+    });
+    pixel_sums(args, block, sums, [&](V v, std::int64_t c) {
+        const V d = v - load<true>(&block.mean[c - block.first], W);
+        return d * d;
+    });
+    groups([&](std::int64_t group, std::int64_t c, double variance) {
+        const A rstd = static_cast<A>(1 / std::sqrt(variance + args.eps));
+        std::fill_n(block.rstd.begin() + c, channels, rstd);
+        store_statistics(args, group, block.mean[c], rstd);
+    });
+
+    const T* x = static_cast<const T*>(args.x) + block.b * args.N * args.C;
+    T* out = static_cast<T*>(args.out) + block.b * args.N * args.C;
+    block.tiles([&](auto full, std::int64_t c) {
+        constexpr bool Full = decltype(full)::value;
+        Affine<V> affine[kTile];
+        for (int u = 0; u < kTile; ++u) affine[u] = block.affine(c + u * W);
+        for (std::int64_t n = 0; n < args.N; ++n) {
+            for (int u = 0; u < kTile; ++u) {
+                const std::int64_t at = n * args.C + c + u * W, left = block.end - c - u * W;
+                store_lanes<Full, T, V, W>(out + at, norm_act(args.act, affine[u], load<Full>(x + at, left)),
+                                           left);
+            }
+        }
+    });
+}
+
+}  // namespace
+
+void group_norm_silu_cpu(const GroupNormArgs& args, int threads) {
+    const std::int64_t elements = args.B * args.C * args.N;
+    const bool parallel = threads > 1 && elements >= kGroupNormParallelFrom;
+    visit(args.dtype, [&]<class T>(T) {
+        const bool stream = streams(args.out, elements * bytes(args.dtype)) && args.N % kLanes<T> == 0;
+        const std::int64_t tasks = args.channels_last ? Block<T>::count(args) : args.B * args.G;
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
+        for (std::int64_t task = 0; task < tasks; ++task) {
+            if (args.channels_last)
+                interleaved<T>(args, task);
+            else
+                stream ? planar<T, true>(args, task) : planar<T, false>(args, task);
+        }
+    });
+}
+
+}  // namespace gas

@@ -1,0 +1,92 @@
+// out = act(y), y = z (1 + scale) + shift, z = n weight + bias, n = (x - mean_g) rstd_g, and its gradients.
+//
+// B batch, C channels, G groups, N pixels; x, out and g are [B, C, N], or [B, N, C] with channels_last;
+// weight, bias [C]; scale, shift [B, C], rows `stride` apart; mean, rstd [B, G] in float, or double for
+// double.
+//
+// Folded: y = n gain + offset, gain = weight (1 + scale), offset = bias (1 + scale) + shift. With
+// dy = g act'(y), and S1 = sum dy, S2 = sum dy n over the pixels of a channel:
+//   dshift = S1,  dscale = weight S2 + bias S1,
+//   dx = rstd (dy gain - m1 - n m2),  m1 = sum_c gain S1 / (N C/G),  m2 = sum_c gain S2 / (N C/G).
+#pragma once
+
+#include <cstdint>
+
+#include "activation.h"
+#include "dtypes.h"
+
+namespace gas {
+
+// Forward and backward share it. Null: weight and scale as if 1 and 0, bias and shift 0; an output left out.
+struct GroupNormArgs {
+    DType dtype;
+    const void* x;
+    DType weight_dtype;
+    const void* weight;
+    DType bias_dtype;
+    const void* bias;
+    DType scale_dtype;  // of dscale as well
+    const void* scale;
+    std::int64_t scale_stride;
+    DType shift_dtype;  // of dshift as well
+    const void* shift;
+    std::int64_t shift_stride;
+    Act act;
+    double eps;
+    bool channels_last;
+    std::int64_t B, C, G, N;
+    // CUDA: partial sums run over `chunk` elements: of a group (forward), of a channel (backward), or over
+    // `chunk` pixels (channels_last); `chunks` of them. The workspace holds two numbers for each partial
+    // sum, and two more per group in the backward pass.
+    std::int64_t chunk, chunks;
+    void* workspace;
+    void* mean;  // written by the forward pass, read by the backward pass
+    void* rstd;
+    void* out;      // dx in the backward pass
+    const void* g;  // from here on backward only
+    void* dscale;
+    void* dshift;
+};
+
+void group_norm_silu_cpu(const GroupNormArgs& args, int threads);
+void group_norm_silu_backward_cpu(const GroupNormArgs& args, int threads);
+
+// Return nullptr, or the message of the failed launch. All pointers are device pointers.
+const char* group_norm_silu_cuda(const GroupNormArgs& args, int device, void* stream);
+const char* group_norm_silu_backward_cuda(const GroupNormArgs& args, int device, void* stream);
+
+template <class A>
+GAS_HD void fold(A weight, A bias, A scale, A shift, A& gain, A& offset) {
+    gain = weight * (A(1) + scale);
+    offset = bias * (A(1) + scale) + shift;
+}
+
+// What one element is normalised with: numbers, or vectors of them.
+template <class V>
+struct Affine {
+    V mean, rstd, gain, offset;
+};
+
+template <class V>
+GAS_HD V normalised(const Affine<V>& affine, V x) {
+    return (x - affine.mean) * affine.rstd;
+}
+
+template <class V>
+GAS_HD V norm_act(Act act, const Affine<V>& affine, V x) {
+    return activate(act, normalised(affine, x) * affine.gain + affine.offset);
+}
+
+// n and dy = g act'(y).
+template <class V>
+GAS_HD void norm_act_slope(Act act, const Affine<V>& affine, V x, V g, V& n, V& dy) {
+    n = normalised(affine, x);
+    dy = g * activate_slope(act, n * affine.gain + affine.offset);
+}
+
+template <class V>
+GAS_HD V norm_dx(const Affine<V>& affine, V n, V dy, V m1, V m2) {
+    return affine.rstd * (dy * affine.gain - m1 - n * m2);
+}
+
+}  // namespace gas

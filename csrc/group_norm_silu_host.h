@@ -1,0 +1,96 @@
+// What the forward and the backward pass on the host share: the small vectors, and the blocks of whole groups
+// that a thread takes where channels are contiguous.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "group_norm_silu.h"
+#include "simd.h"
+
+namespace gas {
+
+inline constexpr std::int64_t kRun = 4096;  // elements summed in float before the sum goes into a double
+inline constexpr std::int64_t kGroupNormParallelFrom = 16384;  // elements that are worth waking the threads
+
+template <class A>
+A number_at(DType dtype, const void* p, std::int64_t at, A absent) {
+    if (p == nullptr) return absent;
+    return load_as<false, A, 2>(dtype, p, at, 1)[0];
+}
+
+template <class A>
+void folded(const GroupNormArgs& args, std::int64_t b, std::int64_t c, A& gain, A& offset) {
+    fold(number_at<A>(args.weight_dtype, args.weight, c, 1), number_at<A>(args.bias_dtype, args.bias, c, 0),
+         number_at<A>(args.scale_dtype, args.scale, b * args.scale_stride + c, 0),
+         number_at<A>(args.shift_dtype, args.shift, b * args.shift_stride + c, 0), gain, offset);
+}
+
+template <class A>
+void store_channel_sums(const GroupNormArgs& args, std::int64_t b, std::int64_t c, double s1, double s2) {
+    const auto store = [&](DType dtype, void* p, double value) {
+        if (p != nullptr)
+            store_as<false, false, A, 2>(dtype, p, b * args.C + c, Vec<A, 2>{static_cast<A>(value)}, 1);
+    };
+    store(args.shift_dtype, args.dshift, s1);
+    store(args.scale_dtype, args.dscale,
+          number_at<double>(args.weight_dtype, args.weight, c, 1) * s2 +
+              number_at<double>(args.bias_dtype, args.bias, c, 0) * s1);
+}
+
+template <class V>
+double lane_sum(V v) {
+    double sum = 0;
+    for (int k = 0; k < kLanesOf<V>; ++k) sum += static_cast<double>(v[k]);
+    return sum;
+}
+
+// A sum in `run` terms, and those in double: the order depends on sizes alone.
+inline constexpr int kTile = 4;  // vectors of channels that a thread carries through the pixels at once
+
+// Channels [first, end) of one sample with channels_last: whole groups, and whole vectors but for the last.
+template <class T>
+struct Block {
+    using A = Acc<T>;
+    static constexpr int W = kLanes<T>;
+    using V = Vec<A, W>;
+
+    std::int64_t b, first, end;
+    std::vector<A> mean, rstd, gain, offset;  // per channel, and room to load whole tiles
+
+    Block(const GroupNormArgs& args, std::int64_t index) {
+        const std::int64_t width = channels(args), blocks = count(args) / args.B;
+        b = index / blocks;
+        first = index % blocks * width;
+        end = std::min(first + width, args.C);
+        const auto room = static_cast<std::size_t>(end - first + kTile * W);
+        mean.resize(room), rstd.resize(room), gain.resize(room), offset.resize(room);
+        for (std::int64_t c = first; c < end; ++c) folded(args, b, c, gain[c - first], offset[c - first]);
+    }
+
+    static std::int64_t channels(const GroupNormArgs& args) {
+        const std::int64_t in_group = args.C / args.G;
+        const std::int64_t step = std::lcm<std::int64_t>(in_group, W), wanted = kTile * W;
+        return std::min(args.C, (wanted + step - 1) / step * step);
+    }
+    static std::int64_t count(const GroupNormArgs& args) {
+        return args.B * ((args.C + channels(args) - 1) / channels(args));
+    }
+
+    Affine<V> affine(std::int64_t c) const {
+        const std::int64_t at = c - first;
+        return {load<true>(&mean[at], W), load<true>(&rstd[at], W), load<true>(&gain[at], W),
+                load<true>(&offset[at], W)};
+    }
+
+    // Calls body(full, c), full a constant, for each tile of kTile vectors; only the last may be short.
+    template <class Body>
+    void tiles(Body&& body) const {
+        for (std::int64_t c = first; c < end; c += kTile * W)
+            c + kTile* W <= end ? body(std::true_type{}, c) : body(std::false_type{}, c);
+    }
+};
+
+}  // namespace gas
