@@ -187,11 +187,11 @@ GAS_HD void store_lanes(T* p, V v, std::int64_t count) {
 
 // The same for storage whose type is known at run time, with lanes of A. The branch is the same for all
 // vectors of a tensor, so it is always predicted. A dozen streams are more than the hardware follows by
-// itself: four lines ahead are asked for here.
+// itself: what comes eight lines later is asked for here.
 template <bool Full, class A, int W = kLanes<A>>
 GAS_HD Vec<A, W> load_as(DType dtype, const void* p, std::int64_t at, std::int64_t count) {
     const auto from = [&]<class T>(T) {
-        if constexpr (Full) __builtin_prefetch(static_cast<const T*>(p) + at + 256 / sizeof(T));
+        if constexpr (Full) __builtin_prefetch(static_cast<const T*>(p) + at + 512 / sizeof(T));
         const auto v = load<Full, T, W>(static_cast<const T*>(p) + at, count);
         return __builtin_convertvector(v, Vec<A, W>);
     };

@@ -62,7 +62,7 @@ def conv_frozen(
     stride, padding, dilation, output_padding = (
         [v] * dims if isinstance(v, int) else list(v) for v in (stride, padding, dilation, output_padding)
     )
-    return torch.ops.gas_engine.conv_frozen(
+    return _conv_frozen(
         x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
     )
 
@@ -98,7 +98,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     (weight,) = ctx.saved_tensors
-    d_x = torch.ops.gas_engine.conv_frozen_backward(g, weight, ctx.size, ctx.channels_last, *ctx.geometry)
+    d_x = _conv_frozen_backward(g, weight, ctx.size, ctx.channels_last, *ctx.geometry)
     return d_x, *[None] * 8
 
 
@@ -110,7 +110,7 @@ def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_twice(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of a linear map's transpose is the map."""
     (weight,) = ctx.saved_tensors
-    return torch.ops.gas_engine.conv_frozen(gg, weight, None, *ctx.geometry), *[None] * 9
+    return _conv_frozen(gg, weight, None, *ctx.geometry), *[None] * 9
 
 
 def _merged(info: Any, x_dim: int | None, x: Tensor, run: Any) -> tuple[Tensor, int]:
@@ -138,7 +138,7 @@ def _vmap_backward(
 _GEOMETRY = (
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
 )
-core.register(
+_conv_frozen = core.register(
     f"conv_frozen(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
     _conv,
     _conv,
@@ -147,7 +147,7 @@ core.register(
     _vmap,
     keys=("CPU", "CUDA", "MPS", "XPU"),
 )
-core.register(
+_conv_frozen_backward = core.register(
     f"conv_frozen_backward(Tensor g, Tensor weight, SymInt[] size, bool channels_last, {_GEOMETRY}) -> Tensor",
     _conv_input_gradient,
     _conv_input_gradient,

@@ -37,7 +37,7 @@ def geglu(x: Tensor, approximate: str = "none") -> Tensor:
     _check_halves("geglu", x)
     if not core.runs_on(x.device):
         return geglu_reference(x, approximate)
-    return _call_halves(x, core.ACTIVATIONS["gelu" if approximate == "none" else "gelu_tanh"], False)
+    return _glu(x, core.ACTIVATIONS["gelu" if approximate == "none" else "gelu_tanh"], False)
 
 
 def silu_mul(gate: Tensor, value: Tensor | None = None) -> Tensor:
@@ -55,16 +55,14 @@ def silu_mul(gate: Tensor, value: Tensor | None = None) -> Tensor:
         _check_halves("silu_mul", gate)
         if not core.runs_on(gate.device):
             return silu_mul_reference(gate)
-        return _call_halves(gate, core.ACTIVATIONS["silu"], True)
+        return _glu(gate, core.ACTIVATIONS["silu"], True)
     core.check_list("silu_mul", "(gate, value)", (gate, value))
     core.check_states("silu_mul", "(gate, value)", (gate, value))
     if gate.dtype != value.dtype:
         raise TypeError(f"silu_mul: gate and value must have one dtype, got {gate.dtype} and {value.dtype}")
     if not core.runs_on(gate.device):
         return silu_mul_reference(gate, value)
-    if core.direct(gate, value):
-        return _pair(gate, value, core.ACTIVATIONS["silu"])
-    return torch.ops.gas_engine.glu_pair(gate, value, core.ACTIVATIONS["silu"])
+    return _glu_pair(gate, value, core.ACTIVATIONS["silu"])
 
 
 def _check_halves(op: str, x: Tensor) -> None:
@@ -72,10 +70,6 @@ def _check_halves(op: str, x: Tensor) -> None:
     core.check_states(op, "x", (x,))
     if x.dim() == 0 or x.shape[-1] % 2:
         raise ValueError(f"{op}: the last dimension holds two halves, so it must be even, got {list(x.shape)}")
-
-
-def _call_halves(x: Tensor, act: int, gate_first: bool) -> Tensor:
-    return _halves(x, act, gate_first) if core.direct(x) else torch.ops.gas_engine.glu(x, act, gate_first)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -173,7 +167,7 @@ def _setup_halves(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _derivative_halves(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-    return torch.ops.gas_engine.glu_backward(g, *ctx.saved_tensors, ctx.act, ctx.gate_first), None, None
+    return _glu_backward(g, *ctx.saved_tensors, ctx.act, ctx.gate_first), None, None
 
 
 def _setup_pair(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -182,19 +176,19 @@ def _setup_pair(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _derivative_pair(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *torch.ops.gas_engine.glu_pair_backward(g, *ctx.saved_tensors, ctx.act), None
+    return *_glu_pair_backward(g, *ctx.saved_tensors, ctx.act), None
 
 
-core.register(
+_glu = core.register(
     "glu(Tensor x, int act, bool gate_first) -> Tensor", _halves, _halves_fake, _derivative_halves, _setup_halves
 )
-core.register(
+_glu_backward = core.register(
     "glu_backward(Tensor g, Tensor x, int act, bool gate_first) -> Tensor", _halves_backward, _halves_backward_fake
 )
-core.register(
+_glu_pair = core.register(
     "glu_pair(Tensor gate, Tensor value, int act) -> Tensor", _pair, _pair_fake, _derivative_pair, _setup_pair
 )
-core.register(
+_glu_pair_backward = core.register(
     "glu_pair_backward(Tensor g, Tensor gate, Tensor value, int act) -> (Tensor, Tensor)",
     _pair_backward,
     _pair_backward_fake,

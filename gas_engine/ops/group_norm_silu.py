@@ -54,9 +54,7 @@ def group_norm_silu(
     if not core.runs_on(x.device):
         _check(x, num_groups, *small)
         return group_norm_silu_reference(x, num_groups, weight, bias, eps, scale, shift, act)
-    if core.direct(x, *(t for t in small if t is not None)):
-        return _group_norm_silu(x, num_groups, *small, eps, act)[0]
-    out: Tensor = torch.ops.gas_engine.group_norm_silu(x, num_groups, *small, eps, act)[0]
+    out: Tensor = _op(x, num_groups, *small, eps, act)[0]
     return out
 
 
@@ -154,6 +152,8 @@ def _launch(
 ) -> None:
     """Run the kernel on a dense x; outputs are out, or dx, g, dscale, dshift."""
     if x.numel() == 0:
+        for t in statistics:
+            t.zero_()
         return
     B, C = x.shape[:2]
     N = x.numel() // (B * C)
@@ -239,7 +239,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, g: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     x, mean, rstd, *small = ctx.saved_tensors
-    grads = torch.ops.gas_engine.group_norm_silu_backward(
+    grads = _op_backward(
         g, x, mean, rstd, ctx.num_groups, *small, ctx.eps, ctx.act, ctx.wanted
     )
     dx, dscale, dshift = (t if wanted else None for t, wanted in zip(grads, ctx.wanted, strict=True))
@@ -332,7 +332,7 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple
     return tuple(r.unflatten(0, (size, -1)) if r.dim() > 1 else r.expand(size, 0) for r in results), (0,) * 3
 
 
-core.register(
+_op = core.register(
     "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
     "float eps, str act) -> (Tensor, Tensor, Tensor)",
     _group_norm_silu,
@@ -341,7 +341,7 @@ core.register(
     _setup,
     _vmap,
 )
-core.register(
+_op_backward = core.register(
     "group_norm_silu_backward(Tensor g, Tensor x, Tensor mean, Tensor rstd, int num_groups, Tensor? weight, "
     "Tensor? bias, Tensor? scale, Tensor? shift, float eps, str act, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     _group_norm_silu_backward,

@@ -1,0 +1,243 @@
+"""`lean`: a view of a frozen network that keeps, for the gradient of its input, only what that gradient needs.
+
+| module | keeps in PyTorch | keeps here |
+|---|---|---|
+| convolution | its input | nothing |
+| group norm, then (scale, shift and) SiLU or GELU | input, normalised, scaled | the input |
+| GEGLU feed-forward | projection, gelu's output | the projection |
+| batch norm in eval mode | its input | a number per channel |
+| average pooling by 2 | its input | nothing |
+| explicit softmax attention of diffusers | the attention matrix, several times | queries, keys, values, result |
+
+The weights are shared, not copied, and the network itself is left as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import conv_frozen, geglu, group_norm_silu, resample2d
+
+__all__ = ["Coverage", "lean"]
+
+
+class Coverage(dict[str, tuple[int, int]]):
+    """For each class of leaf module: how many became lean, and how many were left as they are."""
+
+    def __str__(self) -> str:
+        rows = [f"{'module':24} lean  left" if self else "no module"]
+        rows += [f"{name:24} {done:4}  {left:4}" for name, (done, left) in sorted(self.items())]
+        return "\n".join(rows)
+
+
+def lean(network: nn.Module) -> nn.Module:
+    """A network of the same weights whose graph keeps less; `.coverage` says what was converted.
+
+    Same outputs: to the bit for convolutions, to float32 rounding where group norm and activation are fused (tests state
+    the tolerance); gradients for the input, the time label and the conditioning. A module that is not known, or has
+    hooks, stays as it is. The result follows later changes of the weights' values, since it shares them; `.train()` on
+    it does not reach the original.
+    Raises RuntimeError for trainable weights: they would need what is dropped here.
+
+        small = lean(network.requires_grad_(False).eval())
+        print(small.coverage)
+    """
+    trainable = next((name for name, p in network.named_parameters() if p.requires_grad), None)
+    if trainable is not None:
+        raise RuntimeError(
+            f"lean: the weight {trainable!r} is trainable, and its gradient would need what a lean network drops; "
+            "freeze the network with requires_grad_(False)"
+        )
+    done: Counter[str] = Counter()
+    left: Counter[str] = Counter()
+    converted: dict[int, nn.Module] = {}  # a module used twice stays one module
+
+    def convert(module: nn.Module) -> nn.Module:
+        if id(module) in converted:
+            return converted[id(module)]
+        name = type(module).__name__
+        twin = _shallow(module)
+        converted[id(module)] = twin
+        rule = next((rule for kind, rule in _RULES if kind(module)), None)
+        if rule is not None and not _hooked(module) and (forward := rule(twin)) is not None:
+            twin.forward = forward  # type: ignore[method-assign]
+            done[name] += 1
+        elif not any(True for _ in module.children()):
+            left[name] += 1
+        for key, child in module._modules.items():
+            twin._modules[key] = None if child is None else convert(child)
+        return twin
+
+    result = convert(network)
+    result.coverage = Coverage({k: (done[k], left[k]) for k in {*done, *left}})  # type: ignore[assignment]
+    return result
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """The same object once more: own dictionaries, shared tensors."""
+    twin = copy.copy(module)
+    for name in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[name] = dict(module.__dict__[name])
+    return twin
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+Forward = Callable[..., Any]
+
+
+def _conv(m: Any) -> Forward | None:
+    if m.padding_mode != "zeros" or isinstance(m.padding, str):
+        return None
+    transposed = isinstance(m, nn.modules.conv._ConvTransposeNd)
+    if not transposed:
+        return lambda x: conv_frozen(x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)
+    return lambda x: conv_frozen(
+        x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups, True, m.output_padding
+    )
+
+
+def _group_norm(m: Any) -> Forward:
+    return lambda x: DeferredNorm.of(x, m.num_groups, m.weight, m.bias, m.eps)
+
+
+def _batch_norm(m: Any) -> Forward | None:
+    if m.running_mean is None:
+        return None
+
+    def forward(x: Tensor) -> Tensor:
+        if m.training:
+            return type(m).forward(m, x)
+        scale = torch.rsqrt(m.running_var + m.eps)
+        if m.weight is not None:
+            scale = scale * m.weight
+        shift = -m.running_mean * scale if m.bias is None else m.bias - m.running_mean * scale
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        return x * scale.to(x.dtype).view(shape) + shift.to(x.dtype).view(shape)
+
+    return forward
+
+
+def _avg_pool(m: Any) -> Forward | None:
+    def pair(v: Any) -> tuple[int, ...]:
+        return (v, v) if isinstance(v, int) else tuple(v)
+
+    plain = pair(m.kernel_size) == pair(m.stride) == (2, 2) and pair(m.padding) == (0, 0)
+    if not plain or m.ceil_mode or m.divisor_override:
+        return None
+    return lambda x: resample2d(x, (1.0, 1.0), down=2)
+
+
+def _geglu(m: Any) -> Forward | None:
+    if not isinstance(getattr(m, "proj", None), nn.Linear):
+        return None
+    return lambda hidden_states, *args, **kwargs: geglu(m.proj(hidden_states))
+
+
+def _attention(m: Any) -> Forward | None:
+    """diffusers' explicit softmax attention becomes scaled_dot_product_attention: the same formula."""
+    from diffusers.models import attention_processor as processors  # it is there: the module comes from it
+
+    if type(m.processor) is not processors.AttnProcessor or m.upcast_attention or m.upcast_softmax:
+        return None
+    m.processor = processors.AttnProcessor2_0()
+    return m.forward
+
+
+_RULES: list[tuple[Callable[[nn.Module], bool], Callable[[Any], Forward | None]]] = [
+    (lambda m: isinstance(m, nn.modules.conv._ConvNd) and type(m).forward in _PLAIN_CONVS, _conv),
+    (lambda m: type(m) is nn.GroupNorm, _group_norm),
+    (lambda m: isinstance(m, nn.modules.batchnorm._BatchNorm), _batch_norm),
+    (lambda m: type(m) is nn.AvgPool2d, _avg_pool),
+    (lambda m: type(m).__name__ == "GEGLU" and type(m).__module__.startswith("diffusers."), _geglu),
+    (lambda m: type(m).__name__ == "Attention" and type(m).__module__.startswith("diffusers."), _attention),
+]
+_PLAIN_CONVS = {
+    kind.forward
+    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+}
+
+
+class DeferredNorm(Tensor):
+    """A group norm that has not run yet: SiLU or GELU run it with themselves, anything else runs it alone.
+
+    ``h * (1 + scale) + shift`` between the two, [B, C, 1, 1] each, joins in.
+    """
+
+    _make: Callable[..., Tensor]
+    _parts: tuple[Tensor | None, Tensor | None]
+
+    @classmethod
+    def of(cls, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        def make(act: str, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+            return group_norm_silu(x, groups, weight, bias, eps, scale, shift, act)
+
+        return cls._with(x, make, None, None)
+
+    @classmethod
+    def _with(cls, x: Tensor, make: Callable[..., Tensor], scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        # Shape, dtype and device of the result, and none of its memory.
+        empty = torch.Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device=x.device)
+        empty._make, empty._parts = make, (scale, shift)
+        return empty
+
+    def run(self, act: str = "none") -> Tensor:
+        return self._make(act, *self._parts)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _SHAPE:
+                return func(*args, **kwargs)
+            if func in _ACTIVATIONS and args and isinstance(args[0], cls):
+                act = _ACTIVATIONS[func]
+                if act == "gelu" and kwargs.get("approximate", "none") == "tanh":
+                    act = "gelu_tanh"
+                return args[0].run(act)
+            if func in (Tensor.mul, Tensor.__mul__, torch.mul) and isinstance(args[0], cls):
+                joined = args[0]._scaled(args[1])
+                if joined is not None:
+                    return joined
+            if func in (Tensor.add, Tensor.__add__, torch.add) and isinstance(args[0], cls) and not kwargs:
+                joined = args[0]._shifted(args[1])
+                if joined is not None:
+                    return joined
+            plain = torch.utils._pytree.tree_map(lambda v: v.run() if isinstance(v, cls) else v, (args, kwargs))
+        return func(*plain[0], **plain[1])
+
+    def _per_channel(self, other: Any) -> bool:
+        return isinstance(other, Tensor) and tuple(other.shape) == (*self.shape[:2], *(1,) * (self.dim() - 2))
+
+    def _scaled(self, factor: Any) -> Tensor | None:
+        if self._parts != (None, None) or not self._per_channel(factor):
+            return None
+        return self._with(self, self._make, factor - 1, None)
+
+    def _shifted(self, shift: Any) -> Tensor | None:
+        if self._parts[1] is not None or not self._per_channel(shift):
+            return None
+        return self._with(self, self._make, self._parts[0], shift)
+
+
+_ACTIVATIONS = {F.silu: "silu", torch.nn.functional.gelu: "gelu"}
+_SHAPE = {
+    Tensor.shape.__get__,
+    Tensor.dtype.__get__,
+    Tensor.device.__get__,
+    Tensor.ndim.__get__,
+    Tensor.is_cuda.__get__,
+    Tensor.layout.__get__,
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+}

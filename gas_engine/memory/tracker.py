@@ -1,0 +1,136 @@
+"""`ByteTracker`: live and peak bytes of tensors, counted by storage as the operations run, on any device.
+
+It sees what crosses PyTorch's dispatcher: every result of an operation, whoever keeps it (a variable, the autograd
+graph), until its storage dies. Scratch memory inside a kernel is not seen, nor what was there before. Fake tensors
+give the same numbers as real ones, without memory or time.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["ByteTracker", "phase"]
+
+_phases = ["other"]
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """What is allocated inside belongs to `name` ("states", "network", "loss", ...) in every tracker at work."""
+    _phases.append(name)
+    try:
+        yield
+    finally:
+        _phases.pop()
+
+
+class ByteTracker(TorchDispatchMode):
+    """Counts the bytes of new storages, from their first tensor to their death.
+
+    `live`, `peak`: bytes now and at most. `by_phase`, `by_module`: who had made what was alive at the peak, by
+    `phase` and by the innermost module whose forward made it (its name in `root`, or its class; "" outside of any,
+    as in a backward pass). A view of older memory,
+    such as the transpose of a weight, is no new byte. Storages that exist when the tracker starts are not counted.
+    `cuda_peak`: bytes that CUDA's caching allocator had given out at most, above what it had at the start; 0 without a
+    device.
+
+        with ByteTracker() as bytes:
+            network(x).sum().backward()
+        print(bytes.peak, bytes.by_phase)
+    """
+
+    def __init__(self, root: nn.Module | None = None) -> None:
+        super().__init__()
+        self._names = {id(m): name or type(m).__name__ for name, m in root.named_modules()} if root else {}
+        self._inside: list[str] = []
+        self._hooks: list[Any] = []
+        self.live = 0
+        self.peak = 0
+        self.cuda_peak = 0
+        self.by_phase: Counter[str] = Counter()
+        self.by_module: Counter[str] = Counter()
+        self._now: Counter[tuple[str, str]] = Counter()
+        self._known: dict[int, weakref.finalize] = {}
+        self._cuda_start = 0
+
+    def __enter__(self) -> ByteTracker:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self._cuda_start = torch.cuda.memory_allocated()
+        self._hooks = [
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),
+        ]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+        if torch.cuda.is_available():
+            self.cuda_peak = torch.cuda.max_memory_allocated() - self._cuda_start
+        for end in self._known.values():
+            end.detach()
+        self._known.clear()
+
+    def reset_peak(self) -> None:
+        """Count the peak from here on."""
+        self.peak = 0
+        self._mark()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        older = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **kwargs)
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and _key(t) not in older:
+                self._born(t)
+        return result
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        self._inside.append(self._names.get(id(module), type(module).__name__))
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._inside.pop()
+
+    def _born(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if size == 0 or key in self._known:
+            return
+        owner = (_phases[-1], self._inside[-1] if self._inside else "")
+        self._known[key] = weakref.finalize(storage, self._died, key, size, owner)
+        self.live += size
+        self._now[owner] += size
+        self._mark()
+
+    def _mark(self) -> None:
+        if self.live <= self.peak:
+            return
+        self.peak = self.live
+        self.by_phase, self.by_module = Counter(), Counter()
+        for (name, module), size in self._now.items():
+            self.by_phase[name] += size
+            self.by_module[module] += size
+
+    def _died(self, key: int, size: int, owner: tuple[str, str]) -> None:
+        self._known.pop(key, None)
+        self.live -= size
+        self._now[owner] -= size
+        if not self._now[owner]:
+            del self._now[owner]
+
+
+def _key(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
