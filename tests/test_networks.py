@@ -24,9 +24,12 @@ def build(name):
     return build_edm(arguments["kwargs"], arrays(f"{name}_state"), arguments["cls"]), arguments
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(("name", "file"), [("tiny_edm", "net"), ("ncsnpp", "ncsnpp"), ("adm", "adm")])
-def test_networks_match_reference(name, file):
+def test_networks_match_reference(name, file, frozen):
+    """With trainable weights through PyTorch's own layers, with frozen ones through the fused ops."""
     network, _ = build(name)
+    network.requires_grad_(not frozen)
     wanted, target = arrays(f"{file}_f64"), arrays("inputs")["target"].double()
     labels = wanted.get("labels")
     for i in range(5 if file == "net" else 3):

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import conv_frozen, group_norm_silu
+
 
 def _xavier_uniform(shape: Sequence[int], fan_in: int, fan_out: int, gain: float) -> nn.Parameter:
     bound = math.sqrt(6.0 / (fan_in + fan_out)) * gain
@@ -68,12 +70,14 @@ class Conv2d(nn.Module):
         self.register_buffer("resample_filter", outer if up or down else None)
 
     def forward(self, x: Tensor) -> Tensor:
+        frozen = self.weight is None or not (self.weight.requires_grad and torch.is_grad_enabled())
+        conv: Any = conv_frozen if frozen else F.conv2d
         weight = None if self.weight is None else self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         pad = 0 if weight is None else weight.shape[-1] // 2
         if self.resample_filter is None:
             assert weight is not None
-            return F.conv2d(x, weight, bias, padding=pad)
+            return conv(x, weight, bias, padding=pad)
         filter_ = self.resample_filter.to(x.dtype)
         filter_pad = (filter_.shape[-1] - 1) // 2
         fused = self.fused and weight is not None
@@ -88,14 +92,18 @@ class Conv2d(nn.Module):
         if weight is None:
             return x
         if self.down and fused:
-            x = F.conv2d(x, weight, padding=pad + filter_pad)
+            x = conv(x, weight, padding=pad + filter_pad)
             x = F.conv2d(x, filter_.expand(self.out_channels, 1, -1, -1), groups=self.out_channels, stride=2)
             return x if bias is None else x + bias[:, None, None]
-        return F.conv2d(x, weight, bias, padding=pad)
+        return conv(x, weight, bias, padding=pad)
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with at most 32 groups and at least 4 channels in each."""
+    """Group normalisation with at most 32 groups and at least 4 channels in each, modulated and activated.
+
+    act(norm(x) (1 + scale) + shift), act "silu" or "none"; x [B, C, H, W], scale and shift [B, C, 1, 1]. With frozen
+    weights one op that keeps only x.
+    """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -104,8 +112,13 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+    def forward(self, x: Tensor, act: str = "none", scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        if not (self.weight.requires_grad and torch.is_grad_enabled()):
+            return group_norm_silu(x, self.groups, self.weight, self.bias, self.eps, scale, shift, act)
+        h = F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        if scale is not None and shift is not None:
+            h = torch.addcmul(shift, h, scale + 1)
+        return F.silu(h) if act == "silu" else h
 
 
 class PositionalEmbedding(nn.Module):
@@ -182,13 +195,13 @@ class UNetBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         skip = x if self.skip is None else self.skip(x)
-        h = self.conv0(F.silu(self.norm0(x)))
+        h = self.conv0(self.norm0(x, "silu"))
         label = self.affine(embedding)[:, :, None, None]
         if self.adaptive_scale:
             scale, shift = label.chunk(2, dim=1)
-            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+            h = self.norm1(h, "silu", scale, shift)
         else:
-            h = F.silu(self.norm1(h + label))
+            h = self.norm1(h + label, "silu")
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         x = (h + skip) * self.skip_scale
         return (self._attend(x) + x) * self.skip_scale if self.heads else x

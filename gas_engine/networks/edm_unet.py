@@ -140,9 +140,9 @@ class SongUNet(nn.Module):
             if "aux_up" in name:
                 out = module(out)
             elif "aux_norm" in name:
-                normed = module(x)
+                normed = module(x, "silu")
             elif "aux_conv" in name:
-                image = module(F.silu(normed))
+                image = module(normed)
                 out = image if out is None else image + out
             else:
                 if x.shape[1] != module.in_channels:
@@ -234,7 +234,7 @@ class DhariwalUNet(nn.Module):
             if x.shape[1] != module.in_channels:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = module(x, embedding)
-        return self.out_conv(F.silu(self.out_norm(x)))
+        return self.out_conv(self.out_norm(x, "silu"))
 
 
 def _drop_labels(labels: Tensor, rate: float) -> Tensor:
