@@ -5,6 +5,7 @@ Shapes: x [B, C, *] with one to three spatial dimensions, weight [C', C/groups, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -82,12 +83,25 @@ def _conv_input_gradient(g: Tensor, weight: Tensor, size: list[int], channels_la
     # Of the input, aten reads the size and the layout. Where g has the room, its own memory plays that part.
     layout = _FORMATS[g.dim()] if channels_last else torch.contiguous_format
     g = g.contiguous(memory_format=layout)
-    like = torch.empty(size, dtype=g.dtype, device="meta", memory_format=layout)
-    if like.numel() <= g.numel() and not isinstance(g, torch._subclasses.FakeTensor):
-        x = g.as_strided(like.shape, like.stride())
+    if g.shape == torch.Size(size):
+        x = g
+    elif math.prod(size) <= g.numel() and not isinstance(g, torch._subclasses.FakeTensor):
+        x = g.as_strided(size, _strides(size, channels_last))
     else:
-        x = torch.empty_like(like, device=g.device)
+        x = torch.empty(size, dtype=g.dtype, device=g.device, memory_format=layout)
     return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, [True, False, False])[0]
+
+
+def _strides(size: Sequence[int], channels_last: bool) -> list[int]:
+    """Of a dense tensor, its dimensions listed from the innermost: [*, C, B], or [C, *, B]."""
+    order = list(range(len(size) - 1, 0, -1))
+    if channels_last:
+        order = [1, *order[:-1]]
+    strides, step = [0] * len(size), 1
+    for dim in (*order, 0):
+        strides[dim] = step
+        step *= size[dim]
+    return strides
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
