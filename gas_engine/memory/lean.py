@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import conv_frozen, geglu, group_norm_silu, resample2d
+from ..ops import conv_frozen, geglu, group_norm_silu
 
 __all__ = ["Coverage", "lean"]
 
