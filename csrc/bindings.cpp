@@ -10,7 +10,9 @@
 #include <utility>
 
 #include "adjoint.h"
+#include "bias_leaky_relu.h"
 #include "lincomb.h"
+#include "resample2d.h"
 
 namespace py = pybind11;
 
@@ -133,5 +135,8 @@ PYBIND11_MODULE(_native, m) {
 
     op<gas::LincombArgs>(m, "lincomb", gas::lincomb_cpu, DEVICE(lincomb_cuda));
     op<gas::AdjointArgs>(m, "adjoint", gas::adjoint_cpu, DEVICE(adjoint_cuda));
+    op<gas::BiasLeakyReluArgs>(m, "bias_leaky_relu", gas::bias_leaky_relu_cpu, DEVICE(bias_leaky_relu_cuda));
+    op<gas::Resample2dArgs>(m, "resample2d", gas::resample2d_cpu, DEVICE(resample2d_cuda));
     m.attr("REDUCTION_BLOCKS") = gas::kReductionBlocks;
+    m.attr("BIAS_SPLITS") = gas::kBiasSplits;
 }

@@ -15,3 +15,5 @@ inline int failures = 0;
 
 void test_dtypes();
 void test_ops();
+void test_bias_leaky_relu();
+void test_resample2d();

@@ -7,11 +7,20 @@ Shapes: J states of one common shape [...], coefficients [J].
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["accumulation_dtype", "adjoint_step_reference", "dots_reference", "lincomb_reference"]
+__all__ = [
+    "accumulation_dtype",
+    "adjoint_step_reference",
+    "bias_leaky_relu_reference",
+    "dots_reference",
+    "lincomb_reference",
+    "resample2d_reference",
+]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -65,3 +74,31 @@ def adjoint_step_reference(
     mu, g_x = lincomb_reference(g, b), lincomb_reference(g, a)
     assert isinstance(mu, Tensor) and isinstance(g_x, Tensor)
     return mu.to(f.dtype), g_x.to(x.dtype), dots_reference(x, g), dots_reference(f, g)
+
+
+def bias_leaky_relu_reference(x: Tensor, bias: Tensor | None = None, slope: float = 0.2) -> Tensor:
+    """Twin of `gas_engine.ops.bias_leaky_relu`: y = v if v > 0 else slope v, v = x + bias[c].
+
+    Memory: one temporary in the accumulation dtype, which is kept for the backward pass.
+    """
+    wide = x.to(accumulation_dtype(x.dtype))
+    if bias is not None:
+        wide = wide + bias.to(wide.dtype).reshape(-1, *[1] * (x.dim() - 2))
+    return F.leaky_relu(wide, slope).to(x.dtype)
+
+
+def resample2d_reference(x: Tensor, taps: Sequence[float] | Tensor, up: int = 1, down: int = 2) -> Tensor:
+    """Twin of `gas_engine.ops.resample2d`: a grouped convolution with the outer product of the taps, or its
+    transpose.
+
+    Memory: a copy of x in the accumulation dtype, which is kept for the backward pass.
+    """
+    f = torch.as_tensor(taps, dtype=torch.float64)
+    T, C, p = len(f), x.shape[1], (len(f) - 1) // 2
+    f = up * f / f.sum()
+    wide = x.to(accumulation_dtype(x.dtype))
+    kernel = torch.outer(f, f).to(wide).expand(C, 1, T, T)
+    with torch.autocast(x.device.type, enabled=False):
+        if up == 1:
+            return F.conv2d(wide, kernel, stride=down, padding=p, groups=C).to(x.dtype)
+        return F.conv_transpose2d(wide, kernel, stride=2, padding=p, output_padding=T % 2, groups=C).to(x.dtype)
