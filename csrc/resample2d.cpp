@@ -1,6 +1,8 @@
 #include "resample2d.h"
 
 #include <algorithm>
+#include <memory>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -9,9 +11,10 @@
 namespace gas {
 namespace {
 
-constexpr std::int64_t kTask = 16384;          // outputs a thread takes at a time, in whole rows
+constexpr std::int64_t kTask = 16384;          // outputs a thread takes at a time, in whole rows or planes
 constexpr std::int64_t kParallelFrom = 16384;  // outputs below which waking the threads costs more
-constexpr std::int64_t kCache = 24576;         // bytes of filtered rows that stay in the first-level cache
+constexpr std::int64_t kCache = 131072;        // bytes of filtered rows that stay in a core's own cache
+constexpr std::int64_t kSmall = 256;           // pixels of planes that are transposed
 
 template <class V, int... I>
 GAS_HD std::pair<V, V> deinterleave(V a, V b, std::integer_sequence<int, I...>) {
@@ -25,47 +28,109 @@ GAS_HD std::pair<V, V> interleave(V a, V b, std::integer_sequence<int, I...>) {
             __builtin_shufflevector(a, b, W / 2 + I / 2 + I % 2 * W...)};
 }
 
+// W vectors of W lanes: log2 W rounds of the perfect shuffle exchange rows and columns.
+template <class V, int W>
+GAS_HD void transpose(V (&v)[W]) {
+#pragma GCC unroll 4
+    for (int round = 1; round < W; round *= 2) {
+        V next[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W / 2; ++i)
+            std::tie(next[2 * i], next[2 * i + 1]) =
+                interleave(v[i], v[i + W / 2], std::make_integer_sequence<int, W>{});
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) v[i] = next[i];
+    }
+}
+
+// Lanes from `count` on become zero, whatever they hold.
+template <class V>
+GAS_HD V first_lanes(V v, std::int64_t count) {
+    for (int lane = 0; lane < static_cast<int>(sizeof v / sizeof v[0]); ++lane)
+        v[lane] = lane < count ? v[lane] : 0;
+    return v;
+}
+
+// Call body with the number of taps as a constant where it is a frequent one, else with 0.
+template <class Body>
+GAS_HD void with_taps(int count, Body&& body) {
+    switch (count) {
+        case 2:
+            return body(std::integral_constant<int, 2>{});
+        case 4:
+            return body(std::integral_constant<int, 4>{});
+        default:
+            return body(std::integral_constant<int, 0>{});
+    }
+}
+
 // The rows of x that one row of y is made of, clipped to the image.
 template <class T>
 struct Column {
-    const T* rows[kMaxTaps];
-    Acc<T> taps[kMaxTaps];
-    int count = 0;
-    std::int64_t readable = 0;  // elements from rows[...] on that lie in the tensor, for each of them
+    const T* first;
+    std::int64_t pitch;
+    const Acc<T>* taps;
+    int count;
+    std::int64_t readable;  // elements that lie in the tensor from the last row's first one on
 
-    Column(const Resample2dArgs& args, const Phases<Acc<T>>& f, std::int64_t row) {
-        const std::int64_t plane = row / args.out_height, o = row % args.out_height,
-                           length = args.width * args.inner;
-        const int s = static_cast<int>(o % f.phases);
-        const std::int64_t first = o / f.phases * f.step + f.first[s];
-        for (int j = 0; j < f.count[s]; ++j) {
-            if (first + j < 0 || first + j >= args.height) continue;
-            const std::int64_t at = (plane * args.height + first + j) * length;
-            rows[count] = static_cast<const T*>(args.x) + at;
-            taps[count++] = f.taps[s][j];
-            readable = args.planes * args.height * length - at;
-        }
-    }
-
-    // One vector of the filtered row, `count` is what remains of the row.
-    Vec<Acc<T>, kLanes<T>> sum(std::int64_t at, std::int64_t left) const {
-        Vec<Acc<T>, kLanes<T>> total{};
-        if (at + kLanes<T> <= readable) {  // over the end of the row rather than in parts
-            for (int j = 0; j < count; ++j) total += taps[j] * load<true>(rows[j] + at, left);
-        } else {
-            for (int j = 0; j < count; ++j) total += taps[j] * load<false>(rows[j] + at, left);
-        }
-        return total;
+    Column(const Resample2dArgs& args, const Phases<Acc<T>>& f, std::int64_t plane, std::int64_t o) {
+        const int mask = f.phases - 1, s = static_cast<int>(o & mask);
+        const std::int64_t top = (o >> mask) * f.step + f.first[s];
+        const int from = static_cast<int>(std::max<std::int64_t>(0, -top));
+        count = static_cast<int>(std::min<std::int64_t>(f.count[s], args.height - top)) - from;
+        taps = f.taps[s] + from;
+        pitch = args.width * args.inner;
+        first = static_cast<const T*>(args.x) + (plane * args.height + top + from) * pitch;
+        readable = ((args.planes - plane) * args.height - top - from - count + 1) * pitch;
     }
 };
 
+// Their filtered sum, with N rows (or, for 0, as many as there are). It holds copies: for all the compiler
+// knows, stores of results might change what is not local to a loop.
+template <class T, int N>
+class ColumnSum {
+    static constexpr int W = kLanes<T>;
+    using V = Vec<Acc<T>, W>;
+
+  public:
+    explicit ColumnSum(const Column<T>& column)
+        : first_(column.first),
+          pitch_(column.pitch),
+          count_(N > 0 ? N : column.count),
+          readable_(column.readable) {
+#pragma GCC unroll 4
+        for (int j = 0; j < count_; ++j) taps_[j] = column.taps[j];
+    }
+
+    // One vector of the row, of which `left` lanes count.
+    GAS_HD V operator()(std::int64_t at, std::int64_t left) const {
+        V total{};
+        if (at + W <= readable_) {  // over the end of the row, rather than in parts
+#pragma GCC unroll 4
+            for (int j = 0; j < count_; ++j) total += taps_[j] * load<true>(first_ + j * pitch_ + at, left);
+        } else {
+            for (int j = 0; j < count_; ++j) total += taps_[j] * load<false>(first_ + j * pitch_ + at, left);
+        }
+        return total;
+    }
+
+  private:
+    const T* first_;
+    std::int64_t pitch_;
+    Acc<T> taps_[N > 0 ? N : kMaxTaps];
+    int count_;
+    std::int64_t readable_;
+};
+
+// Store the lanes that count, or all where they end before `end`: what follows a row is written after it.
 template <class T>
-void store_within(T* y, std::int64_t at, Vec<Acc<T>, kLanes<T>> v, std::int64_t left, std::int64_t end) {
-    // Over the end of the row where this thread goes on to write what follows.
-    if (at + kLanes<T> <= end)
-        store_lanes<true, T, Vec<Acc<T>, kLanes<T>>, kLanes<T>>(y + at, v, left);
+GAS_HD void store_before(T* y, std::int64_t at, Vec<Acc<T>, kLanes<T>> v, std::int64_t left,
+                         std::int64_t end) {
+    constexpr int W = kLanes<T>;
+    if (at + W <= end)
+        store_lanes<true, T, Vec<Acc<T>, W>, W>(y + at, v, left);
     else
-        store_lanes<false, T, Vec<Acc<T>, kLanes<T>>, kLanes<T>>(y + at, v, left);
+        store_lanes<false, T, Vec<Acc<T>, W>, W>(y + at, v, left);
 }
 
 // NCHW. The filtered row lies in a buffer between zeros; for step 2 its even and odd elements lie in two, so
@@ -78,15 +143,17 @@ class RowFilter {
     using Lanes = std::make_integer_sequence<int, W>;
 
   public:
+    static constexpr std::int64_t kBatch = 8;
+
     explicit RowFilter(const Resample2dArgs& args) : args_(args), f_(phases_of<A>(args)) {
         const std::int64_t steps = (args.out_width + f_.phases - 1) / f_.phases;
-        std::int64_t reach = 0;
+        std::int64_t reach = args.width;
         for (int s = 0; s < f_.phases; ++s)
             reach = std::max(reach, (steps - 1) * f_.step + f_.first[s] + f_.count[s]);
-        const std::int64_t most = std::max(reach, args.width) / f_.step + 1;
-        length_ = most + 2 * W;
-        memory_.assign(f_.step * (kMaxTaps + length_ + W), A{});
-        for (int k = 0; k < f_.step; ++k) rows_[k] = memory_.data() + k * (kMaxTaps + length_ + W) + kMaxTaps;
+        const std::int64_t length = (kMaxTaps + reach / f_.step + 1 + 3 * W) / W * W;
+        pitch_ = f_.step * length;
+        memory_.assign(kBatch * pitch_, A{});
+        for (int k = 0; k < f_.step; ++k) rows_[k] = memory_.data() + k * length + kMaxTaps;
         for (int s = 0; s < f_.phases; ++s) {
             for (int j = 0; j < f_.count[s]; ++j) {
                 const int at = f_.first[s] + j + f_.step * kMaxTaps;  // positive, so that / rounds down
@@ -95,53 +162,92 @@ class RowFilter {
         }
     }
 
-    void operator()(std::int64_t row, std::int64_t end) {
-        const Column<T> column(args_, f_, row);
-        const std::int64_t width = args_.width;
-        if (f_.step == 1) {
-            for (std::int64_t w = 0; w < width; w += W) put_row(0, w, column.sum(w, width - w));
-            clear(0, width);
-        } else {
-            for (std::int64_t w = 0; w < width; w += 2 * W) {
-                const auto [even, odd] =
-                    deinterleave(column.sum(w, width - w), column.sum(w + W, width - w - W), Lanes{});
-                put_row(0, w / 2, even);
-                put_row(1, w / 2, odd);
-            }
-            clear(0, (width + 1) / 2);
-            clear(1, width / 2);
+    // A batch of rows of one plane: down the columns for all of them, then along, so that what was stored has
+    // reached the cache when it is loaded at another offset.
+    void operator()(std::int64_t plane, std::int64_t o, std::int64_t rows, std::int64_t end) {
+        for (std::int64_t r = 0; r < rows; ++r) {
+            const Column<T> column(args_, f_, plane, o + r);
+            with_taps(column.count, [&](auto n) { down<n>(column, r * pitch_); });
         }
-        T* const y = static_cast<T*>(args_.y);
-        const std::int64_t begin = row * args_.out_width, out_width = args_.out_width;
-        if (f_.phases == 1) {
-            for (std::int64_t o = 0; o < out_width; o += W)
-                store_within<T>(y, begin + o, along(0, o), out_width - o, end);
-        } else {
-            for (std::int64_t o = 0; o < out_width; o += 2 * W) {
-                const auto [low, high] = interleave(along(0, o / 2), along(1, o / 2), Lanes{});
-                store_within<T>(y, begin + o, low, out_width - o, end);
-                if (o + W < out_width) store_within<T>(y, begin + o + W, high, out_width - o - W, end);
+        const int taps = f_.phases == 1 || f_.count[0] == f_.count[1] ? f_.count[0] : 0;
+        with_taps(taps, [&](auto n) {
+            for (std::int64_t r = 0; r < rows; ++r) {
+                const std::int64_t begin = (plane * args_.out_height + o + r) * args_.out_width;
+                T* const y = static_cast<T*>(args_.y) + begin;
+                f_.phases == 1 ? along_row<n, 1>(y, end - begin, r * pitch_)
+                               : along_row<n, 2>(y, end - begin, r * pitch_);
             }
-        }
+        });
     }
 
   private:
-    void put_row(int k, std::int64_t at, V v) { std::memcpy(rows_[k] + at, &v, sizeof v); }
+    template <int N>
+    void down(const Column<T>& column, std::int64_t shift) {
+        const ColumnSum<T, N> sum(column);
+        const std::int64_t width = args_.width;
+        A *const rows = rows_[0] + shift, *const odds = rows_[1] + shift;
+        const auto put = [](A* at, V v) { std::memcpy(at, &v, sizeof v); };
+        std::int64_t w = 0;
+        if (f_.step == 1) {
+            for (; w + W <= width; w += W) put(rows + w, sum(w, W));
+            if (w < width) put(rows + w, first_lanes(sum(w, width - w), width - w));
+            return;
+        }
+        const auto pair = [&](std::int64_t left) {
+            const V a = sum(w, left), b = sum(w + W, left - W);
+            return deinterleave(a, b, Lanes{});
+        };
+        for (; w + 2 * W <= width; w += 2 * W) {
+            const auto [even, odd] = pair(2 * W);
+            put(rows + w / 2, even);
+            put(odds + w / 2, odd);
+        }
+        if (w < width) {
+            const auto [even, odd] = pair(width - w);
+            put(rows + w / 2, first_lanes(even, (width - w + 1) / 2));
+            put(odds + w / 2, first_lanes(odd, (width - w) / 2));
+        }
+    }
 
-    void clear(int k, std::int64_t from) { std::fill(rows_[k] + from, rows_[k] + length_ - W, A{}); }
-
-    V along(int s, std::int64_t at) const {
-        V total{};
-        for (int j = 0; j < f_.count[s]; ++j) total += f_.taps[s][j] * load<true>(from_[s][j] + at, W);
-        return total;
+    template <int N, int P>
+    void along_row(T* y, std::int64_t end, std::int64_t shift) const {
+        constexpr int most = N > 0 ? N : kMaxTaps;
+        const std::int64_t width = args_.out_width;
+        const A* from[P][most];
+        A taps[P][most];
+        int count[P];
+#pragma GCC unroll 2
+        for (int s = 0; s < P; ++s) {
+            count[s] = N > 0 ? N : f_.count[s];
+#pragma GCC unroll 4
+            for (int j = 0; j < count[s]; ++j) {
+                from[s][j] = from_[s][j] + shift;
+                taps[s][j] = f_.taps[s][j];
+            }
+        }
+        const auto along = [&](int s, std::int64_t at) {
+            V total{};
+#pragma GCC unroll 4
+            for (int j = 0; j < count[s]; ++j) total += taps[s][j] * load<true>(from[s][j] + at, W);
+            return total;
+        };
+        if constexpr (P == 1) {
+            for (std::int64_t o = 0; o < width; o += W) store_before<T>(y, o, along(0, o), width - o, end);
+        } else {
+            for (std::int64_t o = 0; o < width; o += 2 * W) {
+                const auto [low, high] = interleave(along(0, o / 2), along(1, o / 2), Lanes{});
+                store_before<T>(y, o, low, width - o, end);
+                if (o + W < width) store_before<T>(y, o + W, high, width - o - W, end);
+            }
+        }
     }
 
     const Resample2dArgs& args_;
     const Phases<A> f_;
     std::vector<A> memory_;
-    A* rows_[2];
+    std::int64_t pitch_;
+    A* rows_[2]{};
     const A* from_[2][kMaxTaps];
-    std::int64_t length_;
 };
 
 // channels_last. The filtered row is kept for as many channels as the cache holds; both passes are vectors of
@@ -153,55 +259,164 @@ class PixelFilter {
     using V = Vec<A, W>;
 
   public:
+    static constexpr std::int64_t kBatch = 1;
+
     explicit PixelFilter(const Resample2dArgs& args) : args_(args), f_(phases_of<A>(args)) {
         const std::int64_t padded = (args.inner + W - 1) / W * W;
-        const std::int64_t fits =
-            kCache / static_cast<std::int64_t>(sizeof(A)) / std::max<std::int64_t>(args.width, 1);
-        block_ = std::clamp<std::int64_t>(fits / W * W, 4 * W, std::max<std::int64_t>(padded, 4 * W));
-        memory_.assign(args.width * std::min(block_, padded), A{});
-        stride_ = std::min(block_, padded);
+        const std::int64_t fits = kCache / static_cast<std::int64_t>(sizeof(A)) / args.width / W * W;
+        stride_ = std::clamp<std::int64_t>(fits, std::min<std::int64_t>(4 * W, padded), padded);
+        memory_.resize(args.width * stride_);
+        const auto meets_border = [&](std::int64_t w) {
+            return left(w) < 0 || left(w) + f_.count[w & (f_.phases - 1)] > args.width;
+        };
+        while (inside_ < args.out_width && meets_border(inside_)) ++inside_;
+        outside_ = args.out_width;
+        while (outside_ > inside_ && meets_border(outside_ - 1)) --outside_;
     }
 
-    void operator()(std::int64_t row, std::int64_t end) {
-        const Column<T> column(args_, f_, row);
-        T* const y = static_cast<T*>(args_.y) + row * args_.out_width * args_.inner;
-        end -= row * args_.out_width * args_.inner;
-        for (std::int64_t c = 0; c < args_.inner; c += block_) {
-            const std::int64_t channels = std::min(block_, args_.inner - c);
-            // With one block alone, what is stored over the end of a pixel is overwritten by the next one.
-            if (block_ < args_.inner) end = 0;
-            for (std::int64_t w = 0; w < args_.width; ++w) {
-                A* const filtered = memory_.data() + w * stride_;
-                for (std::int64_t k = 0; k < channels; k += W) {
-                    const V v = column.sum(w * args_.inner + c + k, channels - k);
-                    std::memcpy(filtered + k, &v, sizeof v);
-                }
+    void operator()(std::int64_t plane, std::int64_t o, std::int64_t, std::int64_t end) {
+        const Column<T> column(args_, f_, plane, o);
+        const std::int64_t begin = (plane * args_.out_height + o) * args_.out_width * args_.inner;
+        T* const y = static_cast<T*>(args_.y) + begin;
+        // With one block alone, in one phase, what is stored over the end of a pixel is overwritten by the
+        // next.
+        const T* const last = stride_ < args_.inner || f_.phases > 1 ? y : y + (end - begin);
+        for (std::int64_t c = 0; c < args_.inner; c += stride_) {
+            const std::int64_t channels = std::min(stride_, args_.inner - c);
+            with_taps(column.count, [&](auto n) { down<n>(column, c, channels); });
+            for (std::int64_t w = 0; w < inside_; ++w) clipped(w, y + c, channels, last);
+            for (int k = 0; k < f_.phases; ++k) {
+                const int s = static_cast<int>((inside_ + k) & (f_.phases - 1));
+                with_taps(f_.count[s], [&](auto n) { along<n>(inside_ + k, s, y + c, channels, last); });
             }
-            for (std::int64_t o = 0; o < args_.out_width; ++o) {
-                const int s = static_cast<int>(o % f_.phases);
-                const std::int64_t left = o / f_.phases * f_.step + f_.first[s];
-                const std::int64_t from = std::max<std::int64_t>(0, -left);
-                const std::int64_t to = std::min<std::int64_t>(f_.count[s], args_.width - left);
-                for (std::int64_t k = 0; k < channels; k += W) {
-                    V total{};
-                    for (std::int64_t j = from; j < to; ++j)
-                        total += f_.taps[s][j] * load<true>(memory_.data() + (left + j) * stride_ + k, W);
-                    const std::int64_t at = o * args_.inner + c + k;
-                    store_within<T>(y, at, total, channels - k, channels - k >= W ? at + W : end);
-                }
+            for (std::int64_t w = outside_; w < args_.out_width; ++w) clipped(w, y + c, channels, last);
+        }
+    }
+
+  private:
+    template <int N>
+    void down(const Column<T>& column, std::int64_t c, std::int64_t channels) {
+        const ColumnSum<T, N> sum(column);
+        // All channels at once, and whole vectors of them: the row is one run of memory.
+        const bool one_run = stride_ == args_.inner;
+        const std::int64_t pixels = one_run ? 1 : args_.width,
+                           length = one_run ? args_.width * stride_ : channels;
+        const std::int64_t inner = args_.inner, stride = stride_;
+        A* const memory = memory_.data();
+        for (std::int64_t w = 0; w < pixels; ++w) {
+            for (std::int64_t k = 0; k < length; k += W) {
+                const V v = sum(w * inner + c + k, length - k);
+                std::memcpy(memory + w * stride + k, &v, sizeof v);
             }
+        }
+    }
+
+    // The first pixel of x under column w of y.
+    std::int64_t left(std::int64_t w) const {
+        const int mask = f_.phases - 1;
+        return (w >> mask) * f_.step + f_.first[w & mask];
+    }
+
+    // Column w of y, near the border: only taps that meet the image.
+    void clipped(std::int64_t w, T* y, std::int64_t channels, const T* last) const {
+        const int s = static_cast<int>(w & (f_.phases - 1));
+        const int from = static_cast<int>(std::max<std::int64_t>(0, -left(w)));
+        const int to = static_cast<int>(std::min<std::int64_t>(f_.count[s], args_.width - left(w)));
+        pixel<0>(f_.taps[s] + from, to - from, memory_.data() + (left(w) + from) * stride_, stride_,
+                 y + w * args_.inner, channels, last);
+    }
+
+    // Columns of phase s, from `first` on.
+    template <int N>
+    void along(std::int64_t first, int s, T* y, std::int64_t channels, const T* last) const {
+        A taps[N > 0 ? N : kMaxTaps];
+        const int count = N > 0 ? N : f_.count[s];
+#pragma GCC unroll 4
+        for (int j = 0; j < count; ++j) taps[j] = f_.taps[s][j];
+        const std::int64_t stride = stride_, pitch = f_.phases * args_.inner, step = f_.step * stride;
+        const A* row = memory_.data() + left(first) * stride;
+        T* at = y + first * args_.inner;
+        for (std::int64_t more = outside_ - first; more > 0; more -= f_.phases, row += step, at += pitch)
+            pixel<N>(taps, count, row, stride, at, channels, last);
+    }
+
+    template <int N>
+    GAS_HD static void pixel(const A* taps, int count, const A* row, std::int64_t stride, T* y,
+                             std::int64_t channels, const T* last) {
+        const int n = N > 0 ? N : count;
+        for (std::int64_t k = 0; k < channels; k += W) {
+            V total{};
+#pragma GCC unroll 4
+            for (int j = 0; j < n; ++j) total += taps[j] * load<true>(row + j * stride + k, W);
+            store_before<T>(y, k, total, channels - k, channels - k >= W ? k + W : last - y);
+        }
+    }
+
+    const Resample2dArgs& args_;
+    const Phases<A> f_;
+    std::int64_t stride_, inside_ = 0, outside_ = 0;  // columns from inside_ to outside_ meet no border
+    std::vector<A> memory_;
+};
+
+// NCHW with small planes, whose rows would leave most lanes empty: as many planes as there are lanes are
+// transposed to pixels of planes, filtered, and transposed back.
+template <class T>
+class SmallFilter {
+    using A = Acc<T>;
+    static constexpr int W = kLanes<T>;
+    using V = Vec<A, W>;
+
+  public:
+    explicit SmallFilter(const Resample2dArgs& args)
+        : args_(args), in_(args.height * args.width), out_(args.out_height * args.out_width) {
+        x_.resize((in_ + W) * W);
+        y_.resize((out_ + W) * W);
+        pixels_ = args;
+        pixels_.dtype = args.dtype == DType::f64 ? DType::f64 : DType::f32;
+        pixels_.x = x_.data();
+        pixels_.y = y_.data();
+        pixels_.planes = 1;
+        pixels_.inner = W;
+        filter_ = std::make_unique<PixelFilter<A>>(pixels_);
+    }
+
+    void operator()(std::int64_t first) {
+        const std::int64_t planes = std::min<std::int64_t>(W, args_.planes - first), in = in_, out = out_;
+        const T* const x = static_cast<const T*>(args_.x) + first * in;
+        const std::int64_t readable = (args_.planes - first) * in;
+        A *const pixels = x_.data(), *const filtered = y_.data();
+        for (std::int64_t p = 0; p < in; p += W) {
+            V v[W]{};
+            for (int i = 0; i < planes; ++i) {
+                const std::int64_t at = i * in + p;
+                v[i] = at + W <= readable ? load<true>(x + at, W) : load<false>(x + at, in - p);
+            }
+            transpose(v);
+#pragma GCC unroll 16
+            for (int k = 0; k < W; ++k) std::memcpy(pixels + (p + k) * W, &v[k], sizeof v[k]);
+        }
+        for (std::int64_t o = 0; o < args_.out_height; ++o) (*filter_)(0, o, 1, out* W);
+        T* const y = static_cast<T*>(args_.y) + first * out;
+        for (std::int64_t p = 0; p < out; p += W) {
+            V v[W];
+#pragma GCC unroll 16
+            for (int k = 0; k < W; ++k) v[k] = load<true>(filtered + (p + k) * W, W);
+            transpose(v);
+            for (int i = 0; i < planes; ++i)
+                store_before<T>(y, i * out + p, v[i], out - p, p + W <= out ? i * out + p + W : 0);
         }
     }
 
   private:
     const Resample2dArgs& args_;
-    const Phases<A> f_;
-    std::int64_t block_, stride_;
-    std::vector<A> memory_;
+    const std::int64_t in_, out_;
+    std::vector<A> x_, y_;
+    Resample2dArgs pixels_;
+    std::unique_ptr<PixelFilter<A>> filter_;
 };
 
 template <class Filter>
-void run(const Resample2dArgs& args, int threads) {
+void filter_rows(const Resample2dArgs& args, int threads) {
     const std::int64_t length = args.out_width * args.inner, rows = args.planes * args.out_height;
     const std::int64_t step = std::max<std::int64_t>(1, kTask / length), tasks = (rows + step - 1) / step;
 #pragma omp parallel num_threads(threads) if (threads > 1 && rows * length >= kParallelFrom)
@@ -209,9 +424,27 @@ void run(const Resample2dArgs& args, int threads) {
         Filter filter(args);
 #pragma omp for schedule(static)
         for (std::int64_t task = 0; task < tasks; ++task) {
-            const std::int64_t end = std::min((task + 1) * step, rows);
-            for (std::int64_t row = task * step; row < end; ++row) filter(row, end * length);
+            const std::int64_t first = task * step, last = std::min(first + step, rows);
+            std::int64_t plane = first / args.out_height, o = first % args.out_height;
+            for (std::int64_t row = first, batch; row < last; row += batch) {
+                batch = std::min({Filter::kBatch, last - row, args.out_height - o});
+                filter(plane, o, batch, last * length);
+                o += batch;
+                if (o == args.out_height) ++plane, o = 0;
+            }
         }
+    }
+}
+
+template <class T>
+void filter_planes(const Resample2dArgs& args, int threads) {
+    const std::int64_t groups = (args.planes + kLanes<T> - 1) / kLanes<T>;
+    const std::int64_t outputs = args.planes * args.out_height * args.out_width;
+#pragma omp parallel num_threads(threads) if (threads > 1 && outputs >= kParallelFrom)
+    {
+        SmallFilter<T> filter(args);
+#pragma omp for schedule(static)
+        for (std::int64_t group = 0; group < groups; ++group) filter(group * kLanes<T>);
     }
 }
 
@@ -220,7 +453,13 @@ void run(const Resample2dArgs& args, int threads) {
 void resample2d_cpu(const Resample2dArgs& args, int threads) {
     if (args.planes * args.out_height * args.out_width * args.inner == 0) return;
     visit(args.dtype, [&]<class T>(T) {
-        args.inner == 1 ? run<RowFilter<T>>(args, threads) : run<PixelFilter<T>>(args, threads);
+        const std::int64_t pixels = std::max(args.height * args.width, args.out_height * args.out_width);
+        if (args.inner > 1)
+            filter_rows<PixelFilter<T>>(args, threads);
+        else if (pixels <= kSmall && args.planes >= kLanes<T>)
+            filter_planes<T>(args, threads);
+        else
+            filter_rows<RowFilter<T>>(args, threads);
     });
 }
 
