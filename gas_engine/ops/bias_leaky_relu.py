@@ -6,13 +6,14 @@ Shapes: x [B, C, *], bias [C]; bits uint8 [ceil(N / 8)] for the N elements of x 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _native as core
+from ._samples import Sample, draw
 from .reference import accumulation_dtype, bias_leaky_relu_reference
 
 __all__ = ["bias_leaky_relu"]
@@ -72,6 +73,32 @@ def _check(op: str, x: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"{op}: bias must be [{x.shape[1]}], one number per channel of x, got {list(bias.shape)}")
     if bias.device != x.device:
         raise ValueError(f"{op}: bias must be on x's device {x.device}, got {bias.device}")
+
+
+def bias_leaky_relu_samples(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", requires_grad: bool = False
+) -> Iterator[Sample]:
+    """Odd sizes spread over the dimensions, planes of 1 to 300 x 301 pixels, channels_last, no bias, other slopes."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(0, 3), (2, 0, 4), (1, 1), (3, 1), (129, 3), (2, 567), (3, 6, 9, 7), (2, 384, 4, 4), (1, 129, 8, 8)]
+    for shape in [
+        *shapes,
+        (2, 3, 65),
+        (5, 40, 3, 11),
+        (1, 2, 2, 3, 5),
+        (1, 3, 64, 129),
+        (2, 1134, 1),
+        (1, 100, 13, 13),
+    ]:
+        x = draw(generator, shape, dtype, device, requires_grad)
+        bias = draw(generator, shape[1:2], dtype, device, requires_grad)
+        yield Sample((x, bias))
+        if len(shape) in _FORMATS:
+            x = draw(generator, shape, dtype, device, requires_grad, _FORMATS[len(shape)])
+            yield Sample((x, bias), {"slope": 0.01})
+            yield Sample((x,), {"slope": -1.5})
+    for shape in ((), (3,), (1134,)):
+        yield Sample((draw(generator, shape, dtype, device, requires_grad),))
 
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}

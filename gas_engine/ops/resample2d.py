@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import array
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _native as core
+from ._samples import Sample, draw
 from .reference import resample2d_reference
 
 __all__ = ["resample2d"]
@@ -92,6 +93,24 @@ def out_size(x: Tensor, T: int, up: int, down: int) -> tuple[Any, Any, int]:
     if H + 2 * p < T or W + 2 * p < T:
         raise ValueError(f"resample2d: images must be at least {T - 2 * p} pixels wide and high, got {[H, W]}")
     return (H + 2 * p - T) // down + 1, (W + 2 * p - T) // down + 1, p
+
+
+def resample2d_samples(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", requires_grad: bool = False
+) -> Iterator[Sample]:
+    """All numbers of taps and factors, odd sizes, planes small and large, few and many channels, both layouts."""
+    generator = torch.Generator().manual_seed(0)
+    taps = [0.4, 1.0, 3.0, 2.5, -0.5, 0.7, 0.1, 0.3]  # no symmetry that would hide a flip
+    shapes = [(2, 3, 5, 7), (1, 1, 1, 5), (1, 2, 129, 3), (1, 20, 8, 8), (2, 9, 3, 1), (1, 2, 33, 70), (0, 3, 4, 4)]
+    for T in range(1, len(taps) + 1):
+        for shape in shapes:
+            if T % 2 == 0 and min(shape[2:]) == 1:  # refused
+                continue
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = draw(generator, shape, dtype, device, requires_grad, layout)
+                for up, down in ((1, 2), (2, 1), (1, 1)):
+                    yield Sample((x, taps[:T]), {"up": up, "down": down})
+    yield Sample((draw(generator, (1, 2, 1, 1), dtype, device, requires_grad), [1, 3, 3, 1]), {"up": 2, "down": 1})
 
 
 def _prepare(
