@@ -226,7 +226,7 @@ def test_vmap_and_autocast() -> None:
 @settings(max_examples=80, deadline=None)
 @given(
     B=st.integers(0, 3),
-    C=st.integers(0, 40),
+    C=st.integers(1, 40),
     size=st.tuples(st.integers(2, 40), st.integers(2, 40)),
     T=st.integers(1, 8),
     factors=st.sampled_from(FACTORS),
@@ -237,7 +237,7 @@ def test_any_shape(B, C, size, T, factors, layout, dtype) -> None:
     x = image((B, C, *size), dtype, layout=layout)
     y, twin = (f(v, TAPS[:T], *factors) for f, v in ((ops.resample2d, x), (ops.resample2d_reference, x.double())))
     assert_close(y, twin, TOLERANCE[dtype])
-    if B * C > 0:
+    if B > 0:
         g = torch.ones_like(y)
         (got,), (want,) = torch.autograd.grad(y, x, g), torch.autograd.grad(twin, x, g.double())
         assert_close(got, want.double(), 2 * TOLERANCE[dtype] if dtype.itemsize == 2 else 1e-5)
