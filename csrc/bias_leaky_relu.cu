@@ -57,6 +57,12 @@ __device__ __forceinline__ void masked(const BiasLeakyReluArgs& args, A slope, s
     store_as(args.dtype, args.y, at, args.n, aligned, stored);
 }
 
+template <int V, class Sum, class A>
+__device__ __forceinline__ void add(Sum (&sum)[V], const A (&v)[V]) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) sum[k] += static_cast<Sum>(v[k]);
+}
+
 // Channels in planes: a block takes one share of one channel, its sum is one first-stage sum.
 template <class A, int V>
 __global__ void __launch_bounds__(kThreads)
@@ -116,19 +122,18 @@ __global__ void __launch_bounds__(kThreads)
                  row += std::int64_t{splits} * blockDim.y) {
                 A v[V];
                 masked(args, slope, row * args.channels + column * V, aligned, v);
-#pragma unroll
-                for (int k = 0; k < V; ++k) run[k] += v[k];
-                if (++length == kRunGroups) {
-#pragma unroll
-                    for (int k = 0; k < V; ++k) {
-                        total[k] += static_cast<double>(run[k]);
-                        run[k] = 0;
-                    }
+                if constexpr (std::is_same_v<A, double>) {
+                    add<V>(total, v);
+                } else {
+                    add<V>(run, v);
+                    if (++length < kRunGroups) continue;
+                    add<V>(total, run);
                     length = 0;
+#pragma unroll
+                    for (int k = 0; k < V; ++k) run[k] = 0;
                 }
             }
-#pragma unroll
-            for (int k = 0; k < V; ++k) total[k] += static_cast<double>(run[k]);
+            add<V>(total, run);
         }
         __syncthreads();  // the sums of the share before have been read
 #pragma unroll

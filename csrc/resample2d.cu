@@ -7,7 +7,7 @@ namespace {
 constexpr int kRows = 4;  // outputs of a thread, one below the other: they share the sums along the rows
 
 struct Image {
-    std::int64_t planes, height, width, out_height, out_width, inner;
+    std::int64_t planes, height, width, out_height, out_width, inner, strips;
     int low, high;  // rows of x that a strip reaches, from its first output's on
 };
 
@@ -26,11 +26,11 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
 
     const int mask = f.phases - 1;  // one phase or two: x & mask is the phase, x >> mask the place in it
-    const std::int64_t groups = im.inner / V, strips = (im.out_height + kRows - 1) / kRows;
+    const std::int64_t groups = im.inner / V, strips = im.strips;
     const std::int64_t all = im.planes * strips * im.out_width * groups;
     for (std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; i < all;
          i += std::int64_t{gridDim.x} * kThreads) {
-        const std::int64_t pixel = V == 1 && im.inner == 1 ? i : i / groups;
+        const std::int64_t pixel = i / groups;
         const std::int64_t strip = pixel / im.out_width, plane = strip / strips;
         const std::int64_t column = pixel - strip * im.out_width, value = (i - pixel * groups) * V;
         const std::int64_t top = (strip - plane * strips) * kRows;
@@ -78,13 +78,13 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, int V>
 void launch(const Resample2dArgs& args, cudaStream_t stream) {
     const Phases<Acc<T>> f = phases_of<Acc<T>>(args);
-    Image im{args.planes, args.height, args.width, args.out_height, args.out_width, args.inner, 0, 0};
+    const std::int64_t strips = (args.out_height + kRows - 1) / kRows;
+    Image im{args.planes, args.height, args.width, args.out_height, args.out_width, args.inner, strips, 0, 0};
     for (int r = 0; r < kRows; ++r) {
         const int s = r % f.phases, first = r / f.phases * f.step + f.first[s];
         im.low = std::min(im.low, first);
         im.high = std::max(im.high, first + f.count[s]);
     }
-    const std::int64_t strips = (args.out_height + kRows - 1) / kRows;
     const unsigned blocks =
         blocks_for(args.planes * strips * args.out_width * (args.inner / V), kThreads, std::int64_t{1} << 16);
     resample2d_kernel<T, V>
