@@ -14,6 +14,9 @@
 #include "group_norm_silu.h"
 #include "lincomb.h"
 #include "reversible.h"
+#include "bias_leaky_relu.h"
+#include "lincomb.h"
+#include "resample2d.h"
 
 namespace py = pybind11;
 
@@ -142,5 +145,8 @@ PYBIND11_MODULE(_native, m) {
     op<gas::GroupNormArgs>(m, "group_norm_silu", gas::group_norm_silu_cpu, DEVICE(group_norm_silu_cuda));
     op<gas::GroupNormArgs>(m, "group_norm_silu_backward", gas::group_norm_silu_backward_cpu,
                            DEVICE(group_norm_silu_backward_cuda));
+    op<gas::BiasLeakyReluArgs>(m, "bias_leaky_relu", gas::bias_leaky_relu_cpu, DEVICE(bias_leaky_relu_cuda));
+    op<gas::Resample2dArgs>(m, "resample2d", gas::resample2d_cpu, DEVICE(resample2d_cuda));
     m.attr("REDUCTION_BLOCKS") = gas::kReductionBlocks;
+    m.attr("BIAS_SPLITS") = gas::kBiasSplits;
 }

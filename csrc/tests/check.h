@@ -19,3 +19,5 @@ void test_glu();
 void test_group_norm_silu();
 void test_ops();
 void test_reversible();
+void test_bias_leaky_relu();
+void test_resample2d();

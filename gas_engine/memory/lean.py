@@ -101,9 +101,7 @@ def _conv(m: Any) -> Forward | None:
     transposed = isinstance(m, nn.modules.conv._ConvTransposeNd)
     if not transposed:
         return lambda x: conv_frozen(x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)
-    return lambda x: conv_frozen(
-        x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups, True, m.output_padding
-    )
+    return lambda x: conv_frozen(x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups, True, m.output_padding)
 
 
 def _group_norm(m: Any) -> Forward:

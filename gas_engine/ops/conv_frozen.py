@@ -63,9 +63,7 @@ def conv_frozen(
     stride, padding, dilation, output_padding = (
         [v] * dims if isinstance(v, int) else list(v) for v in (stride, padding, dilation, output_padding)
     )
-    return _conv_frozen(
-        x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
-    )
+    return _conv_frozen(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:

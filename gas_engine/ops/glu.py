@@ -45,8 +45,8 @@ def silu_mul(gate: Tensor, value: Tensor | None = None) -> Tensor:
 
     y = gate * sigmoid(gate) * value   (arXiv 2002.05202).
 
-    Shapes and dtypes: gate, value [..., D], or gate [..., 2D] alone -> [..., D]; see `geglu`, also for memory and errors
-    (keeps gate and value, where PyTorch keeps silu's output besides). Differentiable once.
+    Shapes and dtypes: gate, value [..., D], or gate [..., 2D] alone -> [..., D]; see `geglu`, also for memory and
+    errors (keeps gate and value, where PyTorch keeps silu's output besides). Differentiable once.
 
         hidden = silu_mul(gate_projection(x), value_projection(x))
         hidden = silu_mul(projection(x))         # halves of one projection, the gate first

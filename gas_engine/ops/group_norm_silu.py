@@ -239,9 +239,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, g: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     x, mean, rstd, *small = ctx.saved_tensors
-    grads = _op_backward(
-        g, x, mean, rstd, ctx.num_groups, *small, ctx.eps, ctx.act, ctx.wanted
-    )
+    grads = _op_backward(g, x, mean, rstd, ctx.num_groups, *small, ctx.eps, ctx.act, ctx.wanted)
     dx, dscale, dshift = (t if wanted else None for t, wanted in zip(grads, ctx.wanted, strict=True))
     return dx, None, None, None, dscale, dshift, None, None
 

@@ -17,11 +17,13 @@ __all__ = [
     "accumulation_dtype",
     "activation_reference",
     "adjoint_step_reference",
+    "bias_leaky_relu_reference",
     "conv_frozen_reference",
     "dots_reference",
     "geglu_reference",
     "group_norm_silu_reference",
     "lincomb_reference",
+    "resample2d_reference",
     "reversible_inverse_reference",
     "reversible_step_reference",
     "silu_mul_reference",
@@ -202,3 +204,31 @@ def group_norm_silu_reference(
     if shift is not None:
         y = y + spread(shift)
     return activation_reference(y, act).to(x.dtype)
+
+
+def bias_leaky_relu_reference(x: Tensor, bias: Tensor | None = None, slope: float = 0.2) -> Tensor:
+    """Twin of `gas_engine.ops.bias_leaky_relu`: y = v if v > 0 else slope v, v = x + bias[c].
+
+    Memory: one temporary in the accumulation dtype, which is kept for the backward pass.
+    """
+    wide = x.to(accumulation_dtype(x.dtype))
+    if bias is not None:
+        wide = wide + bias.to(wide.dtype).reshape(-1, *[1] * (x.dim() - 2))
+    return F.leaky_relu(wide, slope).to(x.dtype)
+
+
+def resample2d_reference(x: Tensor, taps: Sequence[float] | Tensor, up: int = 1, down: int = 2) -> Tensor:
+    """Twin of `gas_engine.ops.resample2d`: a grouped convolution with the outer product of the taps, or its
+    transpose.
+
+    Memory: a copy of x in the accumulation dtype, which is kept for the backward pass.
+    """
+    f = torch.as_tensor(taps, dtype=torch.float64)
+    T, C, p = len(f), x.shape[1], (len(f) - 1) // 2
+    f = up * f / f.sum()
+    wide = x.to(accumulation_dtype(x.dtype))
+    kernel = torch.outer(f, f).to(wide).expand(C, 1, T, T)
+    with torch.autocast(x.device.type, enabled=False):
+        if up == 1:
+            return F.conv2d(wide, kernel, stride=down, padding=p, groups=C).to(x.dtype)
+        return F.conv_transpose2d(wide, kernel, stride=2, padding=p, output_padding=T % 2, groups=C).to(x.dtype)

@@ -89,9 +89,8 @@ def reversible_inverse(
         one = torch.ones(1, dtype=torch.float64, device=coef.device)
         return lincomb([x_next, x, f], torch.cat([one, -coef[1:]]) / coef[0])
     if codes.code.shape != x.shape or codes.code.dtype != torch.int8:
-        raise ValueError(
-            f"reversible_inverse: the codes must be int8 {list(x.shape)}, got {codes.code.dtype} {list(codes.code.shape)}"
-        )
+        seen = f"{codes.code.dtype} {list(codes.code.shape)}"
+        raise ValueError(f"reversible_inverse: the codes must be int8 {list(x.shape)}, got {seen}")
     if core.runs_on(x.device):
         x_prev = torch.ops.gas_engine.reversible_inverse(x_next, x, f, coef, codes.code)
     else:

@@ -20,9 +20,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from gas_engine import ops
 from gas_engine.ops import _native, _samples
+from gas_engine.ops.bias_leaky_relu import bias_leaky_relu_samples
 from gas_engine.ops.conv_frozen import conv_frozen_samples
 from gas_engine.ops.glu import geglu_samples, silu_mul_samples
 from gas_engine.ops.group_norm_silu import group_norm_silu_samples
+from gas_engine.ops.resample2d import resample2d_samples
 from gas_engine.ops.reversible import reversible_step_samples
 
 CUDA = pytest.param(
@@ -55,9 +57,9 @@ OPS = {
     "conv_frozen": Op(ops.conv_frozen, ops.conv_frozen_reference, conv_frozen_samples, own_kernel=False),
     "geglu": Op(ops.geglu, ops.geglu_reference, geglu_samples, derivatives=1),
     "silu_mul": Op(ops.silu_mul, ops.silu_mul_reference, silu_mul_samples, derivatives=1),
-    "group_norm_silu": Op(
-        ops.group_norm_silu, ops.group_norm_silu_reference, group_norm_silu_samples, derivatives=1
-    ),
+    "group_norm_silu": Op(ops.group_norm_silu, ops.group_norm_silu_reference, group_norm_silu_samples, derivatives=1),
+    "bias_leaky_relu": Op(ops.bias_leaky_relu, ops.bias_leaky_relu_reference, bias_leaky_relu_samples),
+    "resample2d": Op(ops.resample2d, ops.resample2d_reference, resample2d_samples),
     "reversible_step": Op(ops.reversible_step, ops.reversible_step_reference, reversible_step_samples, maps=False),
 }
 
