@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import conv_frozen, geglu, group_norm_silu
+from ..ops import conv_frozen, geglu, group_norm_silu, resample2d
 
 __all__ = ["Coverage", "lean"]
 
@@ -40,10 +40,10 @@ class Coverage(dict[str, tuple[int, int]]):
 def lean(network: nn.Module) -> nn.Module:
     """A network of the same weights whose graph keeps less; `.coverage` says what was converted.
 
-    Same outputs: to the bit for convolutions, to float32 rounding where group norm and activation are fused (tests state
-    the tolerance); gradients for the input, the time label and the conditioning. A module that is not known, or has
-    hooks, stays as it is. The result follows later changes of the weights' values, since it shares them; `.train()` on
-    it does not reach the original.
+    Same outputs: to the bit for convolutions, to float32 rounding (1e-6) where group norm and activation are fused;
+    gradients for the input, the time label and the conditioning. A module that is not known, or has hooks, stays as it
+    is. The result follows later changes of the weights' values, since it shares them; its `.train()` does not reach the
+    original.
     Raises RuntimeError for trainable weights: they would need what is dropped here.
 
         small = lean(network.requires_grad_(False).eval())
@@ -151,6 +151,10 @@ def _attention(m: Any) -> Forward | None:
     return m.forward
 
 
+_PLAIN_CONVS = {
+    kind.forward
+    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+}
 _RULES: list[tuple[Callable[[nn.Module], bool], Callable[[Any], Forward | None]]] = [
     (lambda m: isinstance(m, nn.modules.conv._ConvNd) and type(m).forward in _PLAIN_CONVS, _conv),
     (lambda m: type(m) is nn.GroupNorm, _group_norm),
@@ -159,10 +163,6 @@ _RULES: list[tuple[Callable[[nn.Module], bool], Callable[[Any], Forward | None]]
     (lambda m: type(m).__name__ == "GEGLU" and type(m).__module__.startswith("diffusers."), _geglu),
     (lambda m: type(m).__name__ == "Attention" and type(m).__module__.startswith("diffusers."), _attention),
 ]
-_PLAIN_CONVS = {
-    kind.forward
-    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-}
 
 
 class DeferredNorm(Tensor):
@@ -228,14 +228,6 @@ class DeferredNorm(Tensor):
 
 
 _ACTIVATIONS = {F.silu: "silu", torch.nn.functional.gelu: "gelu"}
-_SHAPE = {
-    Tensor.shape.__get__,
-    Tensor.dtype.__get__,
-    Tensor.device.__get__,
-    Tensor.ndim.__get__,
-    Tensor.is_cuda.__get__,
-    Tensor.layout.__get__,
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-}
+# What tells of the result without needing it.
+_SHAPE: set[Any] = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout")}
+_SHAPE |= {Tensor.size, Tensor.dim, Tensor.numel}

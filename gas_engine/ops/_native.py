@@ -108,7 +108,7 @@ def register(
         wanted = False
         for t in args:
             if isinstance(t, Tensor):
-                if type(t) not in _PLAIN or t.is_neg() or t.device.type not in ("cpu", "cuda"):
+                if not _plain(t) or not _kernels_here(t.device):
                     return op(*args)
                 wanted = wanted or t.requires_grad
         if not (wanted and torch.is_grad_enabled()):
@@ -214,9 +214,17 @@ def uniform(states: Sequence[Tensor], *more: Tensor) -> tuple[list[int], int] | 
     return found, code
 
 
+def _plain(tensor: Tensor) -> bool:
+    """Whether the tensor is its memory: no subclass, no pending negation, no batch of cotangents (of `grad` with
+    is_grads_batched, which is no transform that _observed sees)."""
+    return (
+        type(tensor) in _PLAIN and not tensor.is_neg() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
 def constant(tensor: Tensor) -> bool:
     """Whether the tensor is plain, and no gradient is wanted of it."""
-    return type(tensor) in _PLAIN and not (tensor.requires_grad and torch.is_grad_enabled()) and not tensor.is_neg()
+    return not (tensor.requires_grad and torch.is_grad_enabled()) and _plain(tensor)
 
 
 def direct(*tensors: Tensor) -> bool:

@@ -55,8 +55,8 @@ def bias_leaky_relu(x: Tensor, bias: Tensor | None = None, slope: float = 0.2) -
         y = torch.empty_like(x)
         _launch(x, bias, slope, y, None, packs=True)
         return y
-    y: Tensor = _op(x, bias, float(slope), channels_last)[0]
-    return y
+    result: tuple[Tensor, Tensor] = _op(x, bias, float(slope), channels_last)
+    return result[0]
 
 
 def _check(op: str, x: Tensor, bias: Tensor | None) -> None:

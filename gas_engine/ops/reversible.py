@@ -21,20 +21,20 @@ __all__ = ["ResidualCodes", "reversible_inverse", "reversible_step"]
 
 class ResidualCodes(NamedTuple):
     """What the inverse of a rounded step misses: int8 counts of units in the last place, and a list of the elements
-    where a count does not fit (code -128): flat index [E] int64 and whole value [E].
+    where a count does not fit (code -128): `where`, flat indices [E] int64, and `escaped`, whole values [E].
 
     These are the elements near zero, whose units are far finer than the rounding of the next state: about 2 in
     10,000 of a normal state at coef[0] = 0.9.
     """
 
     code: Tensor
-    index: Tensor
+    where: Tensor
     escaped: Tensor
 
     @property
     def nbytes(self) -> int:
         """Bytes held: one an element, and eight and an element's own for each escape."""
-        return self.code.nbytes + self.index.nbytes + self.escaped.nbytes
+        return self.code.nbytes + self.where.nbytes + self.escaped.nbytes
 
 
 def reversible_step(
@@ -97,7 +97,7 @@ def reversible_inverse(
         x_prev = reversible_inverse_reference(x_next, x, f, coef, codes.code)
     if x_prev.requires_grad:
         x_prev = x_prev.clone()  # the op keeps its own result
-    _at_least_1d(x_prev).index_put_(_coordinates(codes.index, x.shape), codes.escaped)
+    _at_least_1d(x_prev).index_put_(_coordinates(codes.where, x.shape), codes.escaped)
     return x_prev
 
 

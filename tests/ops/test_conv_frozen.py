@@ -47,7 +47,7 @@ def test_autocast_as_pytorch() -> None:
 
 def test_refusals() -> None:
     x, weight = torch.randn(1, 2, 4, 4), torch.randn(2, 2, 3, 3, requires_grad=True)
-    with pytest.raises(RuntimeError, match="weight wants a gradient.*requires_grad_"):
+    with pytest.raises(RuntimeError, match=r"weight wants a gradient.*requires_grad_"):
         ops.conv_frozen(x, weight)
     with torch.no_grad():
         ops.conv_frozen(x, weight)

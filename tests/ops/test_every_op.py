@@ -137,7 +137,8 @@ def test_derivatives_by_finite_differences(name: str) -> None:
         wanted = [i for i, v in enumerate(flat) if isinstance(v, Tensor) and v.requires_grad]
 
         def function(*values: Tensor, flat: Any = flat, spec: Any = spec, wanted: Any = wanted) -> Any:
-            args, kwargs = tree_unflatten([dict(zip(wanted, values)).get(i, v) for i, v in enumerate(flat)], spec)
+            filled = dict(zip(wanted, values, strict=True))
+            args, kwargs = tree_unflatten([filled.get(i, v) for i, v in enumerate(flat)], spec)
             return tuple(t for t in tensors(op.op(*args, **kwargs)) if t.requires_grad)
 
         inputs = [flat[i] for i in wanted]

@@ -97,5 +97,5 @@ def test_refusals(call, error: type[Exception], seen: str) -> None:
 def test_second_derivatives_are_refused_in_words() -> None:
     x = torch.randn(3, 4, requires_grad=True)
     (slope,) = torch.autograd.grad(ops.geglu(x).sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no derivative of its own.*twin"):
+    with pytest.raises(NotImplementedError, match=r"no derivative of its own.*twin"):
         slope.sum().backward()
