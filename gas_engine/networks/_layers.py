@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import conv_frozen, group_norm_silu
+from ..ops import conv_frozen, group_norm_silu, resample2d
 
 
 def _xavier_uniform(shape: Sequence[int], fan_in: int, fan_out: int, gain: float) -> nn.Parameter:
@@ -65,6 +65,7 @@ class Conv2d(nn.Module):
             shape = (out_channels, in_channels, kernel, kernel)
             self.weight = _xavier_uniform(shape, in_channels * area, out_channels * area, gain)
             self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.taps = [float(t) for t in resample_filter]
         taps = torch.as_tensor(resample_filter, dtype=torch.float32)
         outer = torch.outer(taps, taps)[None, None] / taps.sum().square()
         self.register_buffer("resample_filter", outer if up or down else None)
@@ -81,19 +82,20 @@ class Conv2d(nn.Module):
         filter_ = self.resample_filter.to(x.dtype)
         filter_pad = (filter_.shape[-1] - 1) // 2
         fused = self.fused and weight is not None
-        if self.up:
+        if self.up and fused:
             taps = (4 * filter_).expand(self.in_channels, 1, -1, -1)
-            shared = max(filter_pad - pad, 0) if fused else filter_pad
+            shared = max(filter_pad - pad, 0)
             x = F.conv_transpose2d(x, taps, groups=self.in_channels, stride=2, padding=shared)
-            pad = max(pad - filter_pad, 0) if fused else pad
+            pad = max(pad - filter_pad, 0)
+        elif self.up:
+            x = resample2d(x, self.taps, up=2, down=1)
         if self.down and not fused:
-            taps = filter_.expand(self.in_channels, 1, -1, -1)
-            x = F.conv2d(x, taps, groups=self.in_channels, stride=2, padding=filter_pad)
+            x = resample2d(x, self.taps)
         if weight is None:
             return x
         if self.down and fused:
             x = conv(x, weight, padding=pad + filter_pad)
-            x = F.conv2d(x, filter_.expand(self.out_channels, 1, -1, -1), groups=self.out_channels, stride=2)
+            x = conv_frozen(x, filter_.expand(self.out_channels, 1, -1, -1), groups=self.out_channels, stride=2)
             return x if bias is None else x + bias[:, None, None]
         return conv(x, weight, bias, padding=pad)
 
