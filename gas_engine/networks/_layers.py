@@ -212,6 +212,7 @@ class UNetBlock(nn.Module):
         batch, channels = x.shape[:2]
         # Published layout: channels split as [head, channel, (q, k, v)], positions last.
         qkv = self.qkv(self.norm2(x)).reshape(batch, self.heads, channels // self.heads, 3, -1)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2).unbind(0)
+        # Dense heads: the fused attention kernels ask for them, and the others keep the attention matrix.
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous().unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v)
         return self.proj(mixed.transpose(2, 3).reshape(x.shape))
