@@ -8,6 +8,18 @@ namespace {
 // numbers are the same either way.
 constexpr std::int64_t kKeptBytes = 128 << 10;
 
+// n and dy = g act'(y) of U vectors.
+template <int U, class V>
+GAS_HD void slopes(Act act, const Affine<V>* affine, const V (&x)[U], const V (&g)[U], V (&n)[U],
+                   V (&dy)[U]) {
+    for (int u = 0; u < U; ++u) {
+        n[u] = normalised(affine[u], x[u]);
+        dy[u] = modulated(affine[u], n[u]);
+    }
+    activate_slopes(act, dy);
+    for (int u = 0; u < U; ++u) dy[u] = g[u] * dy[u];
+}
+
 // One group of [B, C, N].
 template <class T, bool Stream>
 void planar(const GroupNormArgs& args, std::int64_t group, bool kept, Acc<T>* dys) {
@@ -19,62 +31,73 @@ void planar(const GroupNormArgs& args, std::int64_t group, bool kept, Acc<T>* dy
     const T* const x = static_cast<const T*>(args.x) + group * size;
     const T* const g = static_cast<const T*>(args.g) + group * size;
     const A mean = static_cast<const A*>(args.mean)[group], rstd = static_cast<const A*>(args.rstd)[group];
-    const auto affine_of = [&](std::int64_t c) {
+    Affine<V> affine[kTile];
+    const auto set_affine = [&](std::int64_t c) {
         A gain, offset;
         folded(args, b, first + c, gain, offset);
-        return Affine<V>{V{} + mean, V{} + rstd, V{} + gain, V{} + offset};
+        std::fill_n(affine, kTile, Affine<V>{V{} + mean, V{} + rstd, V{} + gain, V{} + offset});
+        return static_cast<double>(gain);
+    };
+    // Calls body(U, full, at), both constants, for kTile vectors at a time, for single ones, for the rest.
+    const auto sweep = [](std::int64_t at, std::int64_t end, auto&& body) {
+        for (; at + kTile * W <= end; at += kTile * W)
+            body(std::integral_constant<int, kTile>{}, std::true_type{}, at);
+        for (; at + W <= end; at += W) body(std::integral_constant<int, 1>{}, std::true_type{}, at);
+        if (at < end) body(std::integral_constant<int, 1>{}, std::false_type{}, at);
     };
 
     double sum1 = 0, sum2 = 0;
     for (std::int64_t c = 0; c < channels; ++c) {
-        const Affine<V> affine = affine_of(c);
+        const double gain = set_affine(c);
         double s1 = 0, s2 = 0;
         for (std::int64_t start = c * N; start < (c + 1) * N; start += kRun) {
             const std::int64_t end = std::min(start + kRun, (c + 1) * N);
-            V part1[2]{}, part2[2]{};
-            const auto take = [&](auto full, std::int64_t at, int u) {
+            V part1[kTile]{}, part2[kTile]{};
+            sweep(start, end, [&]<int U>(std::integral_constant<int, U>, auto full, std::int64_t at) {
                 constexpr bool Full = decltype(full)::value;
-                V n, dy;  // past the end g is zero, so dy is (its slope is finite: n comes from x = 0)
-                norm_act_slope(args.act, affine, load<Full>(x + at, end - at), load<Full>(g + at, end - at),
-                               n, dy);
-                part1[u] += dy;
-                part2[u] += dy * n;
-                if (kept) store_lanes<Full, A, V, W>(dys + at, dy, end - at);
-            };
-            std::int64_t at = start;
-            for (; at + 2 * W <= end; at += 2 * W)
-                take(std::true_type{}, at, 0), take(std::true_type{}, at + W, 1);
-            for (; at + W <= end; at += W) take(std::true_type{}, at, 0);
-            if (at < end) take(std::false_type{}, at, 0);
-            s1 += lane_sum(part1[0] + part1[1]), s2 += lane_sum(part2[0] + part2[1]);
+                V xs[U], gs[U], n[U], dy[U];  // past the end gs is zero, and so is dy
+                for (int u = 0; u < U; ++u) {
+                    xs[u] = load<Full>(x + at + u * W, end - at);
+                    gs[u] = load<Full>(g + at + u * W, end - at);
+                }
+                slopes(args.act, affine, xs, gs, n, dy);
+                for (int u = 0; u < U; ++u) {
+                    part1[u] += dy[u];
+                    part2[u] += dy[u] * n[u];
+                    if (kept) store_lanes<Full, A, V, W>(dys + at + u * W, dy[u], end - at);
+                }
+            });
+            s1 += lane_sum((part1[0] + part1[1]) + (part1[2] + part1[3]));
+            s2 += lane_sum((part2[0] + part2[1]) + (part2[2] + part2[3]));
         }
         store_channel_sums<A>(args, b, first + c, s1, s2);
-        sum1 += s1 * static_cast<double>(affine.gain[0]), sum2 += s2 * static_cast<double>(affine.gain[0]);
+        sum1 += s1 * gain, sum2 += s2 * gain;
     }
     if (args.out == nullptr) return;
 
     const V m1 = V{} + static_cast<A>(sum1 / size), m2 = V{} + static_cast<A>(sum2 / size);
     T* const dx = static_cast<T*>(args.out) + group * size;
     for (std::int64_t c = 0; c < channels; ++c) {
-        const Affine<V> affine = affine_of(c);
+        set_affine(c);
         const std::int64_t end = (c + 1) * N;
-        const auto write = [&](auto full, std::int64_t at) {
+        sweep(c * N, end, [&]<int U>(std::integral_constant<int, U>, auto full, std::int64_t at) {
             constexpr bool Full = decltype(full)::value;
-            V n, dy;
-            __builtin_prefetch(x + at + size);  // of the group that this thread most likely takes next
-            __builtin_prefetch(g + at + size);
+            V xs[U], n[U], dy[U];
+            for (int u = 0; u < U; ++u) xs[u] = load<Full>(x + at + u * W, end - at);
             if (kept) {
-                n = normalised(affine, load<Full>(x + at, end - at));
-                dy = load<Full>(dys + at, end - at);
+                for (int u = 0; u < U; ++u) {
+                    n[u] = normalised(affine[0], xs[u]);
+                    dy[u] = load<Full>(dys + at + u * W, end - at);
+                }
             } else {
-                norm_act_slope(args.act, affine, load<Full>(x + at, end - at), load<Full>(g + at, end - at),
-                               n, dy);
+                V gs[U];
+                for (int u = 0; u < U; ++u) gs[u] = load<Full>(g + at + u * W, end - at);
+                slopes(args.act, affine, xs, gs, n, dy);
             }
-            store_lanes<Full, T, V, W, Full && Stream>(dx + at, norm_dx(affine, n, dy, m1, m2), end - at);
-        };
-        std::int64_t at = c * N;
-        for (; at + W <= end; at += W) write(std::true_type{}, at);
-        if (at < end) write(std::false_type{}, at);
+            for (int u = 0; u < U; ++u)
+                store_lanes<Full, T, V, W, Full && Stream>(dx + at + u * W,
+                                                           norm_dx(affine[0], n[u], dy[u], m1, m2), end - at);
+        });
     }
     if constexpr (Stream) stream_fence();
 }
@@ -104,13 +127,16 @@ void interleaved(const GroupNormArgs& args, std::int64_t index) {
         for (std::int64_t start = 0; start < args.N; start += kRun / W) {
             V part1[kTile]{}, part2[kTile]{};
             for (std::int64_t pixel = start; pixel < std::min(start + kRun / W, args.N); ++pixel) {
+                const std::int64_t at = pixel * args.C + c, left = block.end - c;
+                V xs[kTile], gs[kTile], n[kTile], dy[kTile];
                 for (int u = 0; u < kTile; ++u) {
-                    const std::int64_t at = pixel * args.C + c + u * W, left = block.end - c - u * W;
-                    V n, dy;
-                    norm_act_slope(args.act, affine[u], load<Full>(x + at, left), load<Full>(g + at, left), n,
-                                   dy);
-                    part1[u] += dy;
-                    part2[u] += dy * n;
+                    xs[u] = load<Full>(x + at + u * W, left - u * W);
+                    gs[u] = load<Full>(g + at + u * W, left - u * W);
+                }
+                slopes(args.act, affine, xs, gs, n, dy);
+                for (int u = 0; u < kTile; ++u) {
+                    part1[u] += dy[u];
+                    part2[u] += dy[u] * n[u];
                 }
             }
             for (int u = 0; u < kTile; ++u) {
@@ -150,13 +176,16 @@ void interleaved(const GroupNormArgs& args, std::int64_t index) {
                 mean2[u] = load<true>(&m2[channel - block.first], W);
             }
             for (std::int64_t pixel = 0; pixel < args.N; ++pixel) {
+                const std::int64_t at = pixel * args.C + c + half * W, left = block.end - c - half * W;
+                V xs[U], gs[U], n[U], dy[U];
                 for (int u = 0; u < U; ++u) {
-                    const std::int64_t channel = c + (half + u) * W, at = pixel * args.C + channel;
-                    const std::int64_t left = block.end - channel;
-                    V n, dy;
-                    norm_act_slope(args.act, affine[u], load<Full>(x + at, left), load<Full>(g + at, left), n,
-                                   dy);
-                    store_lanes<Full, T, V, W>(dx + at, norm_dx(affine[u], n, dy, mean1[u], mean2[u]), left);
+                    xs[u] = load<Full>(x + at + u * W, left - u * W);
+                    gs[u] = load<Full>(g + at + u * W, left - u * W);
+                }
+                slopes(args.act, affine, xs, gs, n, dy);
+                for (int u = 0; u < U; ++u) {
+                    const V result = norm_dx(affine[u], n[u], dy[u], mean1[u], mean2[u]);
+                    store_lanes<Full, T, V, W>(dx + at + u * W, result, left - u * W);
                 }
             }
         }
