@@ -167,6 +167,14 @@ def direct(*tensors: Tensor) -> bool:
     return all([constant(t) for t in tensors]) and _kernels_here(tensors[0].device)
 
 
+def unobserved(*tensors: Tensor) -> bool:
+    """Whether autograd and the native kernel alone would see the call, which an autograd.Function then serves:
+    its way there and back costs half of the dispatcher's."""
+    if torch.compiler.is_compiling() or _observed():
+        return False
+    return all([type(t) in _PLAIN and not t.is_neg() for t in tensors]) and _kernels_here(tensors[0].device)
+
+
 def _kernels_here(device: torch.device) -> bool:
     return native is not None and (device.type == "cpu" or (device.type == "cuda" and _CUDA))
 

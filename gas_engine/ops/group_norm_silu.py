@@ -54,9 +54,13 @@ def group_norm_silu(
     if not core.runs_on(x.device):
         _check(x, num_groups, *small)
         return group_norm_silu_reference(x, num_groups, weight, bias, eps, scale, shift, act)
-    if core.direct(x, *(t for t in small if t is not None)):
+    tensors = [x, *[t for t in small if t is not None]]
+    if core.direct(*tensors):
         return _group_norm_silu(x, num_groups, *small, eps, act)[0]
-    out: Tensor = torch.ops.gas_engine.group_norm_silu(x, num_groups, *small, eps, act)[0]
+    if core.unobserved(*tensors):
+        out: Tensor = _GroupNormSilu.apply(x, num_groups, *small, eps, act)
+    else:
+        out = torch.ops.gas_engine.group_norm_silu(x, num_groups, *small, eps, act)[0]
     return out
 
 
@@ -227,23 +231,39 @@ def _group_norm_silu_fake(
     return out, *statistics
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, ctx.num_groups, weight, bias, scale, shift, ctx.eps, ctx.act = inputs
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.requires_grad:
-            raise ValueError(_FROZEN.format(name))
-    ctx.mark_non_differentiable(*output[1:])
     ctx.wanted = [t is not None and t.requires_grad for t in (x, scale, shift)]
     ctx.save_for_backward(x, *output[1:], weight, bias, scale, shift)
 
 
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    for name, t in (("weight", inputs[2]), ("bias", inputs[3])):
+        if t is not None and t.requires_grad:
+            raise ValueError(_FROZEN.format(name))
+    ctx.mark_non_differentiable(*output[1:])
+    _keep(ctx, inputs, output)
+
+
 def _backward(ctx: Any, g: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     x, mean, rstd, *small = ctx.saved_tensors
-    grads = torch.ops.gas_engine.group_norm_silu_backward(
-        g, x, mean, rstd, ctx.num_groups, *small, ctx.eps, ctx.act, ctx.wanted
-    )
+    here = core.direct(g, x)
+    function = _group_norm_silu_backward if here else torch.ops.gas_engine.group_norm_silu_backward
+    grads = function(g, x, mean, rstd, ctx.num_groups, *small, ctx.eps, ctx.act, ctx.wanted)
     dx, dscale, dshift = (t if wanted else None for t, wanted in zip(grads, ctx.wanted, strict=True))
     return dx, None, None, None, dscale, dshift, None, None
+
+
+class _GroupNormSilu(torch.autograd.Function):
+    """The registered op without its dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _group_norm_silu(*inputs)
+        _keep(ctx, inputs, output)
+        return output[0]
+
+    backward = staticmethod(_backward)
 
 
 def _gradients(
