@@ -48,11 +48,11 @@ def group_norm_silu(
         x, scale, shift = torch.randn(8, 64, 16, 16), *torch.randn(2, 8, 64)
         h = group_norm_silu(x, 32, norm.weight.detach(), norm.bias.detach(), scale=scale, shift=shift)
     """
-    _check_public(x, num_groups, weight, bias, act)
+    _check_public(x, num_groups, weight, bias)
     scale, shift = _per_channel(x, "scale", scale), _per_channel(x, "shift", shift)
     small = (weight, bias, scale, shift)
     if not core.runs_on(x.device):
-        _check(x, num_groups, *small)
+        _check(x, num_groups, act, *small)
         return group_norm_silu_reference(x, num_groups, weight, bias, eps, scale, shift, act)
     tensors = [x, *[t for t in small if t is not None]]
     if core.direct(*tensors):
@@ -64,13 +64,11 @@ def group_norm_silu(
     return out
 
 
-def _check_public(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, act: str) -> None:
+def _check_public(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"group_norm_silu: x must be a tensor [B, C, ...], got {type(x).__name__}")
     if x.dim() < 2:
         raise ValueError(f"group_norm_silu: x must be [B, C, ...], got {list(x.shape)}")
-    if act not in core.ACTIVATIONS:
-        raise ValueError(f"group_norm_silu: act must be one of {', '.join(core.ACTIVATIONS)}, got {act!r}")
     if isinstance(num_groups, bool) or not isinstance(num_groups, int | torch.SymInt):
         raise TypeError(f"group_norm_silu: num_groups must be an integer, got {type(num_groups).__name__}")
     for name, t in (("weight", weight), ("bias", bias)):
@@ -98,10 +96,12 @@ def _per_channel(x: Tensor, name: str, t: Tensor | None) -> Tensor | None:
     return t if t.dim() == 2 else t.flatten(1)
 
 
-def _check(x: Tensor, num_groups: int, *small: Tensor | None) -> None:
+def _check(x: Tensor, num_groups: int, act: str, *small: Tensor | None) -> None:
     """What must hold before a pointer is taken, also for whoever calls `torch.ops.gas_engine`."""
     if x.dim() < 2:
         raise ValueError(f"group_norm_silu: x must be [B, C, ...], got {list(x.shape)}")
+    if act not in core.ACTIVATIONS:
+        raise ValueError(f"group_norm_silu: act must be one of {', '.join(core.ACTIVATIONS)}, got {act!r}")
     B, C = x.shape[:2]
     if num_groups < 1 or C % num_groups != 0:
         raise ValueError(f"group_norm_silu: num_groups must divide the channels, got {num_groups} for {C} channels")
@@ -193,9 +193,9 @@ def _statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 
 
 def _forward_outputs(
-    x: Tensor, num_groups: int, *small: Tensor | None
+    x: Tensor, num_groups: int, act: str, *small: Tensor | None
 ) -> tuple[torch.memory_format, Tensor, tuple[Tensor, Tensor]]:
-    _check(x, num_groups, *small)
+    _check(x, num_groups, act, *small)
     layout = _layout(x)
     return layout, torch.empty_like(x, memory_format=layout), _statistics(x, num_groups)
 
@@ -211,7 +211,7 @@ def _group_norm_silu(
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     small = (weight, bias, scale, shift)
-    layout, out, statistics = _forward_outputs(x, num_groups, *small)
+    layout, out, statistics = _forward_outputs(x, num_groups, act, *small)
     x = x.contiguous(memory_format=layout)
     _launch("group_norm_silu", x, layout, num_groups, small, eps, act, statistics, out)
     return out, *statistics
@@ -227,7 +227,7 @@ def _group_norm_silu_fake(
     eps: float,
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _, out, statistics = _forward_outputs(x, num_groups, weight, bias, scale, shift)
+    _, out, statistics = _forward_outputs(x, num_groups, act, weight, bias, scale, shift)
     return out, *statistics
 
 
@@ -247,8 +247,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, g: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     x, mean, rstd, *small = ctx.saved_tensors
-    here = core.direct(g, x)
-    function = _group_norm_silu_backward if here else torch.ops.gas_engine.group_norm_silu_backward
+    # Batched cotangents (is_grads_batched) show in the tensor alone.
+    here = core.direct(g, x) and not torch._C._functorch.is_legacy_batchedtensor(g)
+    function: Any = _group_norm_silu_backward if here else torch.ops.gas_engine.group_norm_silu_backward
     grads = function(g, x, mean, rstd, ctx.num_groups, *small, ctx.eps, ctx.act, ctx.wanted)
     dx, dscale, dshift = (t if wanted else None for t, wanted in zip(grads, ctx.wanted, strict=True))
     return dx, None, None, None, dscale, dshift, None, None
@@ -295,7 +296,7 @@ def _group_norm_silu_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     small = (weight, bias, scale, shift)
-    _check(x, num_groups, *small)
+    _check(x, num_groups, act, *small)
     grads = _gradients(g, x, scale, shift, wanted)
     layout = _layout(x)
     x, g = x.contiguous(memory_format=layout), g.to(x.dtype).contiguous(memory_format=layout)
@@ -323,7 +324,7 @@ def _group_norm_silu_backward_fake(
     act: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, num_groups, weight, bias, scale, shift)
+    _check(x, num_groups, act, weight, bias, scale, shift)
     return _gradients(g, x, scale, shift, wanted)
 
 
