@@ -69,7 +69,7 @@ void check_adjoint(std::int64_t n, int J) {
     std::vector<float> mu(n + 1, kGuard), g_x(n + 1, kGuard);
     std::vector<double> da(J), db(J), da2(J), db2(J), dots(J);
     AdjointArgs args{DType::f32, p.x.data(), DType::f32, p.f.data(), p.pointers, p.a.data(), p.b.data(),
-                     mu.data(),  g_x.data(), da.data(),  db.data(),  nullptr, n};
+                     mu.data(),  g_x.data(), da.data(),  db.data(),  nullptr,    n};
     adjoint_cpu(args, 1);
     for (std::int64_t k = 0; k < n; ++k) {
         CHECK(std::abs(mu[k] - p.combined(p.b, k)) < 4e-6);   // up to 64 float additions
