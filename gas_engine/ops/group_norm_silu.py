@@ -55,12 +55,12 @@ def group_norm_silu(
         _check(x, num_groups, act, *small)
         return group_norm_silu_reference(x, num_groups, weight, bias, eps, scale, shift, act)
     tensors = [x, *[t for t in small if t is not None]]
-    if core.direct(*tensors):
-        return _group_norm_silu(x, num_groups, *small, eps, act)[0]
-    if core.unobserved(*tensors):
-        out: Tensor = _GroupNormSilu.apply(x, num_groups, *small, eps, act)
+    if not core.unobserved(*tensors):
+        out: Tensor = torch.ops.gas_engine.group_norm_silu(x, num_groups, *small, eps, act)[0]
+    elif torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
+        out = _GroupNormSilu.apply(x, num_groups, *small, eps, act)
     else:
-        out = torch.ops.gas_engine.group_norm_silu(x, num_groups, *small, eps, act)[0]
+        out = _group_norm_silu(x, num_groups, *small, eps, act)[0]
     return out
 
 
@@ -249,7 +249,7 @@ def _backward(ctx: Any, g: Tensor, *unused: Tensor | None) -> tuple[Tensor | Non
     x, mean, rstd, *small = ctx.saved_tensors
     # Batched cotangents (is_grads_batched) show in the tensor alone.
     here = core.direct(g, x) and not torch._C._functorch.is_legacy_batchedtensor(g)
-    function: Any = _group_norm_silu_backward if here else torch.ops.gas_engine.group_norm_silu_backward
+    function: Any = _run_backward if here else torch.ops.gas_engine.group_norm_silu_backward
     grads = function(g, x, mean, rstd, ctx.num_groups, *small, ctx.eps, ctx.act, ctx.wanted)
     dx, dscale, dshift = (t if wanted else None for t, wanted in zip(grads, ctx.wanted, strict=True))
     return dx, None, None, None, dscale, dshift, None, None
@@ -269,19 +269,23 @@ class _GroupNormSilu(torch.autograd.Function):
 
 def _gradients(
     g: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty dx, dscale and dshift; what is not wanted has no elements."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dscale and dshift, empty, where they are wanted."""
     if g.shape != x.shape:
         raise ValueError(f"group_norm_silu: its cotangent must have the shape {list(x.shape)}, got {list(g.shape)}")
-    dx = torch.empty_like(x, memory_format=_layout(x)) if wanted[0] else x.new_empty(0)
-    vectors = [
-        x.new_empty(x.shape[:2] if want and t is not None else (0,), dtype=x.dtype if t is None else t.dtype)
-        for t, want in zip((scale, shift), wanted[1:], strict=True)
-    ]
-    return dx, vectors[0], vectors[1]
+    return (
+        torch.empty_like(x, memory_format=_layout(x)) if wanted[0] else None,
+        scale.new_empty(x.shape[:2]) if wanted[1] and scale is not None else None,
+        shift.new_empty(x.shape[:2]) if wanted[2] and shift is not None else None,
+    )
 
 
-def _group_norm_silu_backward(
+def _some(x: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """What a registered op may return: no elements where nothing was wanted."""
+    return tuple(x.new_empty(0) if t is None else t for t in grads)
+
+
+def _run_backward(
     g: Tensor,
     x: Tensor,
     mean: Tensor,
@@ -294,20 +298,28 @@ def _group_norm_silu_backward(
     eps: float,
     act: str,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The backward kernel, on tensors that have been checked."""
     small = (weight, bias, scale, shift)
-    _check(x, num_groups, act, *small)
-    grads = _gradients(g, x, scale, shift, wanted)
-    layout = _layout(x)
-    x, g = x.contiguous(memory_format=layout), g.to(x.dtype).contiguous(memory_format=layout)
+    dx, dscale, dshift = grads = _gradients(g, x, scale, shift, wanted)
     if x.numel() == 0:
         for t in grads:
-            t.zero_()
+            if t is not None:
+                t.zero_()
         return grads
-    dx, dscale, dshift = (t if t.numel() else None for t in grads)
+    layout = _layout(x)
+    x, g = x.contiguous(memory_format=layout), g.to(x.dtype).contiguous(memory_format=layout)
     statistics = (mean.contiguous(), rstd.contiguous())
     _launch("group_norm_silu_backward", x, layout, num_groups, small, eps, act, statistics, dx, g, dscale, dshift)
     return grads
+
+
+def _group_norm_silu_backward(
+    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, num_groups: int, *rest: Any
+) -> tuple[Tensor, ...]:
+    *small, _, act, _ = rest
+    _check(x, num_groups, act, *small)
+    return _some(x, _run_backward(g, x, mean, rstd, num_groups, *rest))
 
 
 def _group_norm_silu_backward_fake(
@@ -323,9 +335,9 @@ def _group_norm_silu_backward_fake(
     eps: float,
     act: str,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     _check(x, num_groups, act, weight, bias, scale, shift)
-    return _gradients(g, x, scale, shift, wanted)
+    return _some(x, _gradients(g, x, scale, shift, wanted))
 
 
 def _merged(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
