@@ -15,7 +15,7 @@ from torch.autograd import gradcheck
 from gas_engine import ops
 from gas_engine.ops import _native
 from gas_engine.ops._samples import Sample
-from gas_engine.ops.group_norm_silu import group_norm_silu_samples as samples
+from gas_engine.ops._samples import group_norm_silu_samples as samples
 
 CUDA = pytest.param(
     "cuda",
