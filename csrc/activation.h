@@ -30,15 +30,13 @@ using Element = V;
 GAS_HD float decay(float x) { return ::expf(-::fabsf(x)); }
 GAS_HD double decay(double x) { return ::exp(-::fabs(x)); }
 
-// cdf = Phi(x) and density = Phi'(x).
-GAS_HD void normal(float x, float& cdf, float& density) {
-    cdf = ::normcdff(x);
-    density = 0.398942280f * ::expf(-0.5f * x * x);
-}
-GAS_HD void normal(double x, double& cdf, double& density) {
-    cdf = ::normcdf(x);
-    density = 0.39894228040143268 * ::exp(-0.5 * x * x);
-}
+// e^(-x^2/2)
+GAS_HD float gaussian(float x) { return ::expf(-0.5f * x * x); }
+GAS_HD double gaussian(double x) { return ::exp(-0.5 * x * x); }
+
+// Phi(x)
+GAS_HD float normal_cdf(float x, float) { return ::normcdff(x); }
+GAS_HD double normal_cdf(double x, double) { return ::normcdf(x); }
 
 #else
 
@@ -84,6 +82,11 @@ GAS_HD V magnitude(V x) {
         return x < 0 ? -x : x;
 }
 
+template <class V>
+GAS_HD V capped(V x, Element<V> most) {
+    return x > most ? V{} + most : x;
+}
+
 // e^-|x|. Doubles go lane by lane, as accurate as the system's library: they serve float64 tensors.
 template <class V>
 GAS_HD V decay(V x) {
@@ -98,22 +101,33 @@ GAS_HD V decay(V x) {
     }
 }
 
-// cdf = Phi(x) and density = Phi'(x). With a = |x|: Phi(-a) = e^(-a^2/2) R(a), and R a rational minimax fit
-// of erfc(a/sqrt(2)) e^(a^2/2) / 2 on [0, 14.5], 5e-8 relative as rounded; all its terms are positive, so
-// nothing cancels.
+// e^(-x^2/2)
 template <class V>
-GAS_HD void normal(V x, V& cdf, V& density) {
+GAS_HD V gaussian(V x) {
     if constexpr (std::is_arithmetic_v<V>) {
-        Vec<V, 4> wide_cdf, wide_density;
-        normal(Vec<V, 4>{} + x, wide_cdf, wide_density);
-        cdf = wide_cdf[0], density = wide_density[0];
+        return gaussian(Vec<V, 4>{} + x)[0];
     } else if constexpr (std::is_same_v<Element<V>, float>) {
         using U = Vec<std::uint32_t, kLanesOf<V>>;
-        V a = magnitude(x);
-        a = a > 14.5f ? V{} + 14.5f : a;  // where e is zero
+        const V a = capped(magnitude(x), 14.5f);  // where it is zero
         // a^2 in two parts: rounded to one float, the exponent would be off by up to 50 ulp.
         const V high = std::bit_cast<V>(std::bit_cast<U>(a) & 0xfffff000u);
-        const V e = exp_minus(0.5f * high * high, 0.5f * (a - high) * (a + high));
+        return exp_minus(0.5f * high * high, 0.5f * (a - high) * (a + high));
+    } else {
+        V e{};
+        for (int k = 0; k < kLanesOf<V>; ++k) e[k] = std::exp(-0.5 * x[k] * x[k]);
+        return e;
+    }
+}
+
+// Phi(x), given e = e^(-x^2/2). With a = |x|: Phi(-a) = e R(a), and R a rational minimax fit of
+// erfc(a/sqrt(2)) e^(a^2/2) / 2 on [0, 14.5], 5e-8 relative as rounded; all its terms are positive, so
+// nothing cancels.
+template <class V>
+GAS_HD V normal_cdf(V x, V e) {
+    if constexpr (std::is_arithmetic_v<V>) {
+        return normal_cdf(Vec<V, 4>{} + x, Vec<V, 4>{} + e)[0];
+    } else if constexpr (std::is_same_v<Element<V>, float>) {
+        const V a = capped(magnitude(x), 14.5f);
         const V top =
             (((0.00411629304f * a + 0.0406331234f) * a + 0.183234841f) * a + 0.43829456f) * a + 0.5f;
         const V bottom =
@@ -121,63 +135,66 @@ GAS_HD void normal(V x, V& cdf, V& density) {
                 a +
             1.0f;
         const V tail = e * (top / bottom);
-        cdf = x > 0.0f ? 1.0f - tail : tail;
-        density = 0.398942280f * e;
+        return x > 0.0f ? 1.0f - tail : tail;
     } else {
-        for (int k = 0; k < kLanesOf<V>; ++k) {
-            cdf[k] = 0.5 * std::erfc(-0.70710678118654752 * x[k]);
-            density[k] = 0.39894228040143268 * std::exp(-0.5 * x[k] * x[k]);
-        }
+        V cdf{};
+        for (int k = 0; k < kLanesOf<V>; ++k) cdf[k] = 0.5 * std::erfc(-0.70710678118654752 * x[k]);
+        return cdf;
     }
 }
 
 #endif
 
-// s(x) and 1 - s(x), from the one exponential that cannot overflow.
+// 2 u, the sigmoid's argument in gelu_tanh, and x (2 u)'. Beyond 32, s is 0 or 1: limited to that, x^3 stays
+// finite.
 template <class V>
-GAS_HD void sigmoid(V x, V& s, V& rest) {
-    const V one = V{} + Element<V>(1);
-    const V e = decay(x);
-    const V larger = one / (one + e), smaller = e * larger;
-    s = x < 0 ? smaller : larger;
-    rest = x < 0 ? larger : smaller;
+GAS_HD V tanh_argument(V x, V& bend) {
+    using A = Element<V>;
+    constexpr A kLinear = A(1.5957691216057308);  // 2 sqrt(2/pi)
+    constexpr A kCubic = A(0.044715) * kLinear;
+    const V limit = V{} + A(32);
+    x = x > limit ? limit : x;
+    x = x < -limit ? -limit : x;
+    bend = x * (kLinear + 3 * kCubic * x * x);
+    return x * (kLinear + kCubic * x * x);
 }
 
+// The one exponential of an activation, at most 1: it cannot overflow.
 template <class V>
-GAS_HD V clamp_to(V x, Element<V> limit) {
-    const V high = V{} + limit;
-    x = x > high ? high : x;
-    return x < -high ? -high : x;
+GAS_HD V exponential(Act act, V x) {
+    V bend;
+    if (act == Act::silu) return decay(x);
+    if (act == Act::gelu) return gaussian(x);
+    return act == Act::gelu_tanh ? decay(tanh_argument(x, bend)) : x;
 }
 
-// act(x) and act'(x); the compiler drops what a caller does not use. `act` is the same for all of a tensor,
-// so the branch is always predicted.
+// act(x) and act'(x), given e = exponential(act, x); the compiler drops what a caller does not use. `act` is
+// the same for all of a tensor, so the branch is always predicted. A loop over several e first, and then over
+// several of these, keeps more of a processor's units busy than one chain from x to act(x) after the other.
 template <class V>
-GAS_HD void activate_both(Act act, V x, V& value, V& slope) {
+GAS_HD void activate_from(Act act, V x, V e, V& value, V& slope) {
     using A = Element<V>;
     const V one = V{} + A(1);
-    if (act == Act::silu) {
-        V s, rest;
-        sigmoid(x, s, rest);
-        value = x * s;
-        slope = s * (one + x * rest);
-    } else if (act == Act::gelu) {
-        V cdf, density;
-        normal(x, cdf, density);
+    if (act == Act::gelu) {
+        const V cdf = normal_cdf(x, e);
         value = x * cdf;
-        slope = cdf + x * density;
-    } else if (act == Act::gelu_tanh) {
-        constexpr A kLinear = A(1.5957691216057308);  // 2 sqrt(2/pi)
-        constexpr A kCubic = A(0.044715) * kLinear;
-        const V z = clamp_to(x, A(32)), square = z * z;  // s(2u) is 0 or 1 before the limit is met
-        V s, rest;
-        sigmoid(z * (kLinear + kCubic * square), s, rest);
-        value = x * s;
-        slope = s * (one + z * rest * (kLinear + 3 * kCubic * square));
-    } else {
+        slope = cdf + x * (A(0.39894228040143268) * e);
+    } else if (act == Act::none) {
         value = x;
         slope = one;
+    } else {
+        const V larger = one / (one + e), smaller = e * larger;
+        const V s = x < 0 ? smaller : larger, rest = x < 0 ? larger : smaller;  // s(x) and 1 - s(x)
+        value = x * s;
+        V bend = x;
+        if (act == Act::gelu_tanh) tanh_argument(x, bend);
+        slope = s * (one + rest * bend);
     }
+}
+
+template <class V>
+GAS_HD void activate_both(Act act, V x, V& value, V& slope) {
+    activate_from(act, x, exponential(act, x), value, slope);
 }
 
 template <class V>

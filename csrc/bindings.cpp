@@ -10,13 +10,12 @@
 #include <utility>
 
 #include "adjoint.h"
+#include "bias_leaky_relu.h"
 #include "glu.h"
 #include "group_norm_silu.h"
 #include "lincomb.h"
-#include "reversible.h"
-#include "bias_leaky_relu.h"
-#include "lincomb.h"
 #include "resample2d.h"
+#include "reversible.h"
 
 namespace py = pybind11;
 

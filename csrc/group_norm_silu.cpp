@@ -53,15 +53,20 @@ void planar(const GroupNormArgs& args, std::int64_t group) {
         A gain, offset;
         folded(args, b, first + c, gain, offset);
         const Affine<V> affine{V{} + mean, V{} + rstd, V{} + gain, V{} + offset};
+        const auto write = [&]<int U>(std::integral_constant<int, U>, auto full, std::int64_t at) {
+            constexpr bool Full = decltype(full)::value;
+            V y[U];
+            for (int u = 0; u < U; ++u)
+                y[u] = modulated(affine, normalised(affine, load<Full>(x + at + u * W, N - at)));
+            activate_all(args.act, y);
+            for (int u = 0; u < U; ++u)
+                store_lanes<Full, T, V, W, Full && Stream>(out + at + u * W, y[u], N - at);
+        };
         std::int64_t at = 0;
-        for (; at + W <= N; at += W) {
-            __builtin_prefetch(x + at + size);  // of the group that this thread most likely takes next
-            store_lanes<true, T, V, W, Stream>(out + at, norm_act(args.act, affine, load<true>(x + at, W)),
-                                               W);
-        }
-        if (at < N)
-            store_lanes<false, T, V, W>(out + at, norm_act(args.act, affine, load<false>(x + at, N - at)),
-                                        N - at);
+        for (; at + kTile * W <= N; at += kTile * W)
+            write(std::integral_constant<int, kTile>{}, std::true_type{}, at);
+        for (; at + W <= N; at += W) write(std::integral_constant<int, 1>{}, std::true_type{}, at);
+        if (at < N) write(std::integral_constant<int, 1>{}, std::false_type{}, at);
     }
     if constexpr (Stream) stream_fence();
 }
@@ -126,11 +131,12 @@ void interleaved(const GroupNormArgs& args, std::int64_t index) {
         Affine<V> affine[kTile];
         for (int u = 0; u < kTile; ++u) affine[u] = block.affine(c + u * W);
         for (std::int64_t n = 0; n < args.N; ++n) {
-            for (int u = 0; u < kTile; ++u) {
-                const std::int64_t at = n * args.C + c + u * W, left = block.end - c - u * W;
-                store_lanes<Full, T, V, W>(out + at, norm_act(args.act, affine[u], load<Full>(x + at, left)),
-                                           left);
-            }
+            V y[kTile];
+            const std::int64_t at = n * args.C + c, left = block.end - c;
+            for (int u = 0; u < kTile; ++u)
+                y[u] = modulated(affine[u], normalised(affine[u], load<Full>(x + at + u * W, left - u * W)));
+            activate_all(args.act, y);
+            for (int u = 0; u < kTile; ++u) store_lanes<Full, T, V, W>(out + at + u * W, y[u], left - u * W);
         }
     });
 }

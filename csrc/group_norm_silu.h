@@ -73,15 +73,8 @@ GAS_HD V normalised(const Affine<V>& affine, V x) {
 }
 
 template <class V>
-GAS_HD V norm_act(Act act, const Affine<V>& affine, V x) {
-    return activate(act, normalised(affine, x) * affine.gain + affine.offset);
-}
-
-// n and dy = g act'(y).
-template <class V>
-GAS_HD void norm_act_slope(Act act, const Affine<V>& affine, V x, V g, V& n, V& dy) {
-    n = normalised(affine, x);
-    dy = g * activate_slope(act, n * affine.gain + affine.offset);
+GAS_HD V modulated(const Affine<V>& affine, V n) {
+    return n * affine.gain + affine.offset;
 }
 
 template <class V>

@@ -8,6 +8,21 @@ namespace {
 // numbers are the same either way.
 constexpr std::int64_t kKeptBytes = 128 << 10;
 
+// Vectors side by side: the registers hold x, g, n, dy and the exponential of no more.
+constexpr int kPair = 2;
+
+// n and dy = g act'(y) of U vectors.
+template <int U, class V>
+GAS_HD void slopes(Act act, const Affine<V>* affine, const V (&x)[U], const V (&g)[U], V (&n)[U],
+                   V (&dy)[U]) {
+    for (int u = 0; u < U; ++u) {
+        n[u] = normalised(affine[u], x[u]);
+        dy[u] = modulated(affine[u], n[u]);
+    }
+    activate_slopes(act, dy);
+    for (int u = 0; u < U; ++u) dy[u] = g[u] * dy[u];
+}
+
 // One group of [B, C, N].
 template <class T, bool Stream>
 void planar(const GroupNormArgs& args, std::int64_t group, bool kept, Acc<T>* dys) {
@@ -19,62 +34,73 @@ void planar(const GroupNormArgs& args, std::int64_t group, bool kept, Acc<T>* dy
     const T* const x = static_cast<const T*>(args.x) + group * size;
     const T* const g = static_cast<const T*>(args.g) + group * size;
     const A mean = static_cast<const A*>(args.mean)[group], rstd = static_cast<const A*>(args.rstd)[group];
-    const auto affine_of = [&](std::int64_t c) {
+    Affine<V> affine[kPair];
+    const auto set_affine = [&](std::int64_t c) {
         A gain, offset;
         folded(args, b, first + c, gain, offset);
-        return Affine<V>{V{} + mean, V{} + rstd, V{} + gain, V{} + offset};
+        std::fill_n(affine, kPair, Affine<V>{V{} + mean, V{} + rstd, V{} + gain, V{} + offset});
+        return static_cast<double>(gain);
+    };
+    // Calls body(U, full, at), both constants, for kPair vectors at a time, for single ones, for the rest.
+    const auto sweep = [](std::int64_t at, std::int64_t end, auto&& body) {
+        for (; at + kPair * W <= end; at += kPair * W)
+            body(std::integral_constant<int, kPair>{}, std::true_type{}, at);
+        for (; at + W <= end; at += W) body(std::integral_constant<int, 1>{}, std::true_type{}, at);
+        if (at < end) body(std::integral_constant<int, 1>{}, std::false_type{}, at);
     };
 
     double sum1 = 0, sum2 = 0;
     for (std::int64_t c = 0; c < channels; ++c) {
-        const Affine<V> affine = affine_of(c);
+        const double gain = set_affine(c);
         double s1 = 0, s2 = 0;
         for (std::int64_t start = c * N; start < (c + 1) * N; start += kRun) {
             const std::int64_t end = std::min(start + kRun, (c + 1) * N);
-            V part1[2]{}, part2[2]{};
-            const auto take = [&](auto full, std::int64_t at, int u) {
+            V part1[kPair]{}, part2[kPair]{};
+            sweep(start, end, [&]<int U>(std::integral_constant<int, U>, auto full, std::int64_t at) {
                 constexpr bool Full = decltype(full)::value;
-                V n, dy;  // past the end g is zero, so dy is (its slope is finite: n comes from x = 0)
-                norm_act_slope(args.act, affine, load<Full>(x + at, end - at), load<Full>(g + at, end - at),
-                               n, dy);
-                part1[u] += dy;
-                part2[u] += dy * n;
-                if (kept) store_lanes<Full, A, V, W>(dys + at, dy, end - at);
-            };
-            std::int64_t at = start;
-            for (; at + 2 * W <= end; at += 2 * W)
-                take(std::true_type{}, at, 0), take(std::true_type{}, at + W, 1);
-            for (; at + W <= end; at += W) take(std::true_type{}, at, 0);
-            if (at < end) take(std::false_type{}, at, 0);
-            s1 += lane_sum(part1[0] + part1[1]), s2 += lane_sum(part2[0] + part2[1]);
+                V xs[U], gs[U], n[U], dy[U];  // past the end gs is zero, and so is dy
+                for (int u = 0; u < U; ++u) {
+                    xs[u] = load<Full>(x + at + u * W, end - at);
+                    gs[u] = load<Full>(g + at + u * W, end - at);
+                }
+                slopes(args.act, affine, xs, gs, n, dy);
+                for (int u = 0; u < U; ++u) {
+                    part1[u] += dy[u];
+                    part2[u] += dy[u] * n[u];
+                    if (kept) store_lanes<Full, A, V, W>(dys + at + u * W, dy[u], end - at);
+                }
+            });
+            s1 += lane_sum(part1[0] + part1[1]);
+            s2 += lane_sum(part2[0] + part2[1]);
         }
         store_channel_sums<A>(args, b, first + c, s1, s2);
-        sum1 += s1 * static_cast<double>(affine.gain[0]), sum2 += s2 * static_cast<double>(affine.gain[0]);
+        sum1 += s1 * gain, sum2 += s2 * gain;
     }
     if (args.out == nullptr) return;
 
     const V m1 = V{} + static_cast<A>(sum1 / size), m2 = V{} + static_cast<A>(sum2 / size);
     T* const dx = static_cast<T*>(args.out) + group * size;
     for (std::int64_t c = 0; c < channels; ++c) {
-        const Affine<V> affine = affine_of(c);
+        set_affine(c);
         const std::int64_t end = (c + 1) * N;
-        const auto write = [&](auto full, std::int64_t at) {
+        sweep(c * N, end, [&]<int U>(std::integral_constant<int, U>, auto full, std::int64_t at) {
             constexpr bool Full = decltype(full)::value;
-            V n, dy;
-            __builtin_prefetch(x + at + size);  // of the group that this thread most likely takes next
-            __builtin_prefetch(g + at + size);
+            V xs[U], n[U], dy[U];
+            for (int u = 0; u < U; ++u) xs[u] = load<Full>(x + at + u * W, end - at);
             if (kept) {
-                n = normalised(affine, load<Full>(x + at, end - at));
-                dy = load<Full>(dys + at, end - at);
+                for (int u = 0; u < U; ++u) {
+                    n[u] = normalised(affine[0], xs[u]);
+                    dy[u] = load<Full>(dys + at + u * W, end - at);
+                }
             } else {
-                norm_act_slope(args.act, affine, load<Full>(x + at, end - at), load<Full>(g + at, end - at),
-                               n, dy);
+                V gs[U];
+                for (int u = 0; u < U; ++u) gs[u] = load<Full>(g + at + u * W, end - at);
+                slopes(args.act, affine, xs, gs, n, dy);
             }
-            store_lanes<Full, T, V, W, Full && Stream>(dx + at, norm_dx(affine, n, dy, m1, m2), end - at);
-        };
-        std::int64_t at = c * N;
-        for (; at + W <= end; at += W) write(std::true_type{}, at);
-        if (at < end) write(std::false_type{}, at);
+            for (int u = 0; u < U; ++u)
+                store_lanes<Full, T, V, W, Full && Stream>(dx + at + u * W,
+                                                           norm_dx(affine[0], n[u], dy[u], m1, m2), end - at);
+        });
     }
     if constexpr (Stream) stream_fence();
 }
@@ -97,23 +123,32 @@ void interleaved(const GroupNormArgs& args, std::int64_t index) {
     }
 
     std::vector<double> s1(block.mean.size()), s2(block.mean.size());
-    block.tiles([&](auto full, std::int64_t c) {
+    // Calls body(full, c), full a constant, for each kPair vectors of channels.
+    const auto pairs = [&](auto&& body) {
+        block.tiles([&](auto full, std::int64_t c) {
+            for (int u = 0; u < kTile; u += kPair) body(full, c + u * W);
+        });
+    };
+    pairs([&](auto full, std::int64_t c) {
         constexpr bool Full = decltype(full)::value;
-        Affine<V> affine[kTile];
-        for (int u = 0; u < kTile; ++u) affine[u] = block.affine(c + u * W);
+        Affine<V> affine[kPair];
+        for (int u = 0; u < kPair; ++u) affine[u] = block.affine(c + u * W);
         for (std::int64_t start = 0; start < args.N; start += kRun / W) {
-            V part1[kTile]{}, part2[kTile]{};
+            V part1[kPair]{}, part2[kPair]{};
             for (std::int64_t pixel = start; pixel < std::min(start + kRun / W, args.N); ++pixel) {
-                for (int u = 0; u < kTile; ++u) {
-                    const std::int64_t at = pixel * args.C + c + u * W, left = block.end - c - u * W;
-                    V n, dy;
-                    norm_act_slope(args.act, affine[u], load<Full>(x + at, left), load<Full>(g + at, left), n,
-                                   dy);
-                    part1[u] += dy;
-                    part2[u] += dy * n;
+                const std::int64_t at = pixel * args.C + c, left = block.end - c;
+                V xs[kPair], gs[kPair], n[kPair], dy[kPair];
+                for (int u = 0; u < kPair; ++u) {
+                    xs[u] = load<Full>(x + at + u * W, left - u * W);
+                    gs[u] = load<Full>(g + at + u * W, left - u * W);
+                }
+                slopes(args.act, affine, xs, gs, n, dy);
+                for (int u = 0; u < kPair; ++u) {
+                    part1[u] += dy[u];
+                    part2[u] += dy[u] * n[u];
                 }
             }
-            for (int u = 0; u < kTile; ++u) {
+            for (int u = 0; u < kPair; ++u) {
                 for (int k = 0; k < W; ++k) {
                     s1[c - block.first + u * W + k] += static_cast<double>(part1[u][k]);
                     s2[c - block.first + u * W + k] += static_cast<double>(part2[u][k]);
@@ -136,28 +171,26 @@ void interleaved(const GroupNormArgs& args, std::int64_t index) {
         std::fill_n(m2.begin() + c, channels, static_cast<A>(sum2 / size));
     }
     T* const dx = static_cast<T*>(args.out) + offset;
-    block.tiles([&](auto full, std::int64_t c) {
+    pairs([&](auto full, std::int64_t c) {
         constexpr bool Full = decltype(full)::value;
-        constexpr int U =
-            kTile / 2;  // six vectors of constants for each: half a tile keeps them in registers
-        for (int half = 0; half < kTile; half += U) {
-            Affine<V> affine[U];
-            V mean1[U], mean2[U];
-            for (int u = 0; u < U; ++u) {
-                const std::int64_t channel = c + (half + u) * W;
-                affine[u] = block.affine(channel);
-                mean1[u] = load<true>(&m1[channel - block.first], W);
-                mean2[u] = load<true>(&m2[channel - block.first], W);
+        Affine<V> affine[kPair];
+        V mean1[kPair], mean2[kPair];
+        for (int u = 0; u < kPair; ++u) {
+            affine[u] = block.affine(c + u * W);
+            mean1[u] = load<true>(&m1[c + u * W - block.first], W);
+            mean2[u] = load<true>(&m2[c + u * W - block.first], W);
+        }
+        for (std::int64_t pixel = 0; pixel < args.N; ++pixel) {
+            const std::int64_t at = pixel * args.C + c, left = block.end - c;
+            V xs[kPair], gs[kPair], n[kPair], dy[kPair];
+            for (int u = 0; u < kPair; ++u) {
+                xs[u] = load<Full>(x + at + u * W, left - u * W);
+                gs[u] = load<Full>(g + at + u * W, left - u * W);
             }
-            for (std::int64_t pixel = 0; pixel < args.N; ++pixel) {
-                for (int u = 0; u < U; ++u) {
-                    const std::int64_t channel = c + (half + u) * W, at = pixel * args.C + channel;
-                    const std::int64_t left = block.end - channel;
-                    V n, dy;
-                    norm_act_slope(args.act, affine[u], load<Full>(x + at, left), load<Full>(g + at, left), n,
-                                   dy);
-                    store_lanes<Full, T, V, W>(dx + at, norm_dx(affine[u], n, dy, mean1[u], mean2[u]), left);
-                }
+            slopes(args.act, affine, xs, gs, n, dy);
+            for (int u = 0; u < kPair; ++u) {
+                const V result = norm_dx(affine[u], n[u], dy[u], mean1[u], mean2[u]);
+                store_lanes<Full, T, V, W>(dx + at + u * W, result, left - u * W);
             }
         }
     });

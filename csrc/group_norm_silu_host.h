@@ -40,15 +40,36 @@ void store_channel_sums(const GroupNormArgs& args, std::int64_t b, std::int64_t 
               number_at<double>(args.bias_dtype, args.bias, c, 0) * s1);
 }
 
+// All lanes, added in pairs.
 template <class V>
-double lane_sum(V v) {
-    double sum = 0;
-    for (int k = 0; k < kLanesOf<V>; ++k) sum += static_cast<double>(v[k]);
-    return sum;
+GAS_HD double lane_sum(V v) {
+    if constexpr (kLanesOf<V> == 2) {
+        return static_cast<double>(v[0]) + static_cast<double>(v[1]);
+    } else {
+        struct Halves {
+            Vec<Element<V>, kLanesOf<V> / 2> low, high;
+        };
+        const auto halves = std::bit_cast<Halves>(v);
+        return lane_sum(halves.low + halves.high);
+    }
 }
 
-// A sum in `run` terms, and those in double: the order depends on sizes alone.
-inline constexpr int kTile = 4;  // vectors of channels that a thread carries through the pixels at once
+inline constexpr int kTile = 4;  // vectors that go through the arithmetic side by side
+
+// U vectors y at once, first all exponentials: see activate_from. They are left in act(y), or in act'(y).
+template <int U, class V>
+GAS_HD void activate_all(Act act, V (&y)[U]) {
+    V e[U], slope;
+    for (int u = 0; u < U; ++u) e[u] = exponential(act, y[u]);
+    for (int u = 0; u < U; ++u) activate_from(act, y[u], e[u], y[u], slope);
+}
+
+template <int U, class V>
+GAS_HD void activate_slopes(Act act, V (&y)[U]) {
+    V e[U], value;
+    for (int u = 0; u < U; ++u) e[u] = exponential(act, y[u]);
+    for (int u = 0; u < U; ++u) activate_from(act, y[u], e[u], value, y[u]);
+}
 
 // Channels [first, end) of one sample with channels_last: whole groups, and whole vectors but for the last.
 template <class T>

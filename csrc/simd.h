@@ -43,8 +43,8 @@ GAS_HD F from_bf16(U h) {
 template <class F, class U>
 GAS_HD U to_bf16(F v) {
     const U u = std::bit_cast<U>(v);
-    const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;              // nearest, ties to even
-    return (u & 0x7fffffffu) > 0x7f800000u ? rounded | 0x7fc0u : rounded;  // a NaN stays one
+    const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // nearest, ties to even
+    return v != v ? U{} + 0x7fc0u : rounded;                   // a NaN stays one
 }
 
 template <class F, class U>

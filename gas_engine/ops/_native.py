@@ -217,9 +217,7 @@ def uniform(states: Sequence[Tensor], *more: Tensor) -> tuple[list[int], int] | 
 def _plain(tensor: Tensor) -> bool:
     """Whether the tensor is its memory: no subclass, no pending negation, no batch of cotangents (of `grad` with
     is_grads_batched, which is no transform that _observed sees)."""
-    return (
-        type(tensor) in _PLAIN and not tensor.is_neg() and not torch._C._functorch.is_legacy_batchedtensor(tensor)
-    )
+    return type(tensor) in _PLAIN and not tensor.is_neg() and not torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def constant(tensor: Tensor) -> bool:

@@ -91,3 +91,28 @@ def adjoint_step_samples(
     yield Sample((x, f, g, a, b))
     yield Sample((x, f.detach().bfloat16().requires_grad_(requires_grad), g, a, b))
     yield Sample(adjoint_step_inputs((5,), 64, dtype, device, requires_grad))
+
+
+def group_norm_silu_samples(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", requires_grad: bool = False
+) -> Iterator[Sample]:
+    """Odd sizes, every layout and activation, each optional vector on its own, groups of one number, nothing."""
+    generator = torch.Generator().manual_seed(0)
+
+    def new(*shape: int, layout: torch.memory_format = torch.contiguous_format, constant: bool = False) -> Tensor:
+        return draw(generator, shape, dtype, device, requires_grad and not constant, layout)
+
+    for C, N, groups in ((1, 1, 1), (3, 3, 1), (6, 129, 3), (2, 1134, 2), (129, 3, 43), (1134, 1, 9), (6, 0, 2)):
+        scale, shift = new(2, C), new(2, C)
+        affine = {"weight": new(C, constant=True), "bias": new(C, constant=True)}
+        yield Sample((new(2, C, N), groups), {**affine, "scale": scale, "shift": shift})
+    yield Sample((new(3, 8), 2), {"weight": new(8, constant=True), "act": "gelu"})
+    yield Sample((new(3, 8), 8), {"shift": new(3, 8)})
+    yield Sample((new(0, 8, 4, 4), 2), {"scale": new(0, 8)})
+    for act in ("none", "silu", "gelu", "gelu_tanh"):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = new(2, 12, 5, 7, layout=layout)
+            yield Sample((x, 4), {"act": act, "scale": new(2, 12, 1, 1), "eps": 1e-3})
+            yield Sample((x, 3), {"act": act, "shift": new(2, 12, 1, 1), "bias": new(12, constant=True)})
+    x = new(2, 24, 3, 4, 5, layout=torch.channels_last_3d)
+    yield Sample((x, 8), {"scale": new(2, 24), "shift": new(2, 24, 1, 1, 1)})

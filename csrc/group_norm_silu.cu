@@ -1,0 +1,235 @@
+#include "group_norm_silu.cuh"
+
+namespace gas {
+namespace {
+
+// Count, mean and sum of squared deviations of some numbers: joined without cancellation (Chan, Golub and
+// LeVeque 1979).
+template <class A>
+struct Moments {
+    A count, mean, squares;
+};
+
+template <class A>
+__device__ __forceinline__ void join(Moments<A>& a, const Moments<A>& b) {
+    const A count = a.count + b.count;
+    if (b.count == 0) return;
+    const A delta = b.mean - a.mean, part = b.count / count;
+    a.mean += delta * part;
+    a.squares += b.squares + delta * delta * a.count * part;
+    a.count = count;
+}
+
+// The moments of `lanes` neighbouring threads, in every one of them. Counts up to 2^24 are exact in float,
+// and a larger one is off by a rounding.
+template <class A>
+__device__ __forceinline__ void join_lanes(Moments<A>& m, int lanes) {
+    for (int step = lanes / 2; step > 0; step /= 2) {
+        Moments<A> other = {__shfl_down_sync(kAllLanes, m.count, step),
+                            __shfl_down_sync(kAllLanes, m.mean, step),
+                            __shfl_down_sync(kAllLanes, m.squares, step)};
+        join(m, other);  // lane 0 of the neighbours ends with the whole; what the others hold is not used
+    }
+}
+
+template <class A>
+__device__ __forceinline__ void store_statistics(const GroupNormArgs& args, std::int64_t group,
+                                                 const Moments<A>& m) {
+    static_cast<A*>(args.mean)[group] = m.mean;
+    static_cast<A*>(args.rstd)[group] = A(1) / sqrt(m.squares / m.count + static_cast<A>(args.eps));
+}
+
+// Stage 1, [B, C, N]: the moments of each piece of a group.
+template <class A>
+__global__ void __launch_bounds__(kThreads, 2)
+    planar_moments(const __grid_constant__ GroupNormArgs args, const __grid_constant__ Pieces pieces) {
+    constexpr int V = kPerThread<A>;
+    for (std::int64_t first = pieces.first(); first < pieces.count(); first += pieces.stride()) {
+        const std::int64_t piece = first + pieces.mine();
+        const std::int64_t group = piece / pieces.chunks, start = piece % pieces.chunks * pieces.chunk;
+        Moments<A> total = {0, 0, 0};
+        if (piece < pieces.count()) {
+            const std::int64_t base = group * pieces.length;
+            const std::int64_t end = base + min(start + pieces.chunk, pieces.length);
+            for (std::int64_t at = base + start + pieces.lane() * V; at < end; at += pieces.lanes * V) {
+                A x[V];
+                load_as(args.dtype, args.x, at, end, pieces.aligned, x);
+                const int count = end - at < V ? static_cast<int>(end - at) : V;
+                Moments<A> pack = {static_cast<A>(count), 0, 0};
+#pragma unroll
+                for (int k = 0; k < V; ++k) pack.mean += x[k];  // past the end: zeros
+                pack.mean /= pack.count;
+#pragma unroll
+                for (int k = 0; k < V; ++k) {
+                    const A d = k < count ? x[k] - pack.mean : A(0);
+                    pack.squares += d * d;
+                }
+                join(total, pack);
+            }
+        }
+        join_lanes(total, pieces.lanes);
+        if (piece < pieces.count() && pieces.lane() == 0) {
+            if (pieces.chunks == 1) {
+                store_statistics(args, group, total);
+            } else {
+                A* const parts = static_cast<A*>(args.workspace) + 2 * piece;
+                parts[0] = total.mean;
+                parts[1] = total.squares;
+            }
+        }
+    }
+}
+
+// Stage 1, [B, N, C]: the moments of each channel over `chunk` pixels.
+template <class A>
+__global__ void __launch_bounds__(kThreads, 2)
+    interleaved_moments(const __grid_constant__ GroupNormArgs args, const __grid_constant__ Tiles tiles) {
+    constexpr int V = kChannelPack<A>;
+    __shared__ Moments<A> shared[kThreads];
+    for (std::int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+        const Place<V> place(args, tiles, tile);
+        A count = 0, mean[V] = {}, squares[V] = {};
+        for (std::int64_t pixel = place.pixel; pixel < place.end; pixel += place.depth) {
+            const std::int64_t row = (place.b * args.N + pixel) * args.C;
+            A x[V];
+            load_as(args.dtype, args.x, row + place.channel, row + args.C, tiles.aligned, x);
+            count += 1;
+            const A part = A(1) / count;
+#pragma unroll
+            for (int k = 0; k < V; ++k) {  // Welford's update
+                const A delta = x[k] - mean[k];
+                mean[k] += delta * part;
+                squares[k] += delta * (x[k] - mean[k]);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+            __syncthreads();  // the last reader is done
+            shared[threadIdx.x] = {count, mean[k], squares[k]};
+            __syncthreads();
+            if (place.row == 0 && place.channel + k < args.C) {
+                Moments<A> total = shared[place.column];
+                for (int row = 1; row < place.depth; ++row)
+                    join(total, shared[row * tiles.columns + place.column]);
+                const std::int64_t at = (place.b * args.chunks + place.chunk) * args.C + place.channel + k;
+                A* const parts = static_cast<A*>(args.workspace) + 2 * at;
+                parts[0] = total.mean;
+                parts[1] = total.squares;
+            }
+        }
+    }
+}
+
+// Stage 2: the parts of one group, joined by one block in a fixed order.
+template <class A>
+__global__ void __launch_bounds__(kThreads, 2) join_moments(const __grid_constant__ GroupNormArgs args) {
+    __shared__ Moments<A> shared[kBlockWarps];
+    const std::int64_t channels = args.C / args.G, groups = args.B * args.G;
+    const std::int64_t length = args.channels_last ? args.N : channels * args.N;
+    const std::int64_t parts_of_group = args.channels_last ? args.chunks * channels : args.chunks;
+    const A* const parts = static_cast<const A*>(args.workspace);
+    for (std::int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
+        Moments<A> total = {0, 0, 0};
+        for (std::int64_t part = threadIdx.x; part < parts_of_group; part += kThreads) {
+            std::int64_t chunk = part, at = group * args.chunks + part;
+            if (args.channels_last) {
+                chunk = part / channels;
+                at = (group / args.G * args.chunks + chunk) * args.C + group % args.G * channels +
+                     part % channels;
+            }
+            const std::int64_t count = min(args.chunk, length - chunk * args.chunk);
+            join(total, Moments<A>{static_cast<A>(count), parts[2 * at], parts[2 * at + 1]});
+        }
+        join_lanes(total, kWarp);
+        __syncthreads();  // the last reader is done
+        if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = total;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            for (int warp = 1; warp < kBlockWarps; ++warp) join(total, shared[warp]);
+            store_statistics(args, group, total);
+        }
+    }
+}
+
+// Stage 3, [B, C, N]: pieces of channels.
+template <class A>
+__global__ void __launch_bounds__(kThreads, 2)
+    planar_apply(const __grid_constant__ GroupNormArgs args, const __grid_constant__ Pieces pieces) {
+    constexpr int V = kPerThread<A>;
+    for (std::int64_t first = pieces.first(); first < pieces.count(); first += pieces.stride()) {
+        const std::int64_t piece = first + pieces.mine();
+        if (piece >= pieces.count()) break;
+        const std::int64_t row = piece / pieces.chunks, start = piece % pieces.chunks * pieces.chunk;
+        const std::int64_t base = row * pieces.length;
+        const std::int64_t end = base + min(start + pieces.chunk, pieces.length);
+        const Affine<A> affine = affine_of<A>(args, row / args.C, row % args.C);
+        for (std::int64_t at = base + start + pieces.lane() * V; at < end; at += pieces.lanes * V) {
+            A x[V];
+            load_as(args.dtype, args.x, at, end, pieces.aligned, x);
+#pragma unroll
+            for (int k = 0; k < V; ++k)
+                x[k] = activate(args.act, modulated(affine, normalised(affine, x[k])));
+            store_as(args.dtype, args.out, at, end, pieces.aligned, x);
+        }
+    }
+}
+
+// Stage 3, [B, N, C]: a thread keeps its channels.
+template <class A>
+__global__ void __launch_bounds__(kThreads, 2)
+    interleaved_apply(const __grid_constant__ GroupNormArgs args, const __grid_constant__ Tiles tiles) {
+    constexpr int V = kChannelPack<A>;
+    for (std::int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+        const Place<V> place(args, tiles, tile);
+        if (place.pixel >= place.end) continue;
+        Affine<A> affine[V];
+#pragma unroll
+        for (int k = 0; k < V; ++k)
+            affine[k] = affine_of<A>(args, place.b, min(place.channel + k, args.C - 1));
+        for (std::int64_t pixel = place.pixel; pixel < place.end; pixel += place.depth) {
+            const std::int64_t row = (place.b * args.N + pixel) * args.C;
+            A x[V];
+            load_as(args.dtype, args.x, row + place.channel, row + args.C, tiles.aligned, x);
+#pragma unroll
+            for (int k = 0; k < V; ++k)
+                x[k] = activate(args.act, modulated(affine[k], normalised(affine[k], x[k])));
+            store_as(args.dtype, args.out, row + place.channel, row + args.C, tiles.aligned, x);
+        }
+    }
+}
+
+}  // namespace
+
+const char* group_norm_silu_cuda(const GroupNormArgs& args, int device, void* stream) {
+    if (args.B * args.C * args.N == 0) return nullptr;
+    cudaError_t status = cudaSetDevice(device);
+    if (status != cudaSuccess) return message(status);
+    const auto queue = static_cast<cudaStream_t>(stream);
+    const bool aligned = aligned16(args.x) && aligned16(args.out);
+    const auto launched = [&] { return (status = cudaGetLastError()) == cudaSuccess; };
+    visit_accumulator(args.dtype, [&]<class A>(A) {
+        const unsigned groups = blocks_for(args.B * args.G, 1, 1 << 16);
+        if (args.channels_last) {
+            const Tiles tiles = tiles_of<A>(args, aligned);
+            const unsigned blocks = blocks_for(tiles.count, 1, 1 << 16);
+            interleaved_moments<A><<<blocks, kThreads, 0, queue>>>(args, tiles);
+            if (!launched()) return;
+            join_moments<A><<<groups, kThreads, 0, queue>>>(args);
+            if (!launched()) return;
+            interleaved_apply<A><<<blocks, kThreads, 0, queue>>>(args, tiles);
+        } else {
+            const Pieces sums = pieces_of<A>(args, args.B * args.G, args.C / args.G * args.N, aligned);
+            planar_moments<A><<<blocks_of(sums), kThreads, 0, queue>>>(args, sums);
+            if (!launched()) return;
+            if (args.chunks > 1) join_moments<A><<<groups, kThreads, 0, queue>>>(args);
+            if (!launched()) return;
+            Pieces rows = pieces_of<A>(args, args.B * args.C, args.N, aligned);
+            rows.chunks = (args.N + rows.chunk - 1) / rows.chunk;
+            planar_apply<A><<<blocks_of(rows), kThreads, 0, queue>>>(args, rows);
+        }
+        launched();
+    });
+    return message(status);
+}
+
+}  // namespace gas
