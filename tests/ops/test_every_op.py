@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from gas_engine import ops
 from gas_engine.ops import _native, _samples
+from gas_engine.ops._samples import group_norm_silu_samples
 from gas_engine.ops.bias_leaky_relu import bias_leaky_relu_samples
 from gas_engine.ops.conv_frozen import conv_frozen_samples
 from gas_engine.ops.glu import geglu_samples, silu_mul_samples
-from gas_engine.ops.group_norm_silu import group_norm_silu_samples
 from gas_engine.ops.resample2d import resample2d_samples
 from gas_engine.ops.reversible import reversible_step_samples
 
