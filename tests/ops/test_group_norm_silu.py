@@ -104,6 +104,7 @@ def test_against_pytorch(layout: str, act: str, device: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@needs_core
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", FORMATS)
 def test_layouts(layout: str, device: str) -> None:
@@ -125,6 +126,7 @@ def test_layouts(layout: str, device: str) -> None:
     assert_near(got, torch.autograd.grad(ops.group_norm_silu_reference(z, 5).sum(), z)[0], 2e-6)
 
 
+@needs_core
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", FORMATS)
 def test_mean_far_larger_than_deviation(layout: str, device: str) -> None:
