@@ -5,26 +5,48 @@
 namespace gas {
 namespace {
 
-// The sum of term(x) over n contiguous elements.
-template <class T, class Term>
-double total(const T* x, std::int64_t n, Term&& term) {
+// The sums of d and d^2, d = x - pivot, over n contiguous elements.
+template <class T>
+void moments(const T* x, std::int64_t n, Acc<T> pivot, double& sum, double& squares) {
     constexpr int W = kLanes<T>;
     using V = Vec<Acc<T>, W>;
-    double sum = 0;
+    sum = squares = 0;
     for (std::int64_t start = 0; start < n; start += kRun) {
         const std::int64_t end = std::min(start + kRun, n);
-        V part[kTile]{};
+        V first[kTile]{}, second[kTile]{};
+        const auto add = [&](int u, V d) {
+            first[u] += d;
+            second[u] += d * d;
+        };
         std::int64_t at = start;
         for (; at + kTile * W <= end; at += kTile * W) {
-            for (int u = 0; u < kTile; ++u) part[u] += term(load<true>(x + at + u * W, W));
+            for (int u = 0; u < kTile; ++u) add(u, load<true>(x + at + u * W, W) - pivot);
         }
-        for (; at + W <= end; at += W) part[0] += term(load<true>(x + at, W));
-        V tail{};
-        if (at < end) tail = term(load<false>(x + at, end - at));
-        for (std::int64_t k = end - at; k < W; ++k) tail[k] = 0;
-        sum += lane_sum(((part[0] + part[1]) + (part[2] + part[3])) + tail);
+        for (; at + W <= end; at += W) add(0, load<true>(x + at, W) - pivot);
+        if (at < end) {
+            V d = load<false>(x + at, end - at) - pivot;
+            for (std::int64_t k = end - at; k < W; ++k) d[k] = 0;
+            add(0, d);
+        }
+        sum += lane_sum((first[0] + first[1]) + (first[2] + first[3]));
+        squares += lane_sum((second[0] + second[1]) + (second[2] + second[3]));
     }
-    return sum;
+}
+
+// Mean and variance in one pass around the first element; where that lies more than two standard deviations
+// off, so that the squares would cancel, in a second one around the mean.
+template <class T>
+void statistics(const T* x, std::int64_t n, Acc<T>& mean, double& variance) {
+    using A = Acc<T>;
+    const A pivot = load<false>(x, 1)[0];
+    double sum, squares;
+    moments(x, n, pivot, sum, squares);
+    const double offset = sum / n;
+    mean = static_cast<A>(static_cast<double>(pivot) + offset);
+    variance = squares / n - offset * offset;
+    if (offset * offset <= 4 * variance) return;
+    moments(x, n, mean, sum, squares);
+    variance = squares / n - (sum / n) * (sum / n);
 }
 
 template <class A>
@@ -33,7 +55,7 @@ void store_statistics(const GroupNormArgs& args, std::int64_t group, A mean, A r
     static_cast<A*>(args.rstd)[group] = rstd;
 }
 
-// One group of [B, C, N]: contiguous, and in the cache after the first of the three passes.
+// One group of [B, C, N]: contiguous, and in the cache after the first pass.
 template <class T, bool Stream>
 void planar(const GroupNormArgs& args, std::int64_t group) {
     using A = Acc<T>;
@@ -43,9 +65,10 @@ void planar(const GroupNormArgs& args, std::int64_t group) {
     const T* x = static_cast<const T*>(args.x) + group * size;
     T* out = static_cast<T*>(args.out) + group * size;
 
-    const A mean = static_cast<A>(total(x, size, [](V v) { return v; }) / size);
-    const double squares = total(x, size, [mean](V v) { return (v - mean) * (v - mean); });
-    const A rstd = static_cast<A>(1 / std::sqrt(squares / size + args.eps));
+    A mean;
+    double variance;
+    statistics(x, size, mean, variance);
+    const A rstd = static_cast<A>(1 / std::sqrt(variance + args.eps));
     store_statistics(args, group, mean, rstd);
 
     const std::int64_t b = group / args.G, first = group % args.G * channels;
