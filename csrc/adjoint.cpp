@@ -17,18 +17,16 @@ GAS_HD void adjoint_block(const AdjointArgs& args, const A* a, const A* b, std::
                           V* da, V* db) {
     constexpr int W = kLanes<A>;
     V x[kUnroll], f[kUnroll], mu[kUnroll]{}, g_x[kUnroll]{};
-    for (int u = 0; u < kUnroll; ++u) {
-        x[u] = load_as<Full, A>(args.x_dtype, args.x, at + u * W, left - u * W);
-        if constexpr (Step) f[u] = load_as<Full, A>(args.f_dtype, args.f, at + u * W, left - u * W);
-    }
+    load_as<Full, A, W>(args.x_dtype, args.x, at, left, x);
+    if constexpr (Step) load_as<Full, A, W>(args.f_dtype, args.f, at, left, f);
     for (int i = 0; i < args.g.count; ++i) {
-        V dot_x = da[i], dot_f = db[i];
+        V g[kUnroll], dot_x = da[i], dot_f = db[i];
+        load_as<Full, A, W>(args.g.dtype[i], args.g.at[i], at, left, g);
         for (int u = 0; u < kUnroll; ++u) {
-            const V g = load_as<Full, A>(args.g.dtype[i], args.g.at[i], at + u * W, left - u * W);
             if constexpr (Step)
-                adjoint_term(g, x[u], f[u], a[i], b[i], mu[u], g_x[u], dot_x, dot_f);
+                adjoint_term(g[u], x[u], f[u], a[i], b[i], mu[u], g_x[u], dot_x, dot_f);
             else
-                dot_term(g, x[u], dot_x);
+                dot_term(g[u], x[u], dot_x);
         }
         da[i] = dot_x;
         if constexpr (Step) db[i] = dot_f;

@@ -16,11 +16,9 @@ GAS_HD void combine_block(const LincombArgs& args, const A* coef, std::int64_t a
     constexpr int W = kLanes<A>;
     Vec<A, W> sum[kUnroll]{};
     for (int j = 0; j < args.states.count; ++j) {
-        for (int u = 0; u < kUnroll; ++u) {
-            const std::int64_t k = u * W;
-            lincomb_term(coef[j], load_as<Full, A>(args.states.dtype[j], args.states.at[j], at + k, left - k),
-                         sum[u]);
-        }
+        Vec<A, W> state[kUnroll];
+        load_as<Full, A, W>(args.states.dtype[j], args.states.at[j], at, left, state);
+        for (int u = 0; u < kUnroll; ++u) lincomb_term(coef[j], state[u], sum[u]);
     }
     for (int u = 0; u < kUnroll; ++u)
         store_as<Full, Stream, A>(args.dtype, args.out, at + u * W, sum[u], left - u * W);

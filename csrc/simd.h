@@ -188,12 +188,14 @@ GAS_HD void store_lanes(T* p, V v, std::int64_t count) {
 // The same for storage whose type is known at run time, with lanes of A. The branch is the same for all
 // vectors of a tensor, so it is always predicted. A dozen streams are more than the hardware follows by
 // itself: what comes eight lines later is asked for here.
-template <bool Full, class A, int W = kLanes<A>>
-GAS_HD Vec<A, W> load_as(DType dtype, const void* p, std::int64_t at, std::int64_t count) {
+template <bool Full, class A, int W, int U>
+GAS_HD void load_as(DType dtype, const void* p, std::int64_t at, std::int64_t count, Vec<A, W> (&v)[U]) {
     const auto from = [&]<class T>(T) {
-        if constexpr (Full) __builtin_prefetch(static_cast<const T*>(p) + at + 512 / sizeof(T));
-        const auto v = load<Full, T, W>(static_cast<const T*>(p) + at, count);
-        return __builtin_convertvector(v, Vec<A, W>);
+        const T* q = static_cast<const T*>(p) + at;
+        for (int u = 0; u < U; ++u) {
+            if constexpr (Full) __builtin_prefetch(q + u * W + 512 / sizeof(T));
+            v[u] = __builtin_convertvector((load<Full, T, W>(q + u * W, count - u * W)), Vec<A, W>);
+        }
     };
     switch (dtype) {
         case DType::f64:
@@ -205,6 +207,13 @@ GAS_HD Vec<A, W> load_as(DType dtype, const void* p, std::int64_t at, std::int64
         default:
             return from(float{});
     }
+}
+
+template <bool Full, class A, int W = kLanes<A>>
+GAS_HD Vec<A, W> load_as(DType dtype, const void* p, std::int64_t at, std::int64_t count) {
+    Vec<A, W> v[1];
+    load_as<Full, A, W>(dtype, p, at, count, v);
+    return v[0];
 }
 
 template <bool Full, bool Stream, class A, int W = kLanes<A>>
