@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..ops import conv_frozen, geglu, group_norm_silu, resample2d
 
@@ -67,7 +68,7 @@ def lean(network: nn.Module) -> nn.Module:
         converted[id(module)] = twin
         rule = next((rule for kind, rule in _RULES if kind(module)), None)
         if rule is not None and not _hooked(module) and (forward := rule(twin)) is not None:
-            twin.forward = forward  # type: ignore[method-assign]
+            twin.forward = _settled(forward)  # type: ignore[method-assign]
             done[name] += 1
         elif not any(True for _ in module.children()):
             left[name] += 1
@@ -76,8 +77,14 @@ def lean(network: nn.Module) -> nn.Module:
         return twin
 
     result = convert(network)
+    forward = result.forward
+    result.forward = lambda *args, **kwargs: settle(forward(*args, **kwargs))  # type: ignore[method-assign]
     result.coverage = Coverage({k: (done[k], left[k]) for k in {*done, *left}})  # type: ignore[assignment]
     return result
+
+
+def _settled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: forward(*settle(args), **settle(kwargs))
 
 
 def _shallow(module: nn.Module) -> nn.Module:
@@ -100,12 +107,14 @@ def _conv(m: Any) -> Forward | None:
         return None
     transposed = isinstance(m, nn.modules.conv._ConvTransposeNd)
     if not transposed:
-        return lambda x: conv_frozen(x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)
-    return lambda x: conv_frozen(x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups, True, m.output_padding)
+        return lambda input: conv_frozen(input, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)
+    return lambda input: conv_frozen(
+        input, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups, True, m.output_padding
+    )
 
 
 def _group_norm(m: Any) -> Forward:
-    return lambda x: DeferredNorm.of(x, m.num_groups, m.weight, m.bias, m.eps)
+    return lambda input: DeferredNorm.of(input, m.num_groups, m.weight, m.bias, m.eps)
 
 
 def _batch_norm(m: Any) -> Forward | None:
@@ -132,7 +141,7 @@ def _avg_pool(m: Any) -> Forward | None:
     plain = pair(m.kernel_size) == pair(m.stride) == (2, 2) and pair(m.padding) == (0, 0)
     if not plain or m.ceil_mode or m.divisor_override:
         return None
-    return lambda x: resample2d(x, (1.0, 1.0), down=2)
+    return lambda input: resample2d(input, (1.0, 1.0), down=2)
 
 
 def _geglu(m: Any) -> Forward | None:
@@ -165,69 +174,96 @@ _RULES: list[tuple[Callable[[nn.Module], bool], Callable[[Any], Forward | None]]
 ]
 
 
-class DeferredNorm(Tensor):
-    """A group norm that has not run yet: SiLU or GELU run it with themselves, anything else runs it alone.
+class DeferredNorm:
+    """A group norm that has not run yet: SiLU or GELU run it with themselves, anything else runs it alone, once.
 
-    ``h * (1 + scale) + shift`` between the two, [B, C, 1, 1] each, joins in.
+    ``h * (1 + scale) + shift`` between the two, [B, C, 1, ...] each, joins in. It stands in for a tensor wherever
+    PyTorch takes one; only `isinstance` tells.
     """
 
-    _make: Callable[..., Tensor]
-    _parts: tuple[Tensor | None, Tensor | None]
+    def __init__(self, x: Tensor, make: Callable[..., Tensor], scale: Tensor | None, shift: Tensor | None) -> None:
+        self._x, self._make, self._scale, self._shift = x, make, scale, shift
+        self._alone: Tensor | None = None
 
     @classmethod
-    def of(cls, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    def of(cls, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> DeferredNorm:
         def make(act: str, scale: Tensor | None, shift: Tensor | None) -> Tensor:
             return group_norm_silu(x, groups, weight, bias, eps, scale, shift, act)
 
-        return cls._with(x, make, None, None)
+        return cls(x, make, None, None)
 
-    @classmethod
-    def _with(cls, x: Tensor, make: Callable[..., Tensor], scale: Tensor | None, shift: Tensor | None) -> Tensor:
-        # Shape, dtype and device of the result, and none of its memory.
-        empty = torch.Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device=x.device)
-        empty._make, empty._parts = make, (scale, shift)
-        return empty
+    def activated(self, act: str) -> Tensor:
+        return self._make(act, self._scale, self._shift)
 
-    def run(self, act: str = "none") -> Tensor:
-        return self._make(act, *self._parts)
+    def settled(self) -> Tensor:
+        """The tensor itself."""
+        if self._alone is None:
+            self._alone = self.activated("none")
+        return self._alone
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._x.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._x.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._x.device
+
+    def _per_channel(self, other: Any) -> bool:
+        return isinstance(other, Tensor) and other.shape == (*self.shape[:2], *(1,) * (len(self.shape) - 2))
+
+    def __mul__(self, factor: Any) -> Any:
+        if self._scale is None and self._shift is None and self._per_channel(factor):
+            return DeferredNorm(self._x, self._make, factor - 1, None)
+        return self.settled() * factor
+
+    def __add__(self, shift: Any) -> Any:
+        if self._shift is None and self._per_channel(shift):
+            return DeferredNorm(self._x, self._make, self._scale, shift)
+        return self.settled() + shift
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.settled(), name)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in _SHAPE:
-                return func(*args, **kwargs)
-            if func in _ACTIVATIONS and args and isinstance(args[0], cls):
-                act = _ACTIVATIONS[func]
-                if act == "gelu" and kwargs.get("approximate", "none") == "tanh":
-                    act = "gelu_tanh"
-                return args[0].run(act)
-            if func in (Tensor.mul, Tensor.__mul__, torch.mul) and isinstance(args[0], cls):
-                joined = args[0]._scaled(args[1])
-                if joined is not None:
-                    return joined
-            if func in (Tensor.add, Tensor.__add__, torch.add) and isinstance(args[0], cls) and not kwargs:
-                joined = args[0]._shifted(args[1])
-                if joined is not None:
-                    return joined
-            plain = torch.utils._pytree.tree_map(lambda v: v.run() if isinstance(v, cls) else v, (args, kwargs))
-        return func(*plain[0], **plain[1])
-
-    def _per_channel(self, other: Any) -> bool:
-        return isinstance(other, Tensor) and tuple(other.shape) == (*self.shape[:2], *(1,) * (self.dim() - 2))
-
-    def _scaled(self, factor: Any) -> Tensor | None:
-        if self._parts != (None, None) or not self._per_channel(factor):
-            return None
-        return self._with(self, self._make, factor - 1, None)
-
-    def _shifted(self, shift: Any) -> Tensor | None:
-        if self._parts[1] is not None or not self._per_channel(shift):
-            return None
-        return self._with(self, self._make, self._parts[0], shift)
+        if args and isinstance(args[0], cls):
+            if func is F.silu:
+                return args[0].activated("silu")
+            if func is F.gelu:
+                return args[0].activated("gelu_tanh" if kwargs.get("approximate") == "tanh" else "gelu")
+        return func(*settle(args), **settle(kwargs))
 
 
-_ACTIVATIONS = {F.silu: "silu", torch.nn.functional.gelu: "gelu"}
-# What tells of the result without needing it.
-_SHAPE: set[Any] = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout")}
-_SHAPE |= {Tensor.size, Tensor.dim, Tensor.numel}
+def _forward_to_tensor(name: str) -> Callable[..., Any]:
+    def operator(self: DeferredNorm, *args: Any) -> Any:
+        return getattr(self.settled(), name)(*settle(args))
+
+    return operator
+
+
+for _name in (
+    "sub",
+    "rsub",
+    "rmul",
+    "radd",
+    "truediv",
+    "rtruediv",
+    "pow",
+    "neg",
+    "matmul",
+    "rmatmul",
+    "getitem",
+    "len",
+):
+    setattr(DeferredNorm, f"__{_name}__", _forward_to_tensor(f"__{_name}__"))
+
+
+def settle(value: Any) -> Any:
+    """The value with tensors in the place of norms that were waiting for an activation."""
+    return tree_map(lambda v: v.settled() if isinstance(v, DeferredNorm) else v, value)
