@@ -25,7 +25,7 @@ if command -v compute-sanitizer > /dev/null; then
     # The ops' own kernels over every sample; torch's are not ours to check, and the sanitizer takes its time.
     for tool in memcheck racecheck; do
         step 120 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name-exclude kernel_substring=at:: \
-            "$python" -m pytest tests/ops/test_every_op.py -q -m gpu -k "float64_twin and float32"
+            "$python" -m pytest tests/ops -q -m gpu -k "float64_twin or cotangent or bit_exact"
     done
 fi
 step 300 benches "$python" -m pytest bench -q --benchmark-disable-gc

@@ -100,7 +100,7 @@ def register(
     op = getattr(torch.ops.gas_engine, name)
     if "Tensor[]" in schema:  # the tape does not look into lists
         return op
-    tape = None if backward is None or setup is None else _tape(kernel, backward, setup)
+    tape = None if backward is None or setup is None else _tape(name, kernel, backward, setup)
 
     def run(*args: Any) -> Any:
         if torch.compiler.is_compiling() or _observed():
@@ -118,25 +118,24 @@ def register(
     return run
 
 
-def _tape(kernel: Callable[..., Any], backward: Callable[..., Any], setup: Callable[..., None]) -> Any:
-    class Tape(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            output = kernel(*args)
-            setup(ctx, args, output)
-            return output
+def _tape(name: str, kernel: Callable[..., Any], backward: Callable[..., Any], setup: Callable[..., None]) -> Any:
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = kernel(*args)
+        setup(ctx, args, output)
+        return output
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return backward(ctx, *grads)
+    # Named after the op: that is what anomaly mode and graph viewers show.
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), methods)
 
-    return Tape
+
+def batched(*tensors: Tensor) -> bool:
+    """Whether one is a batch of cotangents (`grad` with is_grads_batched), which registered ops cannot follow."""
+    return not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
 
 
 def _refuse(name: str, ctx: Any, *grads: Tensor) -> Any:
-    raise NotImplementedError(
-        f"gas_engine::{name} has no derivative of its own: differentiate its twin in gas_engine.ops.reference"
-    )
+    raise NotImplementedError(f"gas_engine::{name} has no derivative of its own: call the twin of the public op")
 
 
 def one_by_one(name: str, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -210,7 +209,10 @@ def uniform(states: Sequence[Tensor], *more: Tensor) -> tuple[list[int], int] | 
             or t.is_neg()
         ):
             return None
-        found.append(t.data_ptr())
+        try:
+            found.append(t.data_ptr())
+        except RuntimeError:  # batched cotangents have no memory of their own
+            return None
     return found, code
 
 
@@ -240,12 +242,15 @@ def _kernels_here(device: torch.device) -> bool:
 
 
 def _observed() -> bool:
-    """Whether a dispatch mode, a functorch transform or forward-mode AD is active; true where torch hides it."""
+    """Whether somebody must see the op itself: a dispatch mode, a functorch transform, forward-mode AD, jit.trace, the
+    profiler; true where torch does not tell."""
     try:
         return (
             torch._C._len_torch_dispatch_stack() > 0
             or torch._C._functorch.peek_interpreter_stack() is not None
             or forward_ad._current_level >= 0
+            or torch._C._get_tracing_state() is not None
+            or torch.autograd._profiler_enabled()
         )
     except AttributeError:
         return True
@@ -279,8 +284,8 @@ def check_frozen(op: str, **weights: Tensor | None) -> None:
     for name, weight in weights.items():
         if weight is not None and weight.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
-                f"{op}: {name} wants a gradient, and this op keeps nothing to make one from; freeze it with "
-                f"requires_grad_(False), or call the twin {op}_reference"
+                f"{op}: {name} wants a gradient, and this op keeps nothing to make one from: freeze it with "
+                f"{name}.requires_grad_(False), or call the twin gas_engine.ops.{op}_reference"
             )
 
 

@@ -52,7 +52,7 @@ def adjoint_step(
         mu, g_x, da, db = map(torch.empty_like, (f, x, a, b))
         _launch(x, f, (found[0][2:], found[1]), (da, db), (a, b), (mu, g_x))
         return mu, g_x, da, db
-    if not core.runs_on(x.device):
+    if not core.runs_on(x.device) or core.batched(x, f, a, b, *g):
         _check("adjoint_step", x, f, g, a, b)
         return adjoint_step_reference(x, f, list(g), a, b)
     return torch.ops.gas_engine.adjoint_step(x, f, list(g), a, b)
@@ -89,7 +89,7 @@ def dots(x: Tensor, states: Sequence[Tensor]) -> Tensor:
     """
     core.check_list("dots", "(x,)", (x,))
     core.check_list("dots", "states", states)
-    if not core.runs_on(x.device):
+    if not core.runs_on(x.device) or core.batched(x, *states):
         core.check_states("dots", "states", states, like=x)
         return dots_reference(x, list(states))
     return torch.ops.gas_engine.dots(x, list(states))
@@ -171,6 +171,10 @@ def _prepare_inplace(x: Tensor, f: Tensor, g: list[Tensor], a: Tensor, b: Tensor
 
 def _adjoint_step_inplace(x: Tensor, f: Tensor, g: list[Tensor], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (_, f, *g), mu = _prepare_inplace(x, f, g, a, b)
+    start, end = x.data_ptr(), x.data_ptr() + x.nbytes
+    for t in (f, *g):
+        if t.data_ptr() != start and t.data_ptr() < end and start < t.data_ptr() + t.nbytes:
+            raise ValueError("adjoint_step_: x is overwritten, and f or one of g overlaps its memory; clone it")
     da, db = torch.empty_like(a), torch.empty_like(b)
     _launch(x, f, core.addresses(g), (da, db), (a, b), (mu, x))
     return mu, da, db
@@ -206,10 +210,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, list[Tensor | None], Tensor, Tensor]:
     """With cotangents in the place of x, f, a, b the same four sums give the gradients of f, x, a, b."""
     x, f, a, b, *g = ctx.saved_tensors
-    d_f, d_x, d_a, d_b = torch.ops.gas_engine.adjoint_step(g_gx, g_mu, g, g_da, g_db)
+    d_f, d_x, d_a, d_b = adjoint_step(g_gx, g_mu, g, g_da, g_db)
     coef = torch.stack([b, a, g_da, g_db], dim=1)
     d_g = [
-        None if dtype is None else torch.ops.gas_engine.lincomb([g_mu, g_gx, x, f], coef[i]).to(dtype)
+        None if dtype is None else _lincomb()([g_mu, g_gx, x, f], coef[i]).to(dtype)
         for i, dtype in enumerate(ctx.dtypes)
     ]
     return d_x, d_f, d_g, d_a, d_b
@@ -225,11 +229,16 @@ def _setup_dots(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_dots(ctx: Any, g: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
     saved = list(ctx.saved_tensors)
     x = saved.pop(0) if any(ctx.dtypes) else None
-    d_x = torch.ops.gas_engine.lincomb(saved, g).to(ctx.x_dtype) if ctx.x_dtype else None
+    d_x = _lincomb()(saved, g).to(ctx.x_dtype) if ctx.x_dtype else None
     return d_x, [
-        None if dtype is None else torch.ops.gas_engine.lincomb([x], g[i : i + 1]).to(dtype)
-        for i, dtype in enumerate(ctx.dtypes)
+        None if dtype is None else _lincomb()([x], g[i : i + 1]).to(dtype) for i, dtype in enumerate(ctx.dtypes)
     ]
+
+
+def _lincomb() -> Any:
+    from .lincomb import lincomb  # which imports this module
+
+    return lincomb
 
 
 core.register(

@@ -43,7 +43,7 @@ def bias_leaky_relu(x: Tensor, bias: Tensor | None = None, slope: float = 0.2) -
         y = bias_leaky_relu(x, slope=0.01)
     """
     _check("bias_leaky_relu", x, bias)
-    if not isinstance(slope, int | float) or not math.isfinite(slope):
+    if not torch.compiler.is_compiling() and (not isinstance(slope, int | float) or not math.isfinite(slope)):
         raise ValueError(f"bias_leaky_relu: slope must be a finite number, got {slope!r}")
     if not core.runs_on(x.device):
         return bias_leaky_relu_reference(x, bias, slope)

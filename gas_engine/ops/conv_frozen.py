@@ -39,15 +39,20 @@ def conv_frozen(
 
     Shapes and dtypes: those of `torch.nn.functional.conv1d/2d/3d` and `conv_transpose1d/2d/3d`, told apart by the rank
     of x; channels_last stays so; autocast applies. Differentiable in x, any number of times.
-    Memory: keeps 0 bytes (the weight is there anyway), where `conv2d` keeps x. The backward pass calls
-    `aten::convolution_backward` for the input alone; where the output is smaller than x it borrows the size of x
-    once, uninitialised. The numbers are those of PyTorch, bit for bit.
+    Memory: keeps 0 bytes (the weight is there anyway; autocast keeps its narrow copy), where `conv2d` keeps x. The
+    backward pass calls `aten::convolution_backward` for the input alone; where the output is smaller than x it borrows
+    the size of x once, uninitialised. The numbers are those of PyTorch, bit for bit.
     Raises: ValueError (rank) and RuntimeError (a weight or bias that wants a gradient).
 
         weight = network.conv.weight.requires_grad_(False)
         y = conv_frozen(x, weight, padding=1)
         y.sum().backward()                                # x.grad is there; x itself was not kept
     """
+    core.check_list("conv_frozen", "(x, weight)", (x, weight))
+    if isinstance(padding, str):
+        raise ValueError(
+            f"conv_frozen: padding must be numbers, got {padding!r}; 'same' is (kernel - 1) * dilation / 2"
+        )
     dims = x.dim() - 2
     if dims not in (1, 2, 3) or weight.dim() != x.dim():
         raise ValueError(
@@ -58,12 +63,18 @@ def conv_frozen(
     if core.transformed():
         return conv_frozen_reference(x, weight, bias, stride, padding, dilation, groups, transposed, output_padding)
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, weight, bias = (_autocast(t, x.device.type) for t in (x, weight, bias))
     stride, padding, dilation, output_padding = (
         [v] * dims if isinstance(v, int) else list(v) for v in (stride, padding, dilation, output_padding)
     )
     return _conv_frozen(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+
+
+def _autocast(t: Tensor | None, device: str) -> Any:
+    """As autocast does it: floating tensors, but not float64."""
+    if t is None or not t.is_floating_point() or t.dtype == torch.float64:
+        return t
+    return t.to(torch.get_autocast_dtype(device))
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:

@@ -43,7 +43,7 @@ def group_norm_silu(
     Memory: keeps x, scale, shift and 2BG numbers for the gradient, where stock PyTorch keeps x, the norm's output
     and, modulated, the sum. On the CPU a group stays in the cache: the forward pass reads x and writes out once,
     the backward pass reads x and g and writes dx once; on a GPU 3 and 5 moves. Other layouts are copied first.
-    Raises: ValueError (shapes, devices, act, weight or bias that want a gradient) or TypeError (dtypes).
+    Raises: ValueError (shapes, devices, act), TypeError (dtypes), RuntimeError (weight or bias that want a gradient).
 
         x, scale, shift = torch.randn(8, 64, 16, 16), *torch.randn(2, 8, 64)
         h = group_norm_silu(x, 32, norm.weight.detach(), norm.bias.detach(), scale=scale, shift=shift)
@@ -68,14 +68,7 @@ def _check_public(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tenso
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and not isinstance(t, Tensor):
             raise TypeError(f"group_norm_silu: {name} must be a tensor [C] or None, got {type(t).__name__}")
-        if t is not None and t.requires_grad and torch.is_grad_enabled():
-            raise ValueError(_FROZEN.format(name))
-
-
-_FROZEN = (
-    "group_norm_silu: {0} is a constant here but requires a gradient: freeze it ({0}.requires_grad_(False) or "
-    ".detach()), pass what is trained as scale and shift, or call gas_engine.ops.group_norm_silu_reference"
-)
+    core.check_frozen("group_norm_silu", weight=weight, bias=bias)
 
 
 def _per_channel(x: Tensor, name: str, t: Tensor | None) -> Tensor | None:
@@ -92,9 +85,8 @@ def _per_channel(x: Tensor, name: str, t: Tensor | None) -> Tensor | None:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, ctx.num_groups, weight, bias, scale, shift, ctx.eps, ctx.act = inputs
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.requires_grad:
-            raise ValueError(_FROZEN.format(name))
+    with torch.enable_grad():
+        core.check_frozen("group_norm_silu", weight=weight, bias=bias)
     ctx.mark_non_differentiable(*output[1:])
     ctx.wanted = [t is not None and t.requires_grad for t in (x, scale, shift)]
     ctx.save_for_backward(x, *output[1:], weight, bias, scale, shift)

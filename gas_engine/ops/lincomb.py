@@ -69,7 +69,7 @@ def lincomb(
     if cast is not None and cast not in core.DTYPES:
         raise TypeError(f"lincomb: cast must be float32, float64, bfloat16 or float16, got {cast}")
     device = states[0].device
-    if not core.runs_on(device):
+    if not core.runs_on(device) or core.batched(coef, *states):
         core.check_states("lincomb", "states", states)
         return lincomb_reference(list(states), coef, scale, cast)
     coef = core.coefficients(coef, device)
@@ -144,10 +144,7 @@ def gradients(
     g: Tensor, coef: Tensor, states: Sequence[Tensor], dtypes: Sequence[torch.dtype | None]
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """dL/dstates[i] = coef[i] g in the state's dtype and dL/dcoef[i] = <g, states[i]>, differentiably."""
-    each = [
-        None if dtype is None else torch.ops.gas_engine.lincomb([g], coef[i : i + 1]).to(dtype)
-        for i, dtype in enumerate(dtypes)
-    ]
+    each = [None if dtype is None else lincomb([g], coef[i : i + 1]).to(dtype) for i, dtype in enumerate(dtypes)]
     return each, dots(g, states) if states else None
 
 
@@ -179,7 +176,7 @@ def _backward_cast(
     coef, scale, *states = ctx.saved_tensors
     d_scale = dots(states.pop(0), [g_scaled]).reshape(scale.shape) if ctx.has_scale_grad else None
     one = torch.ones(1, dtype=torch.float64, device=scale.device)
-    g = torch.ops.gas_engine.lincomb([g_out, g_scaled], torch.cat([one, scale.reshape(1)])).to(g_out.dtype)
+    g = lincomb([g_out, g_scaled], torch.cat([one, scale.reshape(1)])).to(g_out.dtype)
     return *gradients(g, coef, states, ctx.dtypes), d_scale, None
 
 

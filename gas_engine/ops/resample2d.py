@@ -62,7 +62,11 @@ def resample2d(x: Tensor, taps: Sequence[float] | Tensor, up: int = 1, down: int
 
 def normalised(taps: Sequence[float] | Tensor) -> list[float]:
     """The taps as float64 numbers with sum 1."""
+    if isinstance(taps, str):
+        raise TypeError(f"resample2d: taps must be numbers, got {taps!r}")
     if isinstance(taps, Tensor):
+        if torch.compiler.is_compiling():
+            raise TypeError("resample2d: under torch.compile taps must be numbers, not a tensor: pass taps.tolist()")
         if taps.requires_grad:
             raise ValueError("resample2d: taps must be constant, got a tensor that requires a gradient: detach it")
         if taps.dim() != 1:
@@ -84,7 +88,7 @@ def out_size(x: Tensor, T: int, up: int, down: int) -> tuple[Any, Any, int]:
     if x.dim() != 4:
         raise ValueError(f"resample2d: x must be [B, C, H, W], got {list(x.shape)}")
     if (up, down) not in ((1, 2), (2, 1), (1, 1)):
-        raise ValueError(f"resample2d: (up, down) must be (1, 2), (2, 1) or (1, 1), got {(up, down)}")
+        raise ValueError(f"resample2d: (up, down) must be (1, 2), (2, 1) or (1, 1), got {(up, down)}; up needs down=1")
     H, W = x.shape[2:]
     p = (T - 1) // 2
     if up == 2:

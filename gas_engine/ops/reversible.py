@@ -64,6 +64,11 @@ def reversible_step(
         if x.dtype != torch.float64:
             raise ValueError(f"reversible_step: the carry without codes needs float64 states, got {x.dtype}")
         return lincomb([x_prev, x, f], coef), None
+    if torch._C._functorch.is_batchedtensor(x_prev) or torch._C._functorch.is_batchedtensor(x):
+        raise NotImplementedError(
+            "reversible_step: not under vmap, since the number of escapes of a sample is a dynamic shape; the op is "
+            "elementwise, so give it the whole batch"
+        )
     if core.runs_on(x.device):
         x_next, code = torch.ops.gas_engine.reversible_step(x_prev, x, f, coef)
     else:
@@ -95,10 +100,21 @@ def reversible_inverse(
         x_prev = torch.ops.gas_engine.reversible_inverse(x_next, x, f, coef, codes.code)
     else:
         x_prev = reversible_inverse_reference(x_next, x, f, coef, codes.code)
-    if x_prev.requires_grad:
-        x_prev = x_prev.clone()  # the op keeps its own result
-    _at_least_1d(x_prev).index_put_(_coordinates(codes.where, x.shape), codes.escaped)
-    return x_prev
+    exact = x_prev.detach().clone() if x_prev.requires_grad else x_prev  # the tape keeps the op's own result
+    _at_least_1d(exact).index_put_(_coordinates(codes.where, x.shape), codes.escaped)
+    return _Exactly.apply(x_prev, exact) if x_prev.requires_grad else exact
+
+
+class _Exactly(torch.autograd.Function):
+    """The second value with the first one's derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exact: Tensor) -> Tensor:
+        return exact.view_as(exact)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return g, None
 
 
 def _at_least_1d(x: Tensor) -> Tensor:

@@ -242,6 +242,13 @@ def test_fake_tensors() -> None:
     assert y.stride() == x.stride() and y.dtype == torch.bfloat16
 
 
+def test_any_slope_compiles() -> None:
+    x = torch.randn(2, 3, 4)
+    compiled = torch.compile(lambda x, slope: ops.bias_leaky_relu(x, slope=slope), backend="aot_eager", fullgraph=True)
+    for slope in (0.2, 0.1, 0.3):
+        torch.testing.assert_close(compiled(x, slope), ops.bias_leaky_relu(x, slope=slope))
+
+
 @pytest.mark.parametrize("shape", [(4, 2, 3, 8), (4, 2, 3, 5), (4, 1, 3, 2, 4)])
 def test_vmap(shape: tuple[int, ...]) -> None:
     x, _ = (t.detach() for t in inputs(shape))

@@ -42,7 +42,8 @@ def test_autocast_as_pytorch() -> None:
     x, weight = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3)
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = ops.conv_frozen(x, weight), F.conv2d(x, weight)
-    assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs)
+        assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs)
+        assert ops.conv_frozen(x.double(), weight.double()).dtype == torch.float64  # as PyTorch's autocast
 
 
 def test_refusals() -> None:
@@ -51,6 +52,8 @@ def test_refusals() -> None:
         ops.conv_frozen(x, weight)
     with torch.no_grad():
         ops.conv_frozen(x, weight)
+    with pytest.raises(ValueError, match="must be numbers, got 'same'"):
+        ops.conv_frozen(x, weight.detach(), padding="same")
     for bad in (x[0], x[None, None]):
         with pytest.raises(ValueError, match=r"1 to 3 spatial dimensions.*got \["):
             ops.conv_frozen(bad, weight.detach())

@@ -269,7 +269,7 @@ def test_vmap_is_a_loop(name: str) -> None:
     op = OPS[name]
     function, inputs = as_function(op.op, with_dimensions(op, torch.float32))
     if not op.maps:
-        with pytest.raises(RuntimeError, match="dynamic shape"):
+        with pytest.raises(NotImplementedError, match="dynamic shape"):
             torch.func.vmap(function)(*[torch.stack([t, t]) for t in inputs])
         return
     mapped = [torch.stack([t * (1 + 0.5 * i) for i in range(3)]) for t in inputs]
@@ -280,6 +280,29 @@ def test_vmap_is_a_loop(name: str) -> None:
             one = function(*[t[i] if yes else t for t, yes in zip(given, chosen, strict=True)])
             for got, want in zip(results, one, strict=True):
                 torch.testing.assert_close(got[i], want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_batches_of_cotangents(name: str) -> None:
+    """`grad` with is_grads_batched, as jacobians use it."""
+    op = OPS[name]
+    sample = with_dimensions(op, torch.float32)
+    outputs = [t for t in tensors(op.op(*sample.args, **sample.kwargs)) if t.requires_grad]
+    batches = [torch.stack([g, 2 * g, -g]) for g in cotangents(outputs)]
+    got = torch.autograd.grad(outputs, leaves(sample), batches, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        want = torch.autograd.grad(outputs, leaves(sample), [g[i] for g in batches], retain_graph=True)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name != "reversible_step"])  # it returns a named tuple
+def test_jit_trace_records_the_op(name: str) -> None:
+    op = OPS[name]
+    function, inputs = as_function(op.op, with_dimensions(op, torch.float32))
+    traced = torch.jit.trace(function, tuple(inputs))
+    for got, want in zip(traced(*[2 * t for t in inputs]), function(*[2 * t for t in inputs]), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("name", OPS)

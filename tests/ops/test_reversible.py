@@ -106,6 +106,27 @@ def test_the_inverse_has_derivatives() -> None:
         torch.testing.assert_close(grad, torch.zeros_like(grad), rtol=0, atol=1e-12)
 
 
+def test_escaped_elements_have_their_derivative_too() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_prev, x, f = (_samples.draw(generator, (5000,), torch.float32) for _ in range(3))
+    coef = torch.tensor([1e-3, 1.0, 1.0])
+    x_next, codes = ops.reversible_step(x_prev, x, f, coef)
+    assert codes.escaped.numel() > 1000
+    x_next.requires_grad_()
+    back = ops.reversible_inverse(x_next, x, f, coef, codes)
+    assert same_bits(back.detach(), x_prev)
+    (grad,) = torch.autograd.grad(back.sum(), x_next)
+    torch.testing.assert_close(grad, torch.full_like(grad, 1000.0))
+
+
+def test_opcheck_of_the_inverse() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_next, x, f = (_samples.draw(generator, (2, 3, 4, 5), requires_grad=True) for _ in range(3))
+    coef = torch.tensor([0.8, 0.3, -0.4], dtype=torch.float64, requires_grad=True)
+    code = torch.zeros(2, 3, 4, 5, dtype=torch.int8)
+    torch.library.opcheck(torch.ops.gas_engine.reversible_inverse.default, (x_next, x, f, coef, code))
+
+
 def test_layouts_agree_with_the_twin() -> None:
     x_prev, x, f = draw((2, 3, 5, 7), torch.float32)
     coef = torch.tensor([0.8, 0.15, -0.3])

@@ -247,6 +247,16 @@ def test_in_place_needs_a_dense_state() -> None:
         ops.adjoint_step_(x.reshape(6, 4).t(), f, g, a, b)
 
 
+def test_in_place_refuses_an_overlap() -> None:
+    memory = torch.randn(120)
+    _, f, _, a, b = _samples.adjoint_step_inputs((100,), 1)
+    with pytest.raises(ValueError, match="overlaps its memory"):
+        ops.adjoint_step_(memory[:100], f, [memory[20:]], a, b)
+    x = memory[:100].clone()
+    mu, _, _, _ = ops.adjoint_step(x, f, [x], a, b)
+    assert torch.equal(ops.adjoint_step_(x, f, [x], a, b)[0], mu)  # the very same memory is no harm
+
+
 def test_error_statistics_of_the_docstrings() -> None:
     """Relative L2 error and bias against the float64 twin, at J = 10 and CIFAR-10 states."""
     for dtype, error, bias in (
