@@ -197,6 +197,7 @@ def uniform(states: Sequence[Tensor], *more: Tensor) -> tuple[list[int], int] | 
     if code is None or not _kernels_here(device) or torch.compiler.is_compiling() or _observed():
         return None
     graded, on_cpu = torch.is_grad_enabled(), device.type == "cpu"
+    single = first.numel() == 1  # a pending negation is a view of every second number, contiguous only if it is one
     found = []
     for t in (*more, *states):
         if (
@@ -206,7 +207,7 @@ def uniform(states: Sequence[Tensor], *more: Tensor) -> tuple[list[int], int] | 
             or not (t.is_cpu if on_cpu else t.device == device)
             or not t.is_contiguous()
             or (graded and t.requires_grad)
-            or t.is_neg()
+            or (single and t.is_neg())
         ):
             return None
         try:
