@@ -1,5 +1,5 @@
-// One step of a two-state reversible solver, and its way back, bit for bit (MATH: x[n-1] is what the inverse
-// of the rounded x[n+1] gives, plus a residual code).
+// One step of a two-state reversible solver, and its way back, bit for bit: the state before is what the
+// inverse of the rounded next state gives, plus a residual code.
 //
 //   step:     next = round(coef[0] previous + coef[1] current + coef[2] output),
 //             code = ordered(previous) - ordered(round((next - coef[1] current - coef[2] output) / coef[0]))

@@ -75,7 +75,7 @@ def test_repr_shows_the_numbers():
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("order", [1, 2, 4])
 def test_fold_equals_conversions_around_the_network(prediction, order):
-    """MATH: F -> e at the told time t + xi, e -> m at t; the solver then uses m."""
+    """F -> e at the told time t + xi, e -> m at t; the solver then uses m."""
     schedule = FLOW if prediction == "flow" else VP
     solver = GeneralizedSolver(4, schedule, 1e-3, order=order)
     with torch.no_grad():

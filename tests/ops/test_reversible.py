@@ -73,7 +73,7 @@ def test_codes_are_small_where_theory_says(dtype: torch.dtype) -> None:
 
 
 def test_carry_in_float64_gives_the_network_the_same_input() -> None:
-    """Law: states in float64, the network sees float32; no codes."""
+    """States in float64, the network sees float32; no codes."""
     x_prev, x, _ = draw((2, 3, 16, 16), torch.float64)
     coefs = torch.tensor([[0.9, 0.05, 0.1], [0.8, 0.1, -0.1], [0.5, 0.4, 0.05]], dtype=torch.float64)
 
