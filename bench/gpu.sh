@@ -21,6 +21,7 @@ step() { # step SECONDS NAME COMMAND...
 step 180 build "$python" -m pip install --no-build-isolation --no-deps -e .
 step 60 doctor "$python" -m gas_engine.doctor
 step 300 tests "$python" -m pytest tests -q -m gpu
+step 300 benches "$python" -m pytest bench -q --benchmark-disable-gc
 if command -v compute-sanitizer > /dev/null; then
     # The ops' own kernels over every sample; torch's are not ours to check, and the sanitizer takes its time.
     for tool in memcheck racecheck; do
@@ -28,5 +29,4 @@ if command -v compute-sanitizer > /dev/null; then
             "$python" -m pytest tests/ops -q -m gpu -k "float64_twin or cotangent or bit_exact"
     done
 fi
-step 300 benches "$python" -m pytest bench -q --benchmark-disable-gc
 exit $status
