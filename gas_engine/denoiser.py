@@ -22,8 +22,10 @@ class Denoiser(nn.Module):
     ``function(x, t, cond) -> F``: x [B, *shape] in the state's dtype, t a float64 scalar tensor on x's device (the
     schedule's time; it may require a gradient), cond whatever the model takes (None, class indices [B], a dict of
     tensors). It turns t into its own label and input scale, differentiably, and returns F [B, *shape], the raw
-    "noise", "data", "velocity" or "flow" output. ``network`` is the module whose weights must be frozen; modules that
-    ``function`` closes over are found without it. All are put into eval mode. ``shape`` may be None, which leaves the
+    "noise", "data", "velocity" or "flow" output. A derived class may override ``forward`` and give no function.
+    ``network`` is the module whose weights must be frozen; modules that ``function`` closes over are found without it.
+    All are put into eval mode. Where the function is a module, or ``forward`` calls ``self.network``, ``lean`` and
+    ``checkpoint_blocks`` convert the denoiser as a whole. ``shape`` may be None, which leaves the
     shape of states unchecked. ``classes`` says how many classes a class-conditional model has; ``name``
     goes into solver files.
 
@@ -33,7 +35,7 @@ class Denoiser(nn.Module):
 
     def __init__(
         self,
-        function: Network,
+        function: Network | None,
         schedule: Schedule,
         prediction: str,
         shape: Sequence[int] | None,
@@ -47,7 +49,7 @@ class Denoiser(nn.Module):
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction is {prediction!r}; it must be one of {', '.join(PREDICTIONS)}")
         self.function = function
-        self.network = network if network is not None else _modules_in(function)
+        self.network = network if network is not None or function is None else _modules_in(function)
         self.schedule, self.prediction = schedule, prediction
         self.shape = None if shape is None else tuple(int(n) for n in shape)
         self.classes, self.t_eps, self.name = classes, t_eps, name
@@ -60,6 +62,7 @@ class Denoiser(nn.Module):
         return tensors_sha256(weights, [self.name, self.prediction, self.schedule.config(), self.shape])
 
     def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        assert self.function is not None, "a denoiser without a function overrides forward"
         return self.function(x, t, cond)
 
 
@@ -81,11 +84,11 @@ class EDMDenoiser(Denoiser):
         if shape is None and hasattr(network, "img_channels"):
             shape = (network.img_channels, network.img_resolution, network.img_resolution)  # type: ignore[assignment]
         super().__init__(
-            self._call, Schedule.edm(t_eps, sigma_min, sigma_max), "data", shape, network=network,
+            None, Schedule.edm(t_eps, sigma_min, sigma_max), "data", shape, network=network,
             classes=getattr(network, "label_dim", 0) or None, t_eps=t_eps, name=name,
         )  # fmt: skip
 
-    def _call(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         assert self.network is not None
         alpha, sigma, _ = self.schedule(t)
         if cond is not None and self.classes and cond.ndim == 1:
