@@ -4,10 +4,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .adapters import load_denoiser
 from .denoiser import Denoiser, EDMDenoiser
+from .guidance import guided
 from .memory import MemoryPolicy
 from .rollout import rollout
 from .schedule import Schedule
-from .solvers import GeneralizedSolver, load_solver, save_solver
+from .solvers import BELMSolver, GeneralizedSolver, load_solver, save_solver
 from .tableau import Tableau
 
 try:
@@ -16,12 +17,14 @@ except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "BELMSolver",
     "Denoiser",
     "EDMDenoiser",
     "GeneralizedSolver",
     "MemoryPolicy",
     "Schedule",
     "Tableau",
+    "guided",
     "load_denoiser",
     "load_solver",
     "rollout",

@@ -56,6 +56,15 @@ class Denoiser(nn.Module):
         # A rebuilt evaluation must repeat the first one: no dropout, no running statistics.
         self.eval()
 
+    @property
+    def base(self) -> Denoiser:
+        """The denoiser whose calls make up ``terms``: itself, unless it is guided."""
+        return self
+
+    def terms(self, cond: Any) -> list[tuple[float, Any]]:
+        """Weights and conditions of the calls of ``base`` whose weighted sum the output is."""
+        return [(1.0, cond)]
+
     def fingerprint(self) -> str:
         """SHA-256 of a sample of the weights (at most 1,024 numbers of each tensor) and of what describes the model."""
         weights = {name: value.flatten()[:: value.numel() // 1024 + 1] for name, value in self.state_dict().items()}

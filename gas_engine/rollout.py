@@ -14,6 +14,7 @@ forward pass, and g[j] takes the place of x[j]. Shape legend: K steps, B batch, 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +25,20 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
 from .denoiser import Denoiser
-from .memory import MemoryPolicy
-from .ops import MAX_STATES, adjoint_step, lincomb
+from .memory import MemoryPolicy, phase
+from .memory.offload import Offloaded
+from .memory.reversal import Reversible
+from .memory.trajectory import Coefficients, Kept
+from .ops import MAX_STATES, lincomb
 from .tableau import Tableau
 
 # Modules whose output in train mode is random, or changes what they do next time.
 _MOODY = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 OnStep = Callable[[int, Tensor], None]
+Trajectory = Kept | Offloaded | Reversible
+# Denoisers that were seen to repeat their bits, and for what kind of input.
+_REPEATS: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary()
 
 
 def rollout(
@@ -60,6 +67,7 @@ def rollout(
         images = rollout(denoiser, noise, tableau, cond=labels)
     """
     _check_state(denoiser, x)
+    memory = memory or MemoryPolicy()
     if tableau.prediction is not None:
         tableau = tableau.fold(denoiser.prediction)
     assert tableau.c_in is not None
@@ -69,14 +77,13 @@ def rollout(
         if x.requires_grad or tableau.requires_grad:
             if tableau.steps > MAX_STATES:
                 raise ValueError(f"gradients go through at most {MAX_STATES} steps, got {tableau.steps}")
-            kept = (memory or MemoryPolicy()).kept(tableau.steps)
             numbers = (tableau.A, tableau.B, tableau.t_net, tableau.c_in)
-            return _Rollout.apply(denoiser, cond, kept, on_step, scaled, x, *numbers)
+            return _Rollout.apply(denoiser, cond, memory, on_step, scaled, x, *numbers)
     with torch.no_grad():
-        network = _Network(
-            denoiser, cond, tableau.t_net.to(x.device).unbind(), tableau.c_in.to(x.device) if scaled else None
-        )
-        return _forward(network, tableau.A, tableau.B, x, 0, on_step, keep_states=False)[0][tableau.steps]
+        network = _Network(denoiser, cond, tableau.t_net, memory, x.device)
+        network.kept = 0
+        coefficients = Coefficients(tableau.A, tableau.B, tableau.c_in if scaled else None, x.device, adjoint=False)
+        return _forward(network, Kept(coefficients, x, forget=True), tableau.steps, on_step)
 
 
 @dataclass
@@ -88,79 +95,107 @@ class _Graph:
     output: Tensor
 
 
-@dataclass
 class _Network:
-    """The denoiser with its told times [K] and input scales [K] or None, on the states' device."""
+    """F[j] as one network call, or as the weighted sum of several: T calls an evaluation, T = 2 for split guidance."""
 
-    denoiser: Denoiser
-    cond: Any
-    t_net: tuple[Tensor, ...]
-    c_in: Tensor | None
-    x_wanted: bool = False
-    t_wanted: bool = False
-    autocast: torch.dtype | None = None  # of the forward pass, which the backward pass must repeat
+    def __init__(
+        self, denoiser: Denoiser, cond: Any, t_net: Tensor, memory: MemoryPolicy, device: torch.device
+    ) -> None:
+        terms = denoiser.terms(cond) if memory.split_guidance else []
+        self.denoiser = denoiser.base if len(terms) > 1 else denoiser
+        self.conds = [c for _, c in terms] if len(terms) > 1 else [cond]
+        self.weights = torch.tensor([w for w, _ in terms], dtype=torch.float64, device=device)
+        self.t_net = t_net.to(device).unbind()
+        self.kept = memory.kept(len(t_net) * len(self.conds))
+        self.x_wanted = self.t_wanted = False
+        self.autocast: torch.dtype | None = None  # of the forward pass, which the backward pass must repeat
+        self.graphs: dict[tuple[int, int], _Graph] = {}
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        if self.autocast is None:
-            return self.denoiser(x, t, self.cond)
-        with torch.autocast(x.device.type, self.autocast, cache_enabled=False):
-            return self.denoiser(x, t, self.cond)
+    def __call__(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        with phase("network"):
+            if self.autocast is None:
+                return self.denoiser(x, t, cond)
+            with torch.autocast(x.device.type, self.autocast, cache_enabled=False):
+                return self.denoiser(x, t, cond)
 
     def output(self, j: int, x: Tensor) -> Tensor:
-        return self(x, self.t_net[j])
+        """F[j]; the graphs of the last ``kept`` calls of all stay alive."""
+        first_kept = len(self.t_net) * len(self.conds) - self.kept
+        outputs = []
+        for i, cond in enumerate(self.conds):
+            if j * len(self.conds) + i < first_kept:
+                outputs.append(self(x, self.t_net[j], cond))
+            else:
+                self.graphs[j, i] = graph = self.graph(j, i, x)
+                outputs.append(graph.output.detach())
+        return self.sum(outputs)
 
-    def graph(self, j: int, x: Tensor) -> _Graph:
+    def sum(self, outputs: list[Tensor]) -> Tensor:
+        return outputs[0] if len(outputs) == 1 else lincomb(outputs, self.weights)
+
+    def graph(self, j: int, i: int, x: Tensor) -> _Graph:
+        """Call i of evaluation j with a graph: the one that was kept, or a new one."""
+        if (j, i) in self.graphs:
+            return self.graphs.pop((j, i))
         # The first state is noise: nothing but its told time needs a derivative there, unless x itself wants one.
         leaf = x.detach().requires_grad_(j > 0 or self.x_wanted)
         t = self.t_net[j].detach().requires_grad_(self.t_wanted)
         with torch.enable_grad():
-            return _Graph(leaf, t, self(leaf, t))
+            return _Graph(leaf, t, self(leaf, t, self.conds[i]))
 
-    def input(self, j: int, x: Tensor) -> Tensor:
-        if self.c_in is None:
-            return x
-        # The op that scales new states, so that a rebuilt input has the very same bits.
-        one = torch.ones(1, dtype=torch.float64, device=x.device)
-        return lincomb([x], one, scale=self.c_in[j : j + 1], cast=x.dtype)[1]
+    def adjoint(self, j: int, states: Trajectory) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The products of column j, and the VJPs of evaluation j with x and t."""
+        x = states.input(j)
+        if len(self.conds) == 1:
+            graph = self.graph(j, 0, x)
+            with phase("states"):
+                mu, products = states.adjoint(j, graph.output.detach())
+            return products, *_vjp(graph, mu)
+        outputs: list[Tensor] = []
+        vjp_x: Tensor | None = None
+        vjp_t: Tensor | None = None
+        for i in reversed(range(len(self.conds))):
+            graph = self.graph(j, i, x)
+            outputs.append(graph.output.detach())
+            mu = states.mu(j, outputs[-1].dtype)
+            by_x, by_t = _vjp(graph, mu.mul_(self.weights[i].to(mu.dtype)))
+            del graph, mu
+            vjp_x = by_x if vjp_x is None or by_x is None else vjp_x.add_(by_x)
+            vjp_t = by_t if vjp_t is None or by_t is None else vjp_t + by_t
+        with phase("states"):
+            return states.adjoint(j, self.sum(outputs[::-1]))[1], vjp_x, vjp_t
+
+    def check_that_it_repeats(self, x: Tensor, output: Tensor) -> None:
+        """A reversible trajectory needs the rebuilt F[0] to be F[0] to the bit; asked once per kind of input."""
+        key = (x.shape, x.dtype, x.device, self.autocast)
+        if key in _REPEATS.setdefault(self.denoiser, set()):
+            return
+        rebuilt = self.sum([self.graph(0, i, x).output.detach() for i in range(len(self.conds))])
+        if not torch.equal(rebuilt, output):
+            worst = float((rebuilt - output).abs().max())
+            raise RuntimeError(
+                "trajectory='reversible' needs an evaluation to repeat to the bit, and two calls of it differ by "
+                f"up to {worst:.3g}; try torch.use_deterministic_algorithms(True) or torch.backends.cudnn.benchmark = "
+                "False, or trajectory='keep'"
+            )
+        _REPEATS[self.denoiser].add(key)
 
 
-def _forward(
-    network: _Network, A: Tensor, B: Tensor, x: Tensor, kept: int, on_step: OnStep | None, keep_states: bool
-) -> tuple[dict[int, Tensor], dict[int, _Graph]]:
-    """The states (all of them, or those still needed) and the graphs of the last ``kept`` evaluations."""
-    steps = len(A)
-    # An exact zero needs neither a read nor a slot. All the others cross to the device at once.
-    both = torch.cat([A, B], dim=1)
-    used = [[j for j, value in enumerate(row) if value != 0.0] for row in both.tolist()]
-    coefficients = both[both != 0].to(x.device).split([len(columns) for columns in used])
-    state_terms = [[j for j in columns if j < steps] for columns in used]
-    output_terms = [[j - steps for j in columns if j >= steps] for columns in used]
-    last_state, last_output = _last_use(state_terms), _last_use(output_terms)
-
-    states, outputs, graphs = {0: x.detach()}, {}, {}
-    shown = network.input(0, states[0])
+def _forward(network: _Network, states: Trajectory, steps: int, on_step: OnStep | None, check: bool = False) -> Tensor:
     for n in range(steps):
-        if n < steps - kept:
-            output = network.output(n, shown)
-        else:
-            graphs[n] = network.graph(n, shown)
-            output = graphs[n].output.detach()
-        # A network in another precision hands its output over in its own dtype; states keep theirs.
-        outputs[n] = output.to(x.dtype)
-        terms = [*(states[j] for j in state_terms[n]), *(outputs[j] for j in output_terms[n])]
-        if network.c_in is None or n + 1 == steps:
-            states[n + 1] = shown = lincomb(terms, coefficients[n])
-        else:
-            scale = network.c_in[n + 1 : n + 2]
-            states[n + 1], shown = lincomb(terms, coefficients[n], scale=scale, cast=x.dtype)
-        for j in last_output[n]:
-            del outputs[j]
-        if not keep_states:
-            for j in last_state[n]:
-                del states[j]
+        with phase("states"):
+            shown = states.input(n)
+        output = network.output(n, shown)
+        if check and n == 0:
+            network.check_that_it_repeats(shown, output)
+        del shown
+        with phase("states"):
+            new = states.step(n, output)
+        del output
         if on_step is not None:
-            on_step(n + 1, states[n + 1])
-    return states, graphs
+            on_step(n + 1, new)
+        del new
+    return states.take(steps)
 
 
 class _Rollout(torch.autograd.Function):
@@ -168,64 +203,64 @@ class _Rollout(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, denoiser: Denoiser, cond: Any, kept: int, on_step: OnStep | None, scaled: bool, x: Tensor,
+        ctx: Any, denoiser: Denoiser, cond: Any, memory: MemoryPolicy, on_step: OnStep | None, scaled: bool, x: Tensor,
         A: Tensor, B: Tensor, t_net: Tensor, c_in: Tensor,
     ) -> Tensor:  # fmt: skip
         x_wanted, _, _, t_wanted, c_wanted = ctx.needs_input_grad[5:]
         device = x.device
-        network = _Network(
-            denoiser, cond, t_net.detach().to(device).unbind(), c_in.detach().to(device) if scaled else None,
-            x_wanted or c_wanted, t_wanted,
-            torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None,
-        )  # fmt: skip
-        states, graphs = _forward(network, A.detach(), B.detach(), x, kept, on_step, keep_states=True)
-        result = states.pop(len(A))
-        ctx.network, ctx.states, ctx.graphs = network, states, graphs
-        ctx.version = x._version
-        ctx.again = (A.detach(), B.detach(), x.detach(), kept, None, True)
-        # Columns of A and B from the diagonal down, as the adjoint reads them.
-        lower = torch.ones_like(A, dtype=torch.bool).triu()
-        columns = torch.stack([A.detach().T[lower], B.detach().T[lower]]).to(device)
-        ctx.columns = [pair.unbind() for pair in columns.split(list(range(len(A), 0, -1)), dim=1)]
+        network = _Network(denoiser, cond, t_net.detach(), memory, device)
+        network.x_wanted, network.t_wanted = x_wanted or c_wanted, t_wanted
+        if torch.is_autocast_enabled(device.type):
+            network.autocast = torch.get_autocast_dtype(device.type)
+        a, b, start = A.detach(), B.detach(), x.detach()
+        numbers = Coefficients(a, b, c_in.detach() if scaled else None, device, adjoint=True)
+
+        def states() -> Trajectory:
+            if memory.trajectory == "reversible":
+                return Reversible(numbers, a, b, start, memory.carry, memory.meter)
+            return Offloaded(numbers, start) if memory.trajectory == "offload" else Kept(numbers, start)
+
+        ctx.network, ctx.steps, ctx.walk = network, len(A), states()
+        result = _forward(network, ctx.walk, len(A), on_step, memory.trajectory == "reversible")
+        # Only a trajectory that keeps x[0] anyway can be walked a second time.
+        ctx.again = states if memory.trajectory == "keep" else None
+        ctx.save_for_backward(*([result] if memory.trajectory == "reversible" else []))
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        network, slots, graphs = ctx.network, ctx.states, ctx.graphs
-        if slots is None:
-            slots, graphs = _forward(network, *ctx.again)
-        ctx.states = ctx.graphs = None
-        if slots[0]._version != ctx.version:
-            raise RuntimeError("the initial state was changed in place between rollout and its backward pass")
-        steps = len(ctx.columns)
-        # From here on slot n holds g[n] instead of x[n], for every n that the loop has passed.
-        slots[steps] = grad.contiguous()
+        network, states, steps = ctx.network, ctx.walk, ctx.steps
+        result = next(iter(ctx.saved_tensors), None)
+        if states is None:
+            if ctx.again is None:
+                raise RuntimeError(
+                    "an offloaded or reversible trajectory can be walked back once; for a second backward pass use "
+                    "trajectory='keep', or run the rollout again"
+                )
+            states = ctx.again()
+            _forward(network, states, steps, None)
+        ctx.walk = None
+        states.turn(grad, result)
+        del result
         zero = torch.zeros((), dtype=torch.float64, device=grad.device)
         d_columns: list[Tensor] = []
         d_t, d_c = [zero] * steps, [zero] * steps
         for j in reversed(range(steps)):
-            graph = graphs.pop(j, None) or network.graph(j, network.input(j, slots[j]))
-            output = graph.output.detach()  # in the network's own dtype, and so is mu
-            later = [slots[n] for n in range(j + 1, steps + 1)]
-            mu, partial, *products = adjoint_step(slots[j], output, later, *ctx.columns[j])
-            d_columns.append(torch.stack(products))
-            vjp_x, vjp_t = _vjp(graph, mu)
-            del graph, output, mu
+            products, vjp_x, vjp_t = network.adjoint(j, states)
+            d_columns.append(products)
             if vjp_t is not None:
                 d_t[j] = vjp_t
-            if vjp_x is not None:
-                if network.c_in is None:
-                    partial += vjp_x
-                else:
-                    d_c[j] = torch.dot(vjp_x.flatten().double(), slots[j].flatten().double())
-                    partial.addcmul_(vjp_x, network.c_in[j].to(vjp_x.dtype))
-            slots[j] = partial
+            with phase("states"):
+                product = states.settle(j, vjp_x)
+            del vjp_x
+            if product is not None:
+                d_c[j] = product
         scalars = torch.cat([torch.cat(d_columns[::-1], dim=1).flatten(), *(torch.stack(d) for d in (d_t, d_c))]).cpu()
         *halves, d_t, d_c = scalars.split([steps * (steps + 1) // 2] * 2 + [steps] * 2)
         lower = torch.ones(steps, steps, dtype=torch.bool).triu()
         d_a, d_b = (torch.zeros(steps, steps, dtype=torch.float64).masked_scatter(lower, half).T for half in halves)
-        return None, None, None, None, None, slots[0], d_a, d_b, d_t, d_c
+        return None, None, None, None, None, states.cotangent(), d_a, d_b, d_t, d_c
 
 
 def _vjp(graph: _Graph, mu: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -234,14 +269,6 @@ def _vjp(graph: _Graph, mu: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     grads = iter(torch.autograd.grad(graph.output, wanted, mu, allow_unused=True))
     return next(grads) if graph.x.requires_grad else None, next(grads) if graph.t.requires_grad else None
-
-
-def _last_use(terms: list[list[int]]) -> list[list[int]]:
-    """For each step, the columns that no later step reads; one that is never read goes at its own step."""
-    last = {j: j for j in range(len(terms))}
-    for n, columns in enumerate(terms):
-        last.update((j, n) for j in columns)
-    return [[j for j, step in last.items() if step == n] for n in range(len(terms))]
 
 
 def _check_state(denoiser: Denoiser, x: Tensor) -> None:

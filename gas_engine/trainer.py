@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser, seeded
+from .gradients import loss_backward
 from .losses.distillation import Loss
 from .memory import MemoryPolicy
-from .rollout import rollout
 from .run_directory import load_optimizer, optimizer_tensors
 from .soap import SOAP
-from .solvers import GeneralizedSolver
+from .solvers import LearnedTimes
 
 PATIENCE = 20
 CLIP = 1.0
@@ -60,12 +60,13 @@ class Trainer:
     """
 
     def __init__(
-        self, denoiser: Denoiser, solver: GeneralizedSolver, seeds: list[int], targets: Tensor, loss: Loss,
+        self, denoiser: Denoiser, solver: LearnedTimes, seeds: list[int], targets: Tensor, loss: Loss,
         recipe: Recipe, memory: MemoryPolicy, seed: int = 0, device: torch.device | None = None,
+        micro_batch: int | None = None,
     ) -> None:  # fmt: skip
         self.denoiser, self.solver, self.average = denoiser, solver, deepcopy(solver).requires_grad_(False)
         self.seeds, self.targets, self.loss, self.recipe, self.memory = seeds, targets, loss, recipe, memory
-        self.seed, self.device = seed, device or torch.device("cpu")
+        self.seed, self.device, self.micro_batch = seed, device or torch.device("cpu"), micro_batch
         self.optimizer = OPTIMIZERS[recipe.optimizer](solver.parameters(), lr=recipe.rate)
         self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
 
@@ -89,17 +90,19 @@ class Trainer:
         rows = self.rows(self.step)
         noise, cond = seeded(self.denoiser, [self.seeds[row] for row in rows])
         cond = cond.to(self.device, non_blocking=True) if cond is not None else None
-        tableau = self.solver.tableau(self.denoiser.prediction)
-        student = rollout(self.denoiser, noise.to(self.device, non_blocking=True), tableau, cond, self.memory)
-        loss = self.loss(student, self.targets[rows].to(self.device, non_blocking=True)).mean()
+        noise, targets = (v.to(self.device, non_blocking=True) for v in (noise, self.targets[rows]))
         self.optimizer.zero_grad()
-        loss.backward()
+        tableau = self.solver.tableau(self.denoiser.prediction)
+        loss = loss_backward(
+            self.denoiser, noise, tableau, lambda x, part: self.loss(x, targets[part]), cond, self.memory,
+            self.micro_batch,
+        ).mean()  # fmt: skip
         norm = torch.nn.utils.clip_grad_norm_(self.solver.parameters(), CLIP)
         self.step += 1
         # The backward pass has already waited for the device, so reading the loss costs no further wait.
-        if not bool(torch.isfinite(norm + loss.detach().cpu())):
+        if not bool(torch.isfinite(norm + loss.cpu())):
             self._skip()
-            return loss.detach()
+            return loss
         self.skipped_in_a_row = 0
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate_at(self.step - 1)
@@ -108,7 +111,7 @@ class Trainer:
         with torch.no_grad():
             for shadow, parameter in zip(self.average.parameters(), self.solver.parameters(), strict=True):
                 shadow.lerp_(parameter, 1 - decay)
-        return loss.detach()
+        return loss
 
     def _skip(self) -> None:
         self.skipped += 1

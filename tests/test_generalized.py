@@ -15,7 +15,7 @@ from twin import relative
 
 from gas_engine import GeneralizedSolver, MemoryPolicy, Schedule, load_solver, rollout, save_solver
 from gas_engine.solvers import classical, grid
-from gas_engine.solvers.generalized import guard
+from gas_engine.solvers._times import guard
 
 VP = Schedule.vp_linear(0.1, 20.0)
 

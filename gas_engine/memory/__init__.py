@@ -2,6 +2,7 @@
 
 from .lean import Coverage, lean
 from .policy import MemoryPolicy
+from .reversal import BitsLost
 from .tracker import ByteTracker, phase
 
-__all__ = ["ByteTracker", "Coverage", "MemoryPolicy", "lean", "phase"]
+__all__ = ["BitsLost", "ByteTracker", "Coverage", "MemoryPolicy", "lean", "phase"]

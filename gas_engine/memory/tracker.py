@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,22 +22,30 @@ __all__ = ["ByteTracker", "phase"]
 _phases = ["other"]
 
 
-@contextmanager
-def phase(name: str) -> Iterator[None]:
-    """What is allocated inside belongs to `name` ("states", "network", "loss", ...) in every tracker at work."""
-    _phases.append(name)
-    try:
-        yield
-    finally:
+class phase:
+    """What is allocated inside belongs to `name` ("states", "network", "loss", ...) in every tracker at work.
+
+    "host" is memory beside the device: it appears in `by_phase`, and neither in `live` nor in `peak`.
+    """
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        _phases.append(self.name)
+
+    def __exit__(self, *error: object) -> None:
         _phases.pop()
 
 
 class ByteTracker(TorchDispatchMode):
     """Counts the bytes of new storages, from their first tensor to their death.
 
-    `live`, `peak`: bytes now and at most. `by_phase`, `by_module`: who had made what was alive at the peak, by
-    `phase` and by the innermost module whose forward made it (its name in `root`, or its class; "" outside of any,
-    as in a backward pass). A view of older memory,
+    `live`, `peak`: bytes now and at most; `host`: bytes offloaded now. `by_phase`, `by_module`: who had made what was
+    alive at the peak, by `phase` and by the innermost module whose forward made it (its name in `root`, or its class;
+    "" outside of any, as in a backward pass). A view of older memory,
     such as the transpose of a weight, is no new byte. Storages that exist when the tracker starts are not counted.
     `cuda_peak`: bytes that CUDA's caching allocator had given out at most, above what it had at the start; 0 without a
     device.
@@ -56,6 +62,7 @@ class ByteTracker(TorchDispatchMode):
         self._hooks: list[Any] = []
         self.live = 0
         self.peak = 0
+        self.host = 0
         self.cuda_peak = 0
         self.by_phase: Counter[str] = Counter()
         self.by_module: Counter[str] = Counter()
@@ -111,8 +118,11 @@ class ByteTracker(TorchDispatchMode):
             return
         owner = (_phases[-1], self._inside[-1] if self._inside else "")
         self._known[key] = weakref.finalize(storage, self._died, key, size, owner)
-        self.live += size
         self._now[owner] += size
+        if owner[0] == "host":
+            self.host += size
+            return
+        self.live += size
         self._mark()
 
     def _mark(self) -> None:
@@ -126,7 +136,10 @@ class ByteTracker(TorchDispatchMode):
 
     def _died(self, key: int, size: int, owner: tuple[str, str]) -> None:
         self._known.pop(key, None)
-        self.live -= size
+        if owner[0] == "host":
+            self.host -= size
+        else:
+            self.live -= size
         self._now[owner] -= size
         if not self._now[owner]:
             del self._now[owner]

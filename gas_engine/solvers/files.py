@@ -15,18 +15,17 @@ from torch import Tensor
 
 from ..files import atomic, tensors_sha256
 from ..schedule import Schedule
+from ._times import LearnedTimes
+from .belm import BELMSolver
 from .generalized import GeneralizedSolver
 
 FORMAT = "gas_engine.solver/1"
-PARAMETERS = ("theta", "phi_a", "phi_c", "xi")
+FAMILIES: dict[str, type[LearnedTimes]] = {cls.family: cls for cls in (GeneralizedSolver, BELMSolver)}
 
 
-def save_solver(solver: GeneralizedSolver, path: Path | str, **facts: Any) -> None:
+def save_solver(solver: LearnedTimes, path: Path | str, **facts: Any) -> None:
     """Write a solver with everything needed to use it; ``facts`` (model, metrics, version, ...) are kept as JSON."""
-    metadata = {
-        "format": FORMAT, "family": "gs", "steps": solver.steps, "order": solver.order, "base": solver.base,
-        "theory": solver.theory, "schedule": solver.schedule.config(), "t_eps": solver.t_eps, **facts,
-    }  # fmt: skip
+    metadata = {"format": FORMAT, **solver.config(), **facts}
     metadata["checksum"] = tensors_sha256(solver.state_dict(), metadata)
     data = save(solver.state_dict(), {key: json.dumps(value) for key, value in metadata.items()})
     with atomic(path) as temporary:
@@ -35,7 +34,7 @@ def save_solver(solver: GeneralizedSolver, path: Path | str, **facts: Any) -> No
 
 def load_solver(
     path: Path | str, schedule: Schedule | None = None, t_eps: float | None = None, model: str | None = None
-) -> GeneralizedSolver:
+) -> LearnedTimes:
     """Read a solver from ``solver.safetensors`` or from a published student's ``.pt``.
 
     A ``.pt`` (``{"ema": {"shadow_params": [theta, xi, c_1, a_1, c_2, a_2, ...]}}``, read with ``weights_only``) says
@@ -55,11 +54,11 @@ def load_solver(
             raise ValueError(f"{path} does not say what it was trained for: give schedule= and t_eps=")
         return _published(path, schedule, t_eps)
     metadata, tensors = _read(path)
+    family = metadata.get("family")
+    if family not in FAMILIES:
+        raise ValueError(f"{path} is a solver of the family {family!r}; known: {', '.join(FAMILIES)}")
     try:
-        solver = GeneralizedSolver(
-            metadata["steps"], Schedule.from_config(metadata["schedule"]), metadata["t_eps"], metadata["order"],
-            metadata["base"], metadata["theory"],
-        )  # fmt: skip
+        solver = FAMILIES[family].from_config(metadata)
         _fill(solver, tensors, path)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a complete solver file: {error!r} is missing or wrong") from None
@@ -119,9 +118,8 @@ def _published(path: Path, schedule: Schedule, t_eps: float) -> GeneralizedSolve
     return solver
 
 
-def _fill(solver: GeneralizedSolver, tensors: dict[str, Tensor], path: Path) -> None:
-    for name in PARAMETERS:
-        parameter = getattr(solver, name)
+def _fill(solver: LearnedTimes, tensors: dict[str, Tensor], path: Path) -> None:
+    for name, parameter in solver.named_parameters():
         value = tensors[name]
         if value.shape != parameter.shape or not bool(torch.isfinite(value).all()):
             raise ValueError(

@@ -12,16 +12,14 @@ from torch import Tensor, nn
 
 from ..schedule import Schedule
 from ..tableau import Tableau
-from ._theory import Steps, band, checked_times, dpmpp_terms
-from .grids import grid
+from ._theory import Steps, band, dpmpp_terms
+from ._times import LearnedTimes
 
-MAX_STEPS = 32
 BASES = ("dpmpp3m",)
 FORMS = ("theory", "s4s", "linear")
-_LOGIT_MARGIN = 1e-5
 
 
-class GeneralizedSolver(nn.Module):
+class GeneralizedSolver(LearnedTimes):
     """Learned times (theta), coefficients (phi_a, phi_c) and told-time offsets (xi) of a K-step multistep solver.
 
     Step n uses order min(n+1, order). With ``theory`` (default) the coefficients are additive corrections, initially
@@ -44,6 +42,8 @@ class GeneralizedSolver(nn.Module):
         x = rollout(denoiser, noise, solver.tableau(denoiser.prediction))
     """
 
+    family = "gs"
+
     def __init__(
         self,
         steps: int,
@@ -54,20 +54,16 @@ class GeneralizedSolver(nn.Module):
         theory: bool | str = True,
         start: str | Tensor = "uniform",
     ) -> None:
-        super().__init__()
+        super().__init__(steps, schedule, t_eps, start)
         order = steps if order is None else order
         form = {True: "theory", False: "s4s"}.get(theory, theory) if isinstance(theory, bool) else theory
-        if not 1 <= steps <= MAX_STEPS:
-            raise ValueError(f"steps must be between 1 and {MAX_STEPS}, got {steps}")
         if not 1 <= order <= steps:
             raise ValueError(f"order must be between 1 and steps = {steps}, got {order}")
         if base not in BASES:
             raise ValueError(f"unknown base solver {base!r}; known: {', '.join(BASES)}")
         if form not in FORMS:
             raise ValueError(f"theory must be True, False or 'linear', got {theory!r}")
-        self.steps, self.order, self.base, self.form = steps, order, base, str(form)
-        self.schedule, self.t_eps = schedule, float(t_eps)
-        self.facts: dict[str, Any] = {}  # what a solver file said about itself
+        self.order, self.base, self.form = order, base, str(form)
         self.orders = torch.arange(1, steps + 1).clamp(max=order)
         # Lag i exists where i earlier evaluations do. c_i corrects the gain of its own term: of -m_0, of -D10
         # (order 2) or +D1 (order 3), of -D2; from lag 3 on, of m_{i-1}.
@@ -76,31 +72,21 @@ class GeneralizedSolver(nn.Module):
         self._sign[:, [i for i in (0, 2) if i < order]] *= -1
         if order > 1:
             self._sign[self.orders == 2, 1] *= -1
-        times = grid(start, schedule, steps, t_eps) if isinstance(start, str) else checked_times(schedule, start)
-        self.theta = nn.Parameter(self._theta_of(times))
-        self.xi = nn.Parameter(torch.zeros(steps, dtype=torch.float64))
-        a, c = self._start_coefficients(times)
+        a, c = self._start_coefficients(self.times().detach())
         self.phi_a, self.phi_c = nn.Parameter(a), nn.Parameter(c)
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "order": self.order, "base": self.base, "theory": self.theory}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> GeneralizedSolver:
+        schedule = Schedule.from_config(config["schedule"])
+        return cls(config["steps"], schedule, config["t_eps"], config["order"], config["base"], config["theory"])
 
     @property
     def theory(self) -> bool | str:
         """The constructor's argument: True, False or "linear"."""
         return {"theory": True, "s4s": False}.get(self.form, self.form)
-
-    def times(self) -> Tensor:
-        """Times of the states x[0..K], [K+1], falling from t_start to t_eps, differentiable in theta."""
-        fraction = torch.sigmoid(self.theta) * (1 - 2 * _LOGIT_MARGIN) + _LOGIT_MARGIN
-        span = self.schedule.t_start - self.t_eps
-        interior = (1 - torch.cumprod(fraction, 0)) * span + self.t_eps
-        ends = interior.new_tensor([self.schedule.t_start, self.t_eps])
-        return torch.cat([ends[:1], interior.flip(0), ends[1:]])
-
-    def told_times(self, times: Tensor | None = None) -> Tensor:
-        """Times that the network is told, t_n + xi_n, bent smoothly so that they stay in the schedule's domain, [K]."""
-        times = self.times() if times is None else times
-        low, high = self.schedule.domain
-        margin_low, margin_high = (self.t_eps - low) / 2, 0.4 * (high - 1.0)
-        return guard(times[:-1] + self.xi, low, high, margin_low, margin_high)
 
     def tableau(self, prediction: str = "data") -> Tableau:
         """The tableau for a network of the given prediction type; about K^2 numbers, vectorised, differentiable."""
@@ -127,20 +113,6 @@ class GeneralizedSolver(nn.Module):
     def _linear(self, ratio: Tensor, gains: Tensor, differences: Tensor) -> tuple[Tensor, Tensor]:
         return band(self.phi_a * self._used), band(self.phi_c * self._used)
 
-    def _theta_of(self, times: Tensor) -> Tensor:
-        """Exact inverse of ``times``: theta_i = logit of the ratio of successive remaining lengths."""
-        ends = times.new_tensor([self.schedule.t_start, self.t_eps])
-        if len(times) != self.steps + 1 or not torch.allclose(times[[0, -1]], ends, rtol=1e-9, atol=1e-12):
-            raise ValueError(
-                f"the start times must be {self.steps + 1}, from {float(ends[0]):.6g} to {self.t_eps:.6g}, "
-                f"got {[round(float(t), 6) for t in times]}"
-            )
-        remaining = 1 - (times.flip(0)[:-1] - self.t_eps) / (self.schedule.t_start - self.t_eps)
-        fraction = (remaining[1:] / remaining[:-1] - _LOGIT_MARGIN) / (1 - 2 * _LOGIT_MARGIN)
-        if not bool(((fraction > 0) & (fraction < 1)).all()):
-            raise ValueError(f"the start times lie too close together: {[round(float(t), 8) for t in times]}")
-        return torch.logit(fraction)
-
     def _start_coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
         a = torch.zeros(self.steps, self.order, dtype=torch.float64)
         c = torch.zeros_like(a)
@@ -157,18 +129,3 @@ class GeneralizedSolver(nn.Module):
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, order={self.order}, form={self.form}, schedule={self.schedule}, t_eps={self.t_eps}"
-
-
-def guard(t: Tensor, low: float, high: float, margin_low: float, margin_high: float) -> Tensor:
-    """t itself well inside (low, high); within a margin of an end it approaches that end and never reaches it.
-
-    ``high - d^2 / (d + u)`` for a time u beyond ``high - d``, alike below: continuous with its derivative, exactly the
-    identity inside, and its slope falls only as 1/u^2, so a time that wandered out can still be learned back.
-    """
-    floor, ceiling = low + margin_low, high - margin_high
-    seen = t.detach()
-    if bool(((seen >= floor) & (seen <= ceiling)).all()):
-        return t
-    under = low + margin_low**2 / (margin_low + (floor - t).clamp(min=0))
-    over = high - margin_high**2 / (margin_high + (t - ceiling).clamp(min=0))
-    return torch.where(t < floor, under, torch.where(t > ceiling, over, t))

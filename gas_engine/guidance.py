@@ -1,0 +1,63 @@
+"""Classifier-free guidance as a denoiser: two calls of one network, and their weighted sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .denoiser import Denoiser
+from .ops import lincomb
+
+
+class GuidedDenoiser(Denoiser):
+    """See ``guided``."""
+
+    def __init__(self, base: Denoiser, scale: float, null: Any) -> None:
+        super().__init__(
+            None, base.schedule, base.prediction, base.shape, network=base, classes=base.classes, t_eps=base.t_eps,
+            name=base.name,
+        )  # fmt: skip
+        self.scale, self.null = float(scale), null
+
+    @property
+    def base(self) -> Denoiser:
+        """The denoiser that is called twice."""
+        assert isinstance(self.network, Denoiser)
+        return self.network
+
+    def terms(self, cond: Any) -> list[tuple[float, Any]]:
+        """Weights and conditions of the two calls whose sum the output is."""
+        return [(self.scale, cond), (1.0 - self.scale, tree_map(_like, self.null, cond))]
+
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        (scale, _), (rest, null) = self.terms(cond)
+        both = self.base(torch.cat([x, x]), t, tree_map(lambda c, n: torch.cat([c, n]), cond, null))
+        return lincomb(both.chunk(2), torch.tensor([scale, rest], dtype=torch.float64, device=x.device))
+
+
+def guided(denoiser: Denoiser, scale: float, null: Any) -> Denoiser:
+    """Classifier-free guidance: F = scale net(x, t, cond) + (1 - scale) net(x, t, null) (arXiv 2207.12598).
+
+    ``null`` has the structure of ``cond`` (a tensor, or dicts and lists of them), with a batch of one or the whole
+    one. One network call of twice the batch; ``MemoryPolicy(split_guidance=True)`` makes it two, one after the other.
+    Scale 1 returns the denoiser itself. Raises ValueError for a null that does not fit the condition.
+
+        denoiser = guided(denoiser, 7.5, null=empty_prompt)
+    """
+    return denoiser if scale == 1.0 else GuidedDenoiser(denoiser, scale, null)
+
+
+def _like(null: Any, cond: Any) -> Any:
+    if not isinstance(null, Tensor) or not isinstance(cond, Tensor):
+        if null is None and cond is None:
+            return None
+        raise ValueError(
+            f"guidance needs a null condition of the same kind as the condition, got {type(null).__name__} beside "
+            f"{type(cond).__name__}"
+        )
+    if null.shape[1:] != cond.shape[1:] or null.shape[:1] not in (cond.shape[:1], (1,)):
+        raise ValueError(f"the null condition has shape {list(null.shape)}, the condition {list(cond.shape)}")
+    return null.to(cond.device).expand_as(cond)

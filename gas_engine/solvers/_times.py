@@ -1,0 +1,94 @@
+"""Learned times: what every trained solver shares, whatever its coefficients are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..schedule import Schedule
+from ..tableau import Tableau
+from ._theory import checked_times
+from .grids import grid
+
+MAX_STEPS = 32
+_LOGIT_MARGIN = 1e-5
+
+
+class LearnedTimes(nn.Module):
+    """Times of the states and of the network, as parameters: theta [K-1] and xi [K], float64 on the CPU.
+
+    ``theta`` are logits of stick breaking between t_start and t_eps (the first belongs to the time nearest t_eps);
+    the network is told t_n + xi_n (arXiv 2510.17699, section 3). A subclass adds its coefficients and ``tableau``.
+    """
+
+    family = ""
+
+    def __init__(self, steps: int, schedule: Schedule, t_eps: float, start: str | Tensor) -> None:
+        super().__init__()
+        if not 1 <= steps <= MAX_STEPS:
+            raise ValueError(f"steps must be between 1 and {MAX_STEPS}, got {steps}")
+        self.steps, self.schedule, self.t_eps = steps, schedule, float(t_eps)
+        self.facts: dict[str, Any] = {}  # what a solver file said about itself
+        times = grid(start, schedule, steps, t_eps) if isinstance(start, str) else checked_times(schedule, start)
+        self.theta = nn.Parameter(self._theta_of(times))
+        self.xi = nn.Parameter(torch.zeros(steps, dtype=torch.float64))
+
+    def tableau(self, prediction: str = "data") -> Tableau:
+        """The tableau for a network of the given prediction type."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """What a solver file says, beside the parameters, to build the solver again."""
+        schedule = self.schedule.config()
+        return {"family": self.family, "steps": self.steps, "schedule": schedule, "t_eps": self.t_eps}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> LearnedTimes:
+        """Inverse of ``config``; KeyError for what is missing."""
+        return cls(config["steps"], Schedule.from_config(config["schedule"]), config["t_eps"], "uniform")
+
+    def times(self) -> Tensor:
+        """Times of the states x[0..K], [K+1], falling from t_start to t_eps, differentiable in theta."""
+        fraction = torch.sigmoid(self.theta) * (1 - 2 * _LOGIT_MARGIN) + _LOGIT_MARGIN
+        span = self.schedule.t_start - self.t_eps
+        interior = (1 - torch.cumprod(fraction, 0)) * span + self.t_eps
+        ends = interior.new_tensor([self.schedule.t_start, self.t_eps])
+        return torch.cat([ends[:1], interior.flip(0), ends[1:]])
+
+    def told_times(self, times: Tensor | None = None) -> Tensor:
+        """Times that the network is told, t_n + xi_n, bent smoothly so that they stay in the schedule's domain, [K]."""
+        times = self.times() if times is None else times
+        low, high = self.schedule.domain
+        margin_low, margin_high = (self.t_eps - low) / 2, 0.4 * (high - 1.0)
+        return guard(times[:-1] + self.xi, low, high, margin_low, margin_high)
+
+    def _theta_of(self, times: Tensor) -> Tensor:
+        """Exact inverse of ``times``: theta_i = logit of the ratio of successive remaining lengths."""
+        ends = times.new_tensor([self.schedule.t_start, self.t_eps])
+        if len(times) != self.steps + 1 or not torch.allclose(times[[0, -1]], ends, rtol=1e-9, atol=1e-12):
+            raise ValueError(
+                f"the start times must be {self.steps + 1}, from {float(ends[0]):.6g} to {self.t_eps:.6g}, "
+                f"got {[round(float(t), 6) for t in times]}"
+            )
+        remaining = 1 - (times.flip(0)[:-1] - self.t_eps) / (self.schedule.t_start - self.t_eps)
+        fraction = (remaining[1:] / remaining[:-1] - _LOGIT_MARGIN) / (1 - 2 * _LOGIT_MARGIN)
+        if not bool(((fraction > 0) & (fraction < 1)).all()):
+            raise ValueError(f"the start times lie too close together: {[round(float(t), 8) for t in times]}")
+        return torch.logit(fraction)
+
+
+def guard(t: Tensor, low: float, high: float, margin_low: float, margin_high: float) -> Tensor:
+    """t itself well inside (low, high); within a margin of an end it approaches that end and never reaches it.
+
+    ``high - d^2 / (d + u)`` for a time u beyond ``high - d``, alike below: continuous with its derivative, exactly the
+    identity inside, and its slope falls only as 1/u^2, so a time that wandered out can still be learned back.
+    """
+    floor, ceiling = low + margin_low, high - margin_high
+    seen = t.detach()
+    if bool(((seen >= floor) & (seen <= ceiling)).all()):
+        return t
+    under = low + margin_low**2 / (margin_low + (floor - t).clamp(min=0))
+    over = high - margin_high**2 / (margin_high + (t - ceiling).clamp(min=0))
+    return torch.where(t < floor, under, torch.where(t > ceiling, over, t))
