@@ -60,6 +60,11 @@ class Reversible:
         self, numbers: Coefficients, A: Tensor, B: Tensor, x: Tensor, carry: bool, meter: BitsLost | None
     ) -> None:
         _check_band(A, B)
+        if carry and x.dtype == torch.float64:
+            raise ValueError(
+                "carry=True holds states in float64, and these are float64 already, with nothing finer to hold them; "
+                "use the codes (carry=False)"
+            )
         self.numbers, self.dtype, self.carry, self.meter = numbers, x.dtype, carry, meter
         below, a, b = A.diagonal(-1), A.diagonal(), B.diagonal()
         self.coefficients = torch.stack([torch.cat([below.new_zeros(1), below]), a, b], 1).to(x.device).unbind()
