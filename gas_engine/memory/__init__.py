@@ -1,7 +1,8 @@
 """Memory: what the backward pass keeps, and how to count it."""
 
+from .blocks import Blocks, checkpoint_blocks
 from .lean import Coverage, lean
 from .policy import MemoryPolicy
 from .tracker import ByteTracker, phase
 
-__all__ = ["ByteTracker", "Coverage", "MemoryPolicy", "lean", "phase"]
+__all__ = ["Blocks", "ByteTracker", "Coverage", "MemoryPolicy", "checkpoint_blocks", "lean", "phase"]
