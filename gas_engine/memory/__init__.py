@@ -1,8 +1,18 @@
 """Memory: what the backward pass keeps, and how to count it."""
 
+from .blocks import Blocks, checkpoint_blocks
 from .lean import Coverage, lean
 from .policy import MemoryPolicy
 from .reversal import BitsLost
 from .tracker import ByteTracker, phase
 
-__all__ = ["BitsLost", "ByteTracker", "Coverage", "MemoryPolicy", "lean", "phase"]
+__all__ = [
+    "BitsLost",
+    "Blocks",
+    "ByteTracker",
+    "Coverage",
+    "MemoryPolicy",
+    "checkpoint_blocks",
+    "lean",
+    "phase",
+]

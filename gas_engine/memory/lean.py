@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..ops import conv_frozen, geglu, group_norm_silu, resample2d
+from ._view import Forward, Make, StandIn, hooked, settle, view
 
 __all__ = ["Coverage", "lean"]
 
@@ -50,56 +50,26 @@ def lean(network: nn.Module) -> nn.Module:
         small = lean(network.requires_grad_(False).eval())
         print(small.coverage)
     """
-    trainable = next((name for name, p in network.named_parameters() if p.requires_grad), None)
-    if trainable is not None:
-        raise RuntimeError(
-            f"lean: the weight {trainable!r} is trainable, and its gradient would need what a lean network drops; "
-            "freeze the network with requires_grad_(False)"
-        )
     done: Counter[str] = Counter()
     left: Counter[str] = Counter()
-    converted: dict[int, nn.Module] = {}  # a module used twice stays one module
 
-    def convert(module: nn.Module) -> nn.Module:
-        if id(module) in converted:
-            return converted[id(module)]
+    def convert(module: nn.Module) -> Make | None:
         name = type(module).__name__
-        twin = _shallow(module)
-        converted[id(module)] = twin
         rule = next((rule for kind, rule in _RULES if kind(module)), None)
-        if rule is not None and not _hooked(module) and (forward := rule(twin)) is not None:
-            twin.forward = _settled(forward)  # type: ignore[method-assign]
+        if rule is not None and not hooked(module) and rule(copy.copy(module)) is not None:
             done[name] += 1
-        elif not any(True for _ in module.children()):
+            return lambda m: _settled(rule(m))
+        if not any(True for _ in module.children()):
             left[name] += 1
-        for key, child in module._modules.items():
-            twin._modules[key] = None if child is None else convert(child)
-        return twin
+        return None
 
-    result = convert(network)
-    forward = result.forward
-    result.forward = lambda *args, **kwargs: settle(forward(*args, **kwargs))  # type: ignore[method-assign]
+    result = view(network, convert, "lean")
     result.coverage = Coverage({k: (done[k], left[k]) for k in {*done, *left}})  # type: ignore[assignment]
     return result
 
 
-def _settled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: forward(*settle(args), **settle(kwargs))
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    """The same object once more: own dictionaries, shared tensors."""
-    twin = copy.copy(module)
-    for name in ("_parameters", "_buffers", "_modules"):
-        twin.__dict__[name] = dict(module.__dict__[name])
-    return twin
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
-Forward = Callable[..., Any]
+def _settled(forward: Forward | None) -> Forward | None:
+    return forward and (lambda *args, **kwargs: forward(*settle(args), **settle(kwargs)))
 
 
 def _conv(m: Any) -> Forward | None:
@@ -174,32 +144,27 @@ _RULES: list[tuple[Callable[[nn.Module], bool], Callable[[Any], Forward | None]]
 ]
 
 
-class DeferredNorm:
+class DeferredNorm(StandIn):
     """A group norm that has not run yet: SiLU or GELU run it with themselves, anything else runs it alone, once.
 
-    ``h * (1 + scale) + shift`` between the two, [B, C, 1, ...] each, joins in. It stands in for a tensor wherever
-    PyTorch takes one; only `isinstance` tells.
+    ``h * (1 + scale) + shift`` between the two, [B, C, 1, ...] each, joins in.
     """
 
-    def __init__(self, x: Tensor, make: Callable[..., Tensor], scale: Tensor | None, shift: Tensor | None) -> None:
-        self._x, self._make, self._scale, self._shift = x, make, scale, shift
-        self._alone: Tensor | None = None
+    def __init__(self, x: Tensor, norm: Callable[..., Tensor], scale: Tensor | None, shift: Tensor | None) -> None:
+        self._x, self._norm, self._scale, self._shift = x, norm, scale, shift
 
     @classmethod
     def of(cls, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> DeferredNorm:
-        def make(act: str, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        def norm(act: str, scale: Tensor | None, shift: Tensor | None) -> Tensor:
             return group_norm_silu(x, groups, weight, bias, eps, scale, shift, act)
 
-        return cls(x, make, None, None)
+        return cls(x, norm, None, None)
 
     def activated(self, act: str) -> Tensor:
-        return self._make(act, self._scale, self._shift)
+        return self._norm(act, self._scale, self._shift)
 
-    def settled(self) -> Tensor:
-        """The tensor itself."""
-        if self._alone is None:
-            self._alone = self.activated("none")
-        return self._alone
+    def make(self) -> Tensor:
+        return self.activated("none")
 
     @property
     def shape(self) -> torch.Size:
@@ -218,16 +183,13 @@ class DeferredNorm:
 
     def __mul__(self, factor: Any) -> Any:
         if self._scale is None and self._shift is None and self._per_channel(factor):
-            return DeferredNorm(self._x, self._make, factor - 1, None)
-        return self.settled() * factor
+            return DeferredNorm(self._x, self._norm, factor - 1, None)
+        return self.settled() * settle(factor)
 
     def __add__(self, shift: Any) -> Any:
         if self._shift is None and self._per_channel(shift):
-            return DeferredNorm(self._x, self._make, self._scale, shift)
-        return self.settled() + shift
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.settled(), name)
+            return DeferredNorm(self._x, self._norm, self._scale, shift)
+        return self.settled() + settle(shift)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -237,33 +199,4 @@ class DeferredNorm:
                 return args[0].activated("silu")
             if func is F.gelu:
                 return args[0].activated("gelu_tanh" if kwargs.get("approximate") == "tanh" else "gelu")
-        return func(*settle(args), **settle(kwargs))
-
-
-def _forward_to_tensor(name: str) -> Callable[..., Any]:
-    def operator(self: DeferredNorm, *args: Any) -> Any:
-        return getattr(self.settled(), name)(*settle(args))
-
-    return operator
-
-
-for _name in (
-    "sub",
-    "rsub",
-    "rmul",
-    "radd",
-    "truediv",
-    "rtruediv",
-    "pow",
-    "neg",
-    "matmul",
-    "rmatmul",
-    "getitem",
-    "len",
-):
-    setattr(DeferredNorm, f"__{_name}__", _forward_to_tensor(f"__{_name}__"))
-
-
-def settle(value: Any) -> Any:
-    """The value with tensors in the place of norms that were waiting for an activation."""
-    return tree_map(lambda v: v.settled() if isinstance(v, DeferredNorm) else v, value)
+        return super().__torch_function__(func, types, args, kwargs)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..memory._functions import join
 from ..ops import conv_frozen, group_norm_silu, resample2d
 
 
@@ -155,7 +156,8 @@ class UNetBlock(nn.Module):
     """Residual block conditioned on a time embedding, with optional resampling and self-attention.
 
     x [B, C, H, W], embedding [B, E] -> [B, C', H', W']. With ``adaptive_scale`` the embedding scales and shifts
-    the second norm (ADM); without, it is added before it (DDPM++, NCSN++).
+    the second norm (ADM); without, it is added before it (DDPM++, NCSN++). In a decoder, x and the ``encoded`` tensor
+    share the C channels: they are joined in here, so that a checkpoint of the block keeps these two alone.
     """
 
     def __init__(
@@ -195,7 +197,9 @@ class UNetBlock(nn.Module):
             self.qkv = Conv2d(out_channels, 3 * out_channels, 1, gain=math.sqrt(0.2))
             self.proj = Conv2d(out_channels, out_channels, 1, gain=1e-5)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, encoded: Tensor | None = None) -> Tensor:
+        if encoded is not None:
+            x = join([x, encoded], dim=1)
         skip = x if self.skip is None else self.skip(x)
         h = self.conv0(self.norm0(x, "silu"))
         label = self.affine(embedding)[:, :, None, None]

@@ -145,9 +145,7 @@ class SongUNet(nn.Module):
                 image = module(normed)
                 out = image if out is None else image + out
             else:
-                if x.shape[1] != module.in_channels:
-                    x = torch.cat([x, skips.pop()], dim=1)
-                x = module(x, embedding)
+                x = module(x, embedding, skips.pop() if x.shape[1] != module.in_channels else None)
         assert out is not None
         return out
 
@@ -231,9 +229,7 @@ class DhariwalUNet(nn.Module):
             x = module(x, embedding) if isinstance(module, UNetBlock) else module(x)
             skips.append(x)
         for module in self.dec.values():
-            if x.shape[1] != module.in_channels:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = module(x, embedding)
+            x = module(x, embedding, skips.pop() if x.shape[1] != module.in_channels else None)
         return self.out_conv(self.out_norm(x, "silu"))
 
 
