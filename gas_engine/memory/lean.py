@@ -4,6 +4,7 @@
 |---|---|---|
 | convolution | its input | nothing |
 | group norm, then (scale, shift and) SiLU or GELU | input, normalised, scaled | the input |
+| group norm of a skip connection joined to the decoder's state | both, joined | both, as they are anyway |
 | layer norm, then scale and shift that want a gradient | input, normalised | the input |
 | RMS norm | input, also in float32, normalised | the input |
 | GEGLU, SwiGLU feed-forward | projection, activation's output | the projection |
@@ -25,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import conv_frozen, geglu, resample2d, silu_mul
-from ._functions import rebuilt
+from ._joined import Joined, joining
 from ._norms import DeferredGroupNorm, DeferredLayerNorm
+from ._rebuilt import rebuilt
 from ._view import Forward, Make, hooked, settle, view
 
 __all__ = ["Coverage", "lean"]
@@ -61,10 +63,10 @@ def lean(network: nn.Module) -> nn.Module:
         rule = next((rule for kind, rule in _RULES if kind(module)), None)
         if rule is not None and not hooked(module) and rule(copy.copy(module)) is not None:
             done[name] += 1
-            return lambda m: _settled(rule(m))
+            return rule if rule is _group_norm else lambda m: _settled(rule(m))
         if not any(True for _ in module.children()):
             left[name] += 1
-        return None
+        return joining(module)
 
     result = view(network, convert, "lean")
     result.coverage = Coverage({k: (done[k], left[k]) for k in {*done, *left}})  # type: ignore[assignment]
@@ -87,7 +89,7 @@ def _conv(m: Any) -> Forward | None:
 
 
 def _group_norm(m: Any) -> Forward:
-    return lambda input: DeferredGroupNorm(input, m)
+    return lambda input: DeferredGroupNorm(input if isinstance(input, Joined) else settle(input), m)
 
 
 def _layer_norm(m: Any) -> Forward | None:
