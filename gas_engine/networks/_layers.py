@@ -212,7 +212,8 @@ class UNetBlock(nn.Module):
             scale, shift = label.chunk(2, dim=1)
             h = self.norm1(h, "silu", scale, shift)
         else:
-            h = self.norm1(h + label, "silu")
+            h = h + label
+            h = self.norm1(h, "silu")
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         x = (h + skip) * self.skip_scale
         return (self._attend(x) + x) * self.skip_scale if self.heads else x
