@@ -131,4 +131,8 @@ for _name in (
 
 def settle(value: Any) -> Any:
     """The value with tensors in the place of stand-ins."""
-    return tree_map(lambda v: v.settled() if isinstance(v, StandIn) else v, value)
+    return tree_map(lambda v: v.settled() if isinstance(v, StandIn) else v, value, is_leaf=_stands_in)
+
+
+def _stands_in(value: Any) -> bool:
+    return isinstance(value, StandIn)

@@ -11,7 +11,6 @@ is as well: ordinary autograd nodes, whose saved tensors are fetched late), froz
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import register_pytree_node, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ._functions import join
+from ._joined import joining
+from ._rebuilt import autocast_state
 from ._view import Forward, Make, StandIn, hooked, made, settle, view
 
 __all__ = ["Blocks", "checkpoint_blocks"]
@@ -37,7 +37,8 @@ class Blocks(dict[str, int]):
 
 
 def checkpoint_blocks(network: nn.Module, blocks: str | Sequence[str | type[nn.Module]] = "auto") -> nn.Module:
-    """A network of the same weights whose graph keeps the inputs of its blocks; `.blocks` says which were found.
+    """A network of the same weights whose graph keeps the inputs of its blocks; `.blocks` says which were found
+    (`.checkpointed` as well, for networks with blocks of their own).
 
     | `blocks` | what is rebuilt in the backward pass |
     |---|---|
@@ -65,12 +66,12 @@ def checkpoint_blocks(network: nn.Module, blocks: str | Sequence[str | type[nn.M
         inner = made(module)
         if id(module) in ids:
             return lambda m: _checkpointed(inner(m), m, newest)
-        if ids and "res_hidden_states_tuple" in _parameters(module):
-            return lambda m: _joining(inner(m), _parameters(m).index("res_hidden_states_tuple"))
-        return None
+        return joining(module) if ids else None
 
     result = view(network, rule, "checkpoint_blocks")
-    result.blocks = found  # type: ignore[assignment]
+    result.checkpointed = found  # type: ignore[assignment]
+    if not hasattr(network, "blocks"):
+        result.blocks = found  # type: ignore[assignment]
     return result
 
 
@@ -157,7 +158,7 @@ class _Frame:
         self.weights = {w.untyped_storage()._cdata for w in weights}
         self.saved: list[weakref.ref[_Saved]] = []
         device = self.tensors[0].device.type if self.tensors else "cpu"
-        self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        self.autocast = autocast_state(device)
 
     @property
     def differentiable(self) -> bool:
@@ -200,9 +201,8 @@ class _Frame:
             return None
 
         leaves = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in self.leaves]
-        device, dtype, enabled = self.autocast
         try:
-            with torch.enable_grad(), torch.autocast(device, dtype, enabled), saved_tensors_hooks(pack, _fetch):
+            with torch.enable_grad(), torch.autocast(*self.autocast), saved_tensors_hooks(pack, _fetch):
                 self.run(leaves)
         except _Stop:
             return
@@ -230,51 +230,3 @@ def _checkpointed(forward: Forward, module: nn.Module, newest: _Newest) -> Forwa
         return settle(frame.first(newest.keep))
 
     return call
-
-
-class _Skip(StandIn):
-    """A skip connection of a U-Net, on its way to a concatenation."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.cat and all(isinstance(t, Tensor | _Skip) for t in args[0]):
-            return _Joined([t.settled() if isinstance(t, _Skip) else t for t in args[0]], *args[1:], **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-class _Joined(StandIn):
-    """A concatenation that has not run yet; as an argument of a block it runs inside, and its parts are kept."""
-
-    def __init__(self, parts: Sequence[Tensor], dim: int = 0) -> None:
-        self.parts, self.dim = parts, dim
-
-    def make(self) -> Tensor:
-        return join(self.parts, self.dim)
-
-
-register_pytree_node(_Joined, lambda j: (list(j.parts), j.dim), lambda parts, dim: join([*parts], dim))
-
-
-def _parameters(module: nn.Module) -> list[str]:
-    return [*inspect.signature(type(module).forward).parameters][1:]
-
-
-def _joining(forward: Forward, position: int) -> Forward:
-    """An up block of diffusers: its skip connections are joined inside of its residual blocks."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            if "res_hidden_states_tuple" in kwargs:
-                kwargs = {**kwargs, "res_hidden_states_tuple": _skips(kwargs["res_hidden_states_tuple"])}
-            else:
-                args = (*args[:position], _skips(args[position]), *args[position + 1 :])
-        return forward(*args, **kwargs)
-
-    return call
-
-
-def _skips(states: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(_Skip(t) if isinstance(t, Tensor) else t for t in states)
