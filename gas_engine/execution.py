@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from .denoiser import Denoiser
-from .memory import MemoryPolicy, checkpoint_blocks, lean
+from .memory import MemoryPolicy, checkpoint_blocks, lean, quantize_weights, stream_weights
 
 BLOCKS = ("none", "auto", "all")
+WEIGHTS = ("resident", "int8", "streamed")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Execution:
 
     ``memory``: the policy of the rollout. ``micro_batch``: samples at a time, None for all. ``lean``: the network's
     graph keeps only what an input gradient needs. ``blocks``: "none", "auto" or "all" of its blocks are rebuilt in the
-    backward pass.
+    backward pass. ``weights``: "resident", "int8" (linear layers in eight bits, an approximation), or "streamed" from
+    host memory block by block, which rebuilds the blocks as well.
 
         execution = Execution(MemoryPolicy(1), micro_batch=4, lean=True, blocks="auto")
         loss_backward(execution.view(denoiser), x, tableau, loss, cond, execution.memory, execution.micro_batch)
@@ -30,23 +32,40 @@ class Execution:
     micro_batch: int | None = None
     lean: bool = False
     blocks: str = "none"
+    weights: str = "resident"
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
         if self.blocks not in BLOCKS:
             raise ValueError(f"blocks must be one of {', '.join(BLOCKS)}, got {self.blocks!r}")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {self.weights!r}")
+        if self.weights == "streamed" and self.blocks == "none":
+            object.__setattr__(self, "blocks", "auto")
 
-    def view(self, denoiser: Denoiser) -> Denoiser:
-        """The denoiser with its network seen leanly and in blocks; ValueError where its function hides the network."""
-        if not self.lean and self.blocks == "none":
+    def view(self, denoiser: Denoiser, device: torch.device | str | None = None) -> Denoiser:
+        """The denoiser with its network seen so, and on ``device`` if one is given.
+
+        Raises ValueError where a plain function hides the network.
+        """
+        if self.weights == "resident" and device is not None:
+            denoiser = denoiser.to(device)
+        if not self.lean and self.blocks == "none" and self.weights == "resident":
             return denoiser
         if not viewable(denoiser):
             raise ValueError(
                 f"the function of {denoiser.name} closes over its network, so no lean or block-wise view can take its "
                 "place; make the function an nn.Module that holds the network, or derive from Denoiser"
             )
-        network: nn.Module = lean(denoiser) if self.lean else denoiser
+        network: nn.Module = denoiser
+        if self.weights == "int8":
+            network = quantize_weights(network)
+            network = network if device is None else network.to(device)
+        if self.weights == "streamed":
+            network = stream_weights(network, "cpu" if device is None else device)
+        if self.lean:
+            network = lean(network)
         if self.blocks != "none":
             network = checkpoint_blocks(network, self.blocks)
         assert isinstance(network, Denoiser)
@@ -82,6 +101,7 @@ class Execution:
         memory = self.memory
         said = [f"micro-batch {self.micro_batch or 'all'}", f"{memory.checkpoint_every or 'all'} graph(s)"]
         said += [word for word, on in (("lean", self.lean), (f"blocks {self.blocks}", self.blocks != "none")) if on]
+        said += [f"{self.weights} weights"] if self.weights != "resident" else []
         said += [f"trajectory {memory.trajectory}"] if memory.trajectory != "keep" else []
         said += [word for word in ("split_guidance", "loss_alone") if getattr(memory, word)]
         return ", ".join(said).replace("_", " ")

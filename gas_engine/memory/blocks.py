@@ -79,7 +79,7 @@ def _blocks(network: nn.Module, wanted: str | Sequence[str | type[nn.Module]]) -
     if isinstance(wanted, str) and wanted not in ("auto", "all"):
         raise ValueError(f"blocks must be 'none', 'auto', 'all' or a sequence of classes, got {wanted!r}")
     if isinstance(wanted, str):
-        found = _repeated(network)
+        found = repeated_blocks(network)
         hint = "name the classes of its blocks: checkpoint_blocks(network, ['MyBlock'])"
     else:
         names = [w if isinstance(w, str) else w.__name__ for w in wanted]
@@ -101,7 +101,9 @@ def _outermost(module: nn.Module, is_block: Callable[[nn.Module], bool]) -> list
     return [b for child in module.children() for b in _outermost(child, is_block)]
 
 
-def _repeated(network: nn.Module) -> list[nn.Module]:
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks of "auto" and "all", in the order of the network's modules."""
+
     def layers(module: nn.Module) -> int:
         return sum(any(True for _ in m.parameters(recurse=False)) for m in module.modules())
 

@@ -9,6 +9,7 @@
 | RMS norm | input, also in float32, normalised | the input |
 | GEGLU, SwiGLU feed-forward | projection, activation's output | the projection |
 | batch norm in eval mode | its input | a number per channel |
+| linear layer of quantised weights | the dequantised weights | nothing |
 | average pooling by 2 | its input | nothing |
 | explicit softmax attention of diffusers | the attention matrix, several times | queries, keys, values, result |
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from ..ops import conv_frozen, geglu, resample2d, silu_mul
 from ._joined import Joined, joining
 from ._norms import DeferredGroupNorm, DeferredLayerNorm
+from ._quantised import is_quantised, quantised
 from ._rebuilt import rebuilt
 from ._view import Forward, Make, hooked, settle, view
 
@@ -175,6 +177,7 @@ _RULES: list[tuple[Callable[[nn.Module], bool], Callable[[Any], Forward | None]]
     (lambda m: type(m) is nn.GroupNorm, _group_norm),
     (lambda m: type(m) is nn.LayerNorm, _layer_norm),
     (lambda m: type(m) is nn.RMSNorm or _of_diffusers(m, "RMSNorm"), _rms_norm),
+    (is_quantised, quantised),
     (lambda m: isinstance(m, nn.modules.batchnorm._BatchNorm), _batch_norm),
     (lambda m: type(m) is nn.AvgPool2d, _avg_pool),
     (lambda m: _of_diffusers(m, "GEGLU"), _geglu),
