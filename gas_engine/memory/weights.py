@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._view import Forward, Make, made, view
-from .blocks import Blocks, repeated_blocks
+from .blocks import repeated_blocks
 from .tracker import phase
 
 __all__ = ["quantize_weights", "stream_weights"]
@@ -35,10 +35,10 @@ def stream_weights(network: nn.Module, device: torch.device | str) -> nn.Module:
         small = checkpoint_blocks(stream_weights(network.requires_grad_(False), "cuda"))
     """
     device = torch.device(device)
-    if isinstance(getattr(network, "blocks", None), Blocks):
+    if network.__dict__.get("rebuilds"):
         raise ValueError(
-            "stream_weights: the network's blocks are already rebuilt in the backward pass, and what rebuilds them must "
-            "see the weights come; stream first: checkpoint_blocks(stream_weights(network, device))"
+            "stream_weights: the network's blocks are already rebuilt in the backward pass, and their weights must come "
+            "anew for that; stream first: checkpoint_blocks(stream_weights(network, device))"
         )
     blocks = repeated_blocks(network)
     if not blocks:
