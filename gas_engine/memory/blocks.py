@@ -69,7 +69,6 @@ def checkpoint_blocks(network: nn.Module, blocks: str | Sequence[str | type[nn.M
         return joining(module) if ids else None
 
     result = view(network, rule, "checkpoint_blocks")
-    result.rebuilds = bool(chosen)  # type: ignore[assignment]
     result.checkpointed = found  # type: ignore[assignment]
     if not hasattr(network, "blocks"):
         result.blocks = found  # type: ignore[assignment]

@@ -35,10 +35,10 @@ def stream_weights(network: nn.Module, device: torch.device | str) -> nn.Module:
         small = checkpoint_blocks(stream_weights(network.requires_grad_(False), "cuda"))
     """
     device = torch.device(device)
-    if network.__dict__.get("rebuilds"):
+    if network.__dict__.get("checkpointed"):
         raise ValueError(
-            "stream_weights: the network's blocks are already rebuilt in the backward pass, and their weights must come "
-            "anew for that; stream first: checkpoint_blocks(stream_weights(network, device))"
+            "stream_weights: the network's blocks are already rebuilt in the backward pass, and for that their weights "
+            "must come anew; stream first: checkpoint_blocks(stream_weights(network, device))"
         )
     blocks = repeated_blocks(network)
     if not blocks:
