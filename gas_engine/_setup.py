@@ -69,7 +69,7 @@ def execution(config: Config) -> Execution:
         )
     meter = BitsLost() if where == "reversible" and not config.carry else None
     memory = MemoryPolicy(config.checkpoint_every, where, config.carry, loss_alone=config.loss_alone, meter=meter)
-    return Execution(memory, config.micro_batch, config.lean, config.checkpoint_blocks)
+    return Execution(memory, config.micro_batch, config.lean, config.checkpoint_blocks, config.weights)
 
 
 def teacher_set(config: Config, denoiser: Denoiser, device: torch.device) -> tuple[list[int], Tensor]:

@@ -44,28 +44,27 @@ class Execution:
         if self.weights == "streamed" and self.blocks == "none":
             object.__setattr__(self, "blocks", "auto")
 
-    def view(self, denoiser: Denoiser, device: torch.device | str | None = None) -> Denoiser:
-        """The denoiser with its network seen so, and on ``device`` if one is given.
+    def place(self, denoiser: Denoiser, device: torch.device | str) -> Denoiser:
+        """The denoiser computing on ``device`` with its weights where they belong; the first of the two views."""
+        if self.weights == "resident":
+            return denoiser.to(device)
+        _check_viewable(denoiser)
+        if self.weights == "streamed":
+            placed: nn.Module = stream_weights(denoiser.requires_grad_(False), device)
+        else:
+            placed = quantize_weights(denoiser.requires_grad_(False)).to(device)
+        assert isinstance(placed, Denoiser)
+        return placed
+
+    def view(self, denoiser: Denoiser) -> Denoiser:
+        """The (placed) denoiser with its network seen leanly and in blocks, for training.
 
         Raises ValueError where a plain function hides the network.
         """
-        if self.weights == "resident" and device is not None:
-            denoiser = denoiser.to(device)
-        if not self.lean and self.blocks == "none" and self.weights == "resident":
+        if not self.lean and self.blocks == "none":
             return denoiser
-        if not viewable(denoiser):
-            raise ValueError(
-                f"the function of {denoiser.name} closes over its network, so no lean or block-wise view can take its "
-                "place; make the function an nn.Module that holds the network, or derive from Denoiser"
-            )
-        network: nn.Module = denoiser
-        if self.weights == "int8":
-            network = quantize_weights(network)
-            network = network if device is None else network.to(device)
-        if self.weights == "streamed":
-            network = stream_weights(network, "cpu" if device is None else device)
-        if self.lean:
-            network = lean(network)
+        _check_viewable(denoiser)
+        network: nn.Module = lean(denoiser) if self.lean else denoiser
         if self.blocks != "none":
             network = checkpoint_blocks(network, self.blocks)
         assert isinstance(network, Denoiser)
@@ -105,6 +104,14 @@ class Execution:
         said += [f"trajectory {memory.trajectory}"] if memory.trajectory != "keep" else []
         said += [word for word in ("split_guidance", "loss_alone") if getattr(memory, word)]
         return ", ".join(said).replace("_", " ")
+
+
+def _check_viewable(denoiser: Denoiser) -> None:
+    if not viewable(denoiser):
+        raise ValueError(
+            f"the function of {denoiser.name} closes over its network, so no view of the network can take its place; "
+            "make the function an nn.Module that holds the network, or derive from Denoiser"
+        )
 
 
 def viewable(denoiser: Denoiser) -> bool:

@@ -38,6 +38,7 @@ RESUMABLE = ("out", "resume", "device", "evaluation", "sample_batch")
 # What a resumed run goes on with unless it is given anew: the result is the same to rounding.
 MEMORY = (
     "checkpoint_every", "trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks", "loss_alone",
+    "weights",
 )  # fmt: skip
 
 
@@ -71,6 +72,8 @@ class Config:
     """Rebuild the network block by block as well."""
     loss_alone: bool = False
     """Let no network graph wait while the loss is taken."""
+    weights: Literal["resident", "int8", "streamed"] = "resident"
+    """Frozen weights on the device, in eight bits there (torchao), or in host memory, brought block by block."""
     recipe: Literal["auto", "quick", "paper"] = "auto"
     """auto is quick for digits and paper for everything else."""
     iterations: int | None = None
@@ -117,10 +120,11 @@ def run(config: Config) -> None:
     """Train, or go on training, and compare."""
     directory, config = _open(config)
     device = pick_device(config.device)
-    denoiser = load_denoiser(config.model).to(device)
+    execution = setup.execution(config)
+    denoiser = execution.place(load_denoiser(config.model), device)
     assert config.out is not None
     writable(config.out.parent)
-    recipe, execution = setup.recipe(config), setup.execution(config)
+    recipe = setup.recipe(config)
     solver = setup.solver(config, denoiser, recipe)
     loss = distillation_loss(config.loss, device)
     seeds, targets = setup.teacher_set(config, denoiser, device)

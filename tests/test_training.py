@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -305,6 +306,20 @@ def test_reversible_student_trains_saves_and_resumes(small, tmp_path):
     (kept / "checkpoints" / "step-000006").rmdir()
     train.main(["--out", str(kept), "--resume", "--device", "cpu", "--micro-batch", "2", "--evaluation", "student"])
     assert relative(flat_of(load_solver(kept / "solver.safetensors")), flat_of(solvers[1])) < 1e-3
+
+
+def test_weights_may_be_streamed_or_held_in_eight_bits(small, tmp_path):
+    """Streamed: the same solver to the bit. Eight bits: another network, and a solver for it."""
+    short = ["--model", "toy:make_perceptron", "--iterations", "3", "--evaluation", "student"]
+    places = ["resident", "streamed"]
+    if importlib.util.find_spec("torchao"):
+        places.append("int8")
+    for place in places:
+        own = ["--teacher-set", str(tmp_path / f"teacher-{place}"), "--checkpoint-blocks", "auto"]
+        train.main(options(tmp_path / place, *short, *own, "--weights", place))
+    resident, streamed, *rest = (load_solver(tmp_path / place / "solver.safetensors") for place in places)
+    assert torch.equal(flat_of(resident), flat_of(streamed))
+    assert all(relative(flat_of(held), flat_of(resident)) < 0.1 for held in rest)
 
 
 def flat_of(solver):
