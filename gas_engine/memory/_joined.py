@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import register_pytree_node
 
+from ._rebuilt import plain_autograd
 from ._view import Make, StandIn, made
 
 
@@ -45,9 +47,12 @@ class _Join(torch.autograd.Function):
         return None, *(piece.clone() if wanted else None for piece, wanted in pieces)
 
 
-class keeping_parts(saved_tensors_hooks):
+def keeping_parts(whole: Tensor, parts: Sequence[Tensor], dim: int = 1) -> AbstractContextManager[Any]:
     """Operations inside that save `whole` for their gradient keep its parts instead, and join them again then."""
+    return _KeepingParts(whole, parts, dim) if whole.requires_grad and plain_autograd() else nullcontext()
 
+
+class _KeepingParts(saved_tensors_hooks):
     def __init__(self, whole: Tensor, parts: Sequence[Tensor], dim: int = 1) -> None:
         parts = [p.detach() for p in parts]
         versions = [p._version for p in parts]
@@ -106,6 +111,8 @@ _ARGUMENT = "res_hidden_states_tuple"
 
 def joining(module: nn.Module) -> Make | None:
     """For an up block of diffusers, a forward that joins its skip connections inside of its residual blocks."""
+    if not type(module).__module__.startswith("diffusers."):
+        return None
     parameters = [*inspect.signature(type(module).forward).parameters][1:]
     if _ARGUMENT not in parameters:
         return None

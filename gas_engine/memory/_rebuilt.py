@@ -9,6 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..ops import _native as core
+
+
+def plain_autograd() -> bool:
+    """Gradients are recorded, and by the autograd tape: transforms and compilers have no hooks for saved tensors."""
+    inside = torch._C._functorch.maybe_current_level() is not None or core.transformed()
+    return torch.is_grad_enabled() and not inside and not torch.compiler.is_compiling()
+
 
 def autocast_state(device: str) -> tuple[str, torch.dtype, bool]:
     """What `torch.autocast` needs to come back to the present state."""
@@ -21,7 +29,7 @@ def rebuilt(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     Everything else that the function reads is a constant. The same numbers and gradients, bit for bit; differentiable
     once.
     """
-    if not torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None:
+    if not plain_autograd():
         return function(*inputs)
     out: Tensor = _Rebuilt.apply(function, *inputs)
     return out

@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ._joined import joining
-from ._rebuilt import autocast_state
+from ._rebuilt import autocast_state, plain_autograd
 from ._view import Forward, Make, StandIn, hooked, made, settle, view
 
 __all__ = ["Blocks", "checkpoint_blocks"]
@@ -50,8 +50,9 @@ def checkpoint_blocks(network: nn.Module, blocks: str | Sequence[str | type[nn.M
     A block is a member of a ModuleList, ModuleDict or Sequential with at least two layers of weights, such as a
     residual block or a transformer block; the innermost such, or the one around it where it is alone there. Where a
     U-Net's decoder joins its state with a skip connection, the joint tensor is not kept, since its parts are.
-    Output and gradients are those of the network, bit for bit; each block runs at most once more. Under no_grad the
-    blocks run as they are. Blocks with hooks inside stay as they are. Goes with `lean` in either order.
+    Output and gradients are those of the network, bit for bit; each block runs at most once more. Under no_grad,
+    torch.func and torch.compile the blocks run as they are. Blocks with hooks inside stay as they are, and are not
+    counted. Goes with `lean` in either order.
     Raises RuntimeError for trainable weights, ValueError where no block is found.
 
         small = checkpoint_blocks(lean(network.requires_grad_(False).eval()))
@@ -222,7 +223,7 @@ def _checkpointed(forward: Forward, module: nn.Module, newest: _Newest) -> Forwa
     weights = [*module.parameters()]
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not plain_autograd():
             return forward(*settle(args), **settle(kwargs))
         frame = _Frame(forward, weights, args, kwargs)
         if not frame.differentiable:

@@ -161,7 +161,8 @@ def _attention(m: Any) -> Forward | None:
     if type(m.processor) is not processors.AttnProcessor or m.upcast_attention or m.upcast_softmax:
         return None
     m.processor = processors.AttnProcessor2_0()
-    return m.forward
+    own: Forward = type(m).forward.__get__(m)
+    return own
 
 
 def _of_diffusers(m: nn.Module, name: str) -> bool:
