@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ._joined import joining
-from ._rebuilt import autocast_state, plain_autograd
+from ._rebuilt import as_autocast, autocast_state, plain_autograd
 from ._view import Forward, Make, StandIn, hooked, made, settle, view
 
 __all__ = ["Blocks", "checkpoint_blocks"]
@@ -208,7 +208,7 @@ class _Frame:
             t.detach().requires_grad_() if wanted else t for t, wanted in zip(self.leaves, self.wanted, strict=True)
         ]
         try:
-            with torch.enable_grad(), torch.autocast(*self.autocast), saved_tensors_hooks(pack, _fetch):
+            with torch.enable_grad(), as_autocast(self.autocast), saved_tensors_hooks(pack, _fetch):
                 self.run(again)
         except _Stop:
             return
