@@ -251,7 +251,7 @@ def test_blocks_with_hooks_stay(network: nn.Module) -> None:
     assert seen == [1]
 
 
-def test_changed_inputs_and_blocks_that_differ_are_noticed(network: nn.Module) -> None:
+def test_changed_inputs_and_blocks_that_differ_are_noticed(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     view, scale = checkpoint_blocks(network, "all"), torch.ones(8)
     y = view(torch.randn(3, 4, requires_grad=True), scale)
     scale.mul_(2)
@@ -265,13 +265,36 @@ def test_changed_inputs_and_blocks_that_differ_are_noticed(network: nn.Module) -
         self.turn[0] += 1
         return forward(self, x) if self.turn[0] > 1 else F.silu(forward(self, x))
 
-    Block.forward = moody
-    try:
-        y = checkpoint_blocks(network, "all")(torch.randn(3, 4, requires_grad=True))
-        with pytest.raises(RuntimeError, match=r"saved 2 tensors at first and 1 when rebuilt.*\.eval\(\)"):
-            y.sum().backward()
-    finally:
-        Block.forward = forward
+    monkeypatch.setattr(Block, "forward", moody)
+    y = checkpoint_blocks(network, "all")(torch.randn(3, 4, requires_grad=True))
+    with pytest.raises(RuntimeError, match="saved 2 tensors at first and 1 when rebuilt"):
+        y.sum().backward()
+
+
+def test_train_mode_is_refused_where_it_matters() -> None:
+    def network(rate: float) -> nn.Module:
+        members = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(rate), nn.SiLU(), nn.Linear(4, 4)) for _ in range(2)]
+        return nn.Sequential(*members).requires_grad_(False)
+
+    x = torch.randn(3, 4, requires_grad=True)
+    view = checkpoint_blocks(network(0.5), ["Sequential"])
+    with pytest.raises(RuntimeError, match=r"Sequential is in train mode.*\.eval\(\)"):
+        view(x)
+    view.eval()(x).sum().backward()
+    checkpoint_blocks(network(0.0), ["Sequential"])(x).sum().backward()
+
+
+def test_changes_inside_a_block_are_noticed(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(self: Block, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        h = self.first(x)
+        y = F.silu(h)
+        h.mul_(2)
+        return x + self.last(y)
+
+    monkeypatch.setattr(Block, "forward", careless)
+    y = checkpoint_blocks(network)(torch.randn(3, 4, requires_grad=True))
+    with pytest.raises(RuntimeError, match="changed a tensor in place"):
+        y.sum().backward()
 
 
 def test_free_u_works_on_skip_connections() -> None:

@@ -122,7 +122,7 @@ def joining(module: nn.Module) -> Make | None:
         forward = inner(m)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if torch.is_grad_enabled():
+            if plain_autograd():
                 if _ARGUMENT in kwargs:
                     kwargs[_ARGUMENT] = _skips(kwargs[_ARGUMENT])
                 else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,9 +19,17 @@ def plain_autograd() -> bool:
     return torch.is_grad_enabled() and not inside and not torch.compiler.is_compiling()
 
 
-def autocast_state(device: str) -> tuple[str, torch.dtype, bool]:
+Autocast = tuple[str, torch.dtype, bool]
+
+
+def autocast_state(device: str) -> Autocast:
     """What `torch.autocast` needs to come back to the present state."""
     return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+
+def as_autocast(state: Autocast) -> AbstractContextManager[Any]:
+    """That state again."""
+    return nullcontext() if state == autocast_state(state[0]) else torch.autocast(*state)
 
 
 def rebuilt(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -48,7 +57,7 @@ class _Rebuilt(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         wanted = ctx.needs_input_grad[1:]
         leaves = [t.detach().requires_grad_(w) for t, w in zip(ctx.saved_tensors, wanted, strict=True)]
-        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+        with torch.enable_grad(), as_autocast(ctx.autocast):
             out = ctx.function(*leaves)
         grads = iter(torch.autograd.grad(out, [t for t in leaves if t.requires_grad], g))
         return None, *(next(grads) if w else None for w in wanted)

@@ -136,6 +136,8 @@ for _name in (
 
 def settle(value: Any) -> Any:
     """The value with tensors in the place of stand-ins."""
+    if isinstance(value, Tensor):
+        return value
     return tree_map(lambda v: v.settled() if isinstance(v, StandIn) else v, value, is_leaf=_stands_in)
 
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ._joined import joining
-from ._rebuilt import autocast_state, plain_autograd
+from ._rebuilt import as_autocast, autocast_state, plain_autograd
 from ._view import Forward, Make, StandIn, hooked, made, settle, view
 
 __all__ = ["Blocks", "checkpoint_blocks"]
@@ -53,14 +53,15 @@ def checkpoint_blocks(network: nn.Module, blocks: str | Sequence[str | type[nn.M
     Output and gradients are those of the network, bit for bit; each block runs at most once more. Under no_grad,
     torch.func and torch.compile the blocks run as they are. Blocks with hooks inside stay as they are, and are not
     counted. Goes with `lean` in either order.
-    Raises RuntimeError for trainable weights, ValueError where no block is found.
+    Raises RuntimeError for trainable weights, dropout or batch norm in train mode, and tensors changed in place;
+    ValueError where no block is found.
 
         small = checkpoint_blocks(lean(network.requires_grad_(False).eval()))
         print(small.blocks)
     """
     chosen = [] if blocks == "none" else _blocks(network, blocks)
-    found = Blocks(Counter(type(m).__name__ for m in chosen))
-    ids = {id(m) for m in chosen}
+    ids = {id(m): type(m).__name__ for m in chosen}
+    found = Blocks(Counter(ids.values()))
     newest = _Newest(keep=blocks != "all")
 
     def rule(module: nn.Module) -> Make | None:
@@ -77,7 +78,7 @@ def checkpoint_blocks(network: nn.Module, blocks: str | Sequence[str | type[nn.M
 
 
 def _blocks(network: nn.Module, wanted: str | Sequence[str | type[nn.Module]]) -> list[nn.Module]:
-    if isinstance(wanted, str) and wanted not in ("auto", "all"):
+    if isinstance(wanted, type) or (isinstance(wanted, str) and wanted not in ("auto", "all")):
         raise ValueError(f"blocks must be 'none', 'auto', 'all' or a sequence of classes, got {wanted!r}")
     if isinstance(wanted, str):
         found = repeated_blocks(network)
@@ -119,15 +120,21 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
 class _Saved:
     """What one operation of a block had saved, or the promise of it."""
 
-    __slots__ = ("__weakref__", "frame", "tensor")
+    __slots__ = ("__weakref__", "frame", "tensor", "version")
 
-    def __init__(self, frame: _Frame, tensor: Tensor | None) -> None:
-        self.frame, self.tensor = frame, tensor
+    def __init__(self, frame: _Frame) -> None:
+        self.frame = frame
+        self.tensor: Tensor | None = None
+
+    def keep(self, t: Tensor) -> None:
+        self.tensor, self.version = t, t._version
 
     def fetch(self) -> Tensor:
         if self.tensor is None:
             self.frame.rebuild()
         assert self.tensor is not None
+        if self.tensor._version != self.version:
+            raise RuntimeError("checkpoint_blocks: a block changed a tensor in place that its gradient needs")
         return self.tensor
 
 
@@ -152,35 +159,31 @@ class _Stop(Exception):
 class _Frame:
     """One call of one block: its arguments, which stay, and what its operations save, which is kept or rebuilt."""
 
-    def __init__(self, forward: Forward, weights: Sequence[Tensor], args: Any, kwargs: Any) -> None:
-        self.forward = forward
-        leaves, self.spec = tree_flatten((args, kwargs))
-        self.leaves = [leaf.settled() if isinstance(leaf, StandIn) else leaf for leaf in leaves]
-        self.tensors = [t for t in self.leaves if isinstance(t, Tensor)]
-        self.versions = [t._version for t in self.tensors]
+    def __init__(self, forward: Forward, weights: Sequence[Tensor], leaves: Sequence[Any], spec: TreeSpec) -> None:
+        self.forward, self.spec = forward, spec
+        self.leaves = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
+        self.wanted = [isinstance(t, Tensor) and t.requires_grad for t in leaves]
+        self.versions = _versions(self.leaves)
         self.weights = {w.untyped_storage()._cdata for w in weights}
         self.saved: list[weakref.ref[_Saved]] = []
-        device = self.tensors[0].device.type if self.tensors else "cpu"
-        self.autocast = autocast_state(device)
-
-    @property
-    def differentiable(self) -> bool:
-        return any(t.requires_grad for t in self.tensors)
+        self.autocast = autocast_state(next(t.device.type for t in leaves if isinstance(t, Tensor)))
 
     def run(self, leaves: Sequence[Any]) -> Any:
         args, kwargs = tree_unflatten(leaves, self.spec)
         return self.forward(*args, **kwargs)
 
-    def first(self, keep: bool) -> Any:
+    def first(self, leaves: Sequence[Any], keep: bool) -> Any:
         def pack(t: Tensor) -> Tensor | _Saved:
             if t.untyped_storage()._cdata in self.weights:
                 return t
-            saved = _Saved(self, t if keep else None)
+            saved = _Saved(self)
+            if keep:
+                saved.keep(t)
             self.saved.append(weakref.ref(saved))
             return saved
 
         with saved_tensors_hooks(pack, _fetch):
-            return self.run(self.leaves)
+            return self.run(leaves)
 
     def drop(self) -> None:
         for reference in self.saved:
@@ -188,7 +191,7 @@ class _Frame:
                 saved.tensor = None
 
     def rebuild(self) -> None:
-        if [t._version for t in self.tensors] != self.versions:
+        if _versions(self.leaves) != self.versions:
             raise RuntimeError("checkpoint_blocks: an input of a block was changed in place after the block had run")
         done = 0
 
@@ -197,22 +200,28 @@ class _Frame:
             if t.untyped_storage()._cdata in self.weights:
                 return t
             if (saved := self.saved[done]()) is not None:
-                saved.tensor = t
+                saved.keep(t)
             done += 1
             if done == len(self.saved):
                 raise _Stop
             return None
 
-        leaves = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in self.leaves]
+        again = [
+            t.detach().requires_grad_() if wanted else t for t, wanted in zip(self.leaves, self.wanted, strict=True)
+        ]
         try:
-            with torch.enable_grad(), torch.autocast(*self.autocast), saved_tensors_hooks(pack, _fetch):
-                self.run(leaves)
+            with torch.enable_grad(), as_autocast(self.autocast), saved_tensors_hooks(pack, _fetch):
+                self.run(again)
         except _Stop:
             return
         raise RuntimeError(
             f"checkpoint_blocks: a block saved {len(self.saved)} tensors at first and {done} when rebuilt; it must do "
-            "the same twice: call .eval()"
+            "the same twice"
         )
+
+
+def _versions(leaves: Sequence[Any]) -> list[int]:
+    return [t._version for t in leaves if isinstance(t, Tensor)]
 
 
 def _fetch(saved: Any) -> Tensor:
@@ -221,15 +230,28 @@ def _fetch(saved: Any) -> Tensor:
 
 def _checkpointed(forward: Forward, module: nn.Module, newest: _Newest) -> Forward:
     weights = [*module.parameters()]
+    moody = [m for m in module.modules() if _changes_in_training(m)]
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not plain_autograd():
             return forward(*settle(args), **settle(kwargs))
-        frame = _Frame(forward, weights, args, kwargs)
-        if not frame.differentiable:
-            return frame.run(frame.leaves)
+        leaves, spec = tree_flatten((args, kwargs))
+        leaves = [leaf.settled() if isinstance(leaf, StandIn) else leaf for leaf in leaves]
+        if not any(isinstance(t, Tensor) and t.requires_grad for t in leaves):
+            return forward(*settle(args), **settle(kwargs))
+        if any(m.training for m in moody):
+            raise RuntimeError(
+                f"checkpoint_blocks: {type(module).__name__} is in train mode, so a rebuilt block differs; call .eval()"
+            )
+        frame = _Frame(forward, weights, leaves, spec)
         if newest.keep:
             newest(frame)
-        return settle(frame.first(newest.keep))
+        return settle(frame.first(leaves, newest.keep))
 
     return call
+
+
+def _changes_in_training(m: nn.Module) -> bool:
+    """Its output in train mode is random, or changes what it does next time."""
+    rate = m.p if isinstance(m, nn.modules.dropout._DropoutNd) else getattr(m, "dropout", 0.0)
+    return isinstance(m, nn.modules.batchnorm._BatchNorm) or (isinstance(rate, float) and rate > 0)

@@ -31,7 +31,7 @@ from ._joined import Joined, joining
 from ._norms import DeferredGroupNorm, DeferredLayerNorm
 from ._quantised import is_quantised, quantised
 from ._rebuilt import rebuilt
-from ._view import Forward, Make, hooked, settle, view
+from ._view import Forward, Make, StandIn, hooked, settle, view
 
 __all__ = ["Coverage", "lean"]
 
@@ -48,10 +48,10 @@ class Coverage(dict[str, tuple[int, int]]):
 def lean(network: nn.Module) -> nn.Module:
     """A network of the same weights whose graph keeps less; `.coverage` says what was converted.
 
-    Same outputs: to the bit for convolutions, to float32 rounding (1e-6) where group norm and activation are fused;
-    gradients for the input, the time label and the conditioning. A module that is not known, or has hooks, stays as it
-    is. The result follows later changes of the weights' values, since it shares them; its `.train()` does not reach the
-    original.
+    Same outputs: to float32 rounding (1e-6) where a group norm, a gated unit or batch norm runs as one op, to the bit
+    elsewhere; gradients for the input, the time label and the conditioning. A module that is not known, or has hooks,
+    stays as it is. The result follows later changes of the weights' values, since it shares them; its `.train()` does
+    not reach the original.
     Raises RuntimeError for trainable weights: they would need what is dropped here.
 
         small = lean(network.requires_grad_(False).eval())
@@ -76,7 +76,15 @@ def lean(network: nn.Module) -> nn.Module:
 
 
 def _settled(forward: Forward | None) -> Forward | None:
-    return forward and (lambda *args, **kwargs: forward(*settle(args), **settle(kwargs)))
+    if forward is None:
+        return None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if kwargs or any(isinstance(a, StandIn) for a in args):
+            return forward(*settle(args), **settle(kwargs))
+        return forward(*args)
+
+    return call
 
 
 def _conv(m: Any) -> Forward | None:
