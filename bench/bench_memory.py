@@ -49,7 +49,7 @@ def of_one_call(network: nn.Module, *inputs: Any, blocks: bool = False) -> float
         y = network(*inputs)
         kept = bytes.live - y.nbytes
         if blocks:
-            torch.autograd.grad(y, inputs[0], torch.ones_like(y))
+            torch.autograd.grad(y, inputs[:2], torch.ones_like(y))
     return (bytes.peak if blocks else kept) / MIB
 
 
