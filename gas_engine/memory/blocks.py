@@ -253,5 +253,5 @@ def _checkpointed(forward: Forward, module: nn.Module, newest: _Newest) -> Forwa
 
 def _changes_in_training(m: nn.Module) -> bool:
     """Its output in train mode is random, or changes what it does next time."""
-    rate = m.p if isinstance(m, nn.modules.dropout._DropoutNd) else getattr(m, "dropout", 0.0)
+    rate = m.p if isinstance(m, nn.modules.dropout._DropoutNd) else m.__dict__.get("dropout")
     return isinstance(m, nn.modules.batchnorm._BatchNorm) or (isinstance(rate, float) and rate > 0)
