@@ -56,9 +56,9 @@ using Element = typename ElementOf<V>::type;
 template <class V>
 inline constexpr int kLanesOf = static_cast<int>(sizeof(V) / sizeof(Element<V>));
 
-// e^-(a + tail) for float vectors, |tail| < 1/4, to zero and to infinity: 2^n e^r with r in +-ln(2)/2 (or little
-// more). The polynomial is the minimax fit of (e^r - 1 - r) / r^2 there: 3e-9 relative.
-// A NaN gives some number: callers multiply by the NaN that they came with.
+// e^-(a + tail) for float vectors, |tail| < 1/4, to zero and to infinity: 2^n e^r with r in +-ln(2)/2 (or
+// little more). The polynomial is the minimax fit of (e^r - 1 - r) / r^2 there: 3e-9 relative. A NaN gives
+// some number: callers multiply by the NaN that they came with.
 template <class F>
 GAS_HD F exp_minus(F a, F tail) {
     using U = Vec<std::uint32_t, kLanesOf<F>>;
@@ -80,7 +80,8 @@ GAS_HD F exp_minus(F a, F tail) {
 #endif
     constexpr float kToInteger = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
     const F shifted = kToInteger - a * 1.44269504f;
-    const F e = std::bit_cast<F>(std::bit_cast<U>(power(shifted - kToInteger)) + (std::bit_cast<U>(shifted) << 23));
+    const F e =
+        std::bit_cast<F>(std::bit_cast<U>(power(shifted - kToInteger)) + (std::bit_cast<U>(shifted) << 23));
     const F large = a < -88.0f ? F{} + std::numeric_limits<float>::infinity() : e;
     return a > 87.0f ? F{} : large;
 }
@@ -194,7 +195,8 @@ GAS_HD void activate_from(Act act, V x, V e, V& value, V& slope) {
         value = x;
         slope = one;
     } else {
-        const V s = one / (one + e), rest = x < 0 ? one - s : e * s;  // s(x) and 1 - s(x), where nothing cancels
+        const V s = one / (one + e),
+                rest = x < 0 ? one - s : e * s;  // s(x) and 1 - s(x), where nothing cancels
         value = x * s;
         V bend = x;
         if (act == Act::gelu_tanh) tanh_argument(x, bend);

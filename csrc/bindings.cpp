@@ -4,6 +4,9 @@
 // An op is its struct of arguments: Python passes the fields in their order, then the number of threads
 // (host) or the device and its stream. A tensor stands for its address or its dtype, as the field asks; None
 // for a null pointer.
+#ifndef NDEBUG
+#define NDEBUG  // or pybind11 asks for the lock at every reference
+#endif
 #include <omp.h>
 #include <pybind11/pybind11.h>
 
@@ -106,7 +109,7 @@ Args unpack(const py::args& values, std::size_t extra) {
         throw std::invalid_argument(std::to_string(count + extra) + " arguments wanted, got " +
                                     std::to_string(values.size()));
     return [&]<std::size_t... I>(std::index_sequence<I...>) {
-        return Args{From(values[I])...};
+        return Args{From(PyTuple_GET_ITEM(values.ptr(), I))...};
     }(std::make_index_sequence<count>{});
 }
 
@@ -115,7 +118,7 @@ void op(py::module_& m, const std::string& name, void (*cpu)(const Args&, int),
         [[maybe_unused]] const char* (*cuda)(const Args&, int, void*)) {
     m.def((name + "_cpu").c_str(), [cpu](const py::args& values) {
         const auto args = unpack<Args>(values, 1);
-        const int threads = From(values[values.size() - 1]);
+        const int threads = From(PyTuple_GET_ITEM(values.ptr(), values.size() - 1));
         py::gil_scoped_release release;
         cpu(args, threads);
     });
@@ -136,13 +139,14 @@ py::object plain(const py::args& values) {
     bool wanted = false;
     for (const py::handle value : values) {
         gas::TensorView view;
-        if (gas::Tensors::is_tensor(value.ptr()) && !gas::Tensors::plain(value.ptr(), view, wanted)) return py::none();
+        if (gas::Tensors::is_tensor(value.ptr()) && !gas::Tensors::plain(value.ptr(), view, wanted))
+            return py::none();
     }
     return py::bool_(wanted);
 }
 
-// The same for lists of 1 to 64 states, which must be contiguous and, with `more`, of one shape, dtype and device;
-// of the others plain is enough.
+// The same for lists of 1 to 64 states, which must be contiguous and, with `more`, of one shape, dtype and
+// device; of the others plain is enough.
 py::object uniform(py::handle states, const py::tuple& more, const py::tuple& others) {
     if (!PyList_CheckExact(states.ptr()) && !PyTuple_CheckExact(states.ptr())) return py::none();
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(states.ptr());
@@ -151,7 +155,8 @@ py::object uniform(py::handle states, const py::tuple& more, const py::tuple& ot
     gas::TensorView first{}, view;
     gas::DType dtype;
     const auto fits = [&](PyObject* value) {
-        if (!gas::Tensors::plain(value, view, wanted) || !view.contiguous() || !view.stores(dtype)) return false;
+        if (!gas::Tensors::plain(value, view, wanted) || !view.contiguous() || !view.stores(dtype))
+            return false;
         if (first.shape == nullptr) first = view;
         return view.like(first);
     };

@@ -56,8 +56,8 @@ GAS_HD double lane_sum(V v) {
 
 inline constexpr int kTile = 4;  // vectors that go through the arithmetic side by side
 
-// Call body with the activation as a constant: one branch for several vectors, which then share the processor's
-// units.
+// Call body with the activation as a constant: one branch for several vectors, which then share the
+// processor's units.
 template <class Body>
 GAS_HD void with_act(Act act, Body&& body) {
     switch (act) {

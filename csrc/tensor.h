@@ -1,6 +1,6 @@
 // A Python tensor as its memory, sizes and dtype, through DLPack's C exchange (version 1): the layout of the
-// structs below is its ABI, and torch.Tensor hands out the table. So neither torch's headers nor its libraries
-// are needed, and a read costs some ten nanoseconds.
+// structs below is its ABI, and torch.Tensor hands out the table. So neither torch's headers nor its
+// libraries are needed, and a read costs some ten nanoseconds.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -73,14 +73,16 @@ class Tensors {
             void* stream;
         };
         const pybind11::object capsule = tensor.attr("__dlpack_c_exchange_api__");
-        const auto* table = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+        const auto* table =
+            static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
         if (table == nullptr) throw pybind11::error_already_set();
         while (table != nullptr && table->major != 1) table = table->previous;
         if (table == nullptr || table->view == nullptr)
             throw pybind11::import_error("this torch does not speak version 1 of DLPack's C exchange");
         // Both types live as long as the process.
         view_ = table->view, tensor_ = tensor.release().ptr(), parameter_ = parameter.release().ptr();
-        requires_grad_ = PyUnicode_InternFromString("requires_grad"), is_neg_ = PyUnicode_InternFromString("is_neg");
+        requires_grad_ = PyUnicode_InternFromString("requires_grad"),
+        is_neg_ = PyUnicode_InternFromString("is_neg");
     }
 
     // Without a message where the tensor has no memory: batched, sparse or fake ones.
@@ -117,7 +119,8 @@ class Tensors {
     }
 
     static inline int (*view_)(void*, TensorView*) = nullptr;
-    static inline PyObject *tensor_ = nullptr, *parameter_ = nullptr, *requires_grad_ = nullptr, *is_neg_ = nullptr;
+    static inline PyObject *tensor_ = nullptr, *parameter_ = nullptr, *requires_grad_ = nullptr,
+                           *is_neg_ = nullptr;
 };
 
 }  // namespace gas

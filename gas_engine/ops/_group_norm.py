@@ -101,8 +101,8 @@ def _launch(
 
 
 def _statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    shape, dtype = (x.shape[0], num_groups), accumulation_dtype(x.dtype)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+    mean = x.new_empty((x.shape[0], num_groups), dtype=accumulation_dtype(x.dtype))
+    return mean, torch.empty_like(mean)
 
 
 def forward(

@@ -127,7 +127,8 @@ def _prepare(
     if up not in (1, 2) or down not in (1, 2) or out_h < 0 or out_w < 0:
         raise ValueError(f"resample2d: factors 1 or 2 and sizes wanted, got {up}, {down} and {[out_h, out_w]}")
     (x,), layout = core.one_layout([x])
-    return x, torch.empty((*x.shape[:2], out_h, out_w), dtype=x.dtype, device=x.device, memory_format=layout)
+    B, C, _, _ = x.shape
+    return x, torch.empty(B, C, out_h, out_w, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 _kernel = core.kernel("resample2d")
