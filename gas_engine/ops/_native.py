@@ -38,7 +38,7 @@ def _load() -> ModuleType | None:
             core = importlib.import_module("gas_engine._native")
             core.bind(Tensor, torch.nn.Parameter)
             return core
-        except ImportError as error:
+        except (ImportError, AttributeError) as error:  # AttributeError: built for other sources, or another torch
             why = f"the native core is not there ({error}; build it with `pip install -e .`)"
     warnings.warn(f"gas_engine: {why}, so the slower pure-PyTorch twins of the ops run", RuntimeWarning, stacklevel=2)
     return None
