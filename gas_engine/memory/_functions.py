@@ -1,12 +1,13 @@
-"""`join`: a concatenation whose gradients do not hold each other."""
+"""Two functions of views: `join`, a concatenation, and `rebuilt`, which keeps its inputs alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -35,3 +36,39 @@ class _Join(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         pieces = zip(g.split(ctx.sizes, ctx.dim), ctx.needs_input_grad[1:], strict=True)
         return None, *(piece.clone() if wanted else None for piece, wanted in pieces)
+
+
+def autocast_state(device: str) -> tuple[str, torch.dtype, bool]:
+    """What `torch.autocast` needs to come back to the present state."""
+    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+
+def rebuilt(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), which keeps its inputs and runs again in the backward pass; for cheap functions.
+
+    Everything else that the function reads is a constant. The same numbers and gradients, bit for bit; differentiable
+    once.
+    """
+    if not torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None:
+        return function(*inputs)
+    out: Tensor = _Rebuilt.apply(function, *inputs)
+    return out
+
+
+class _Rebuilt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.function = function
+        ctx.autocast = autocast_state(inputs[0].device.type)
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        wanted = ctx.needs_input_grad[1:]
+        leaves = [t.detach().requires_grad_(w) for t, w in zip(ctx.saved_tensors, wanted, strict=True)]
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            out = ctx.function(*leaves)
+        grads = iter(torch.autograd.grad(out, [t for t in leaves if t.requires_grad], g))
+        return None, *(next(grads) if w else None for w in wanted)

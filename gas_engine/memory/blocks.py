@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_unflatten
 
-from ._functions import join
+from ._functions import autocast_state, join
 from ._view import Forward, Make, StandIn, hooked, made, settle, view
 
 __all__ = ["Blocks", "checkpoint_blocks"]
@@ -157,7 +157,7 @@ class _Frame:
         self.weights = {w.untyped_storage()._cdata for w in weights}
         self.saved: list[weakref.ref[_Saved]] = []
         device = self.tensors[0].device.type if self.tensors else "cpu"
-        self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        self.autocast = autocast_state(device)
 
     @property
     def differentiable(self) -> bool:
@@ -200,9 +200,8 @@ class _Frame:
             return None
 
         leaves = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in self.leaves]
-        device, dtype, enabled = self.autocast
         try:
-            with torch.enable_grad(), torch.autocast(device, dtype, enabled), saved_tensors_hooks(pack, _fetch):
+            with torch.enable_grad(), torch.autocast(*self.autocast), saved_tensors_hooks(pack, _fetch):
                 self.run(leaves)
         except _Stop:
             return

@@ -4,7 +4,9 @@
 |---|---|---|
 | convolution | its input | nothing |
 | group norm, then (scale, shift and) SiLU or GELU | input, normalised, scaled | the input |
-| GEGLU feed-forward | projection, gelu's output | the projection |
+| layer norm, then scale and shift that want a gradient | input, normalised | the input |
+| RMS norm | input, also in float32, normalised | the input |
+| GEGLU, SwiGLU feed-forward | projection, activation's output | the projection |
 | batch norm in eval mode | its input | a number per channel |
 | average pooling by 2 | its input | nothing |
 | explicit softmax attention of diffusers | the attention matrix, several times | queries, keys, values, result |
@@ -20,11 +22,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import conv_frozen, geglu, group_norm_silu, resample2d
-from ._view import Forward, Make, StandIn, hooked, settle, view
+from ..ops import conv_frozen, geglu, resample2d, silu_mul
+from ._functions import rebuilt
+from ._norms import DeferredGroupNorm, DeferredLayerNorm
+from ._view import Forward, Make, hooked, settle, view
 
 __all__ = ["Coverage", "lean"]
 
@@ -84,7 +87,23 @@ def _conv(m: Any) -> Forward | None:
 
 
 def _group_norm(m: Any) -> Forward:
-    return lambda input: DeferredNorm.of(input, m.num_groups, m.weight, m.bias, m.eps)
+    return lambda input: DeferredGroupNorm(input, m)
+
+
+def _layer_norm(m: Any) -> Forward | None:
+    return None if m.weight is not None else lambda x: DeferredLayerNorm(x, m)  # with weights, it is not modulated
+
+
+def _rms_norm(m: Any) -> Forward:
+    own = type(m).forward
+
+    def forward(x: Tensor) -> Tensor:
+        # What it keeps beyond its input is float32 copies of half precision; the fused kernel of CUDA keeps none.
+        if x.dtype not in (torch.bfloat16, torch.float16) or (x.is_cuda and type(m) is nn.RMSNorm):
+            return own(m, x)
+        return rebuilt(lambda t: own(m, t), x)
+
+    return forward
 
 
 def _batch_norm(m: Any) -> Forward | None:
@@ -120,6 +139,17 @@ def _geglu(m: Any) -> Forward | None:
     return lambda hidden_states, *args, **kwargs: geglu(m.proj(hidden_states))
 
 
+def _swiglu(m: Any) -> Forward | None:
+    if type(m.activation) is not nn.SiLU:
+        return None
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        value, gate = m.proj(hidden_states).chunk(2, dim=-1)
+        return silu_mul(gate, value)
+
+    return forward
+
+
 def _attention(m: Any) -> Forward | None:
     """diffusers' explicit softmax attention becomes scaled_dot_product_attention: the same formula."""
     from diffusers.models import attention_processor as processors  # it is there: the module comes from it
@@ -130,6 +160,10 @@ def _attention(m: Any) -> Forward | None:
     return m.forward
 
 
+def _of_diffusers(m: nn.Module, name: str) -> bool:
+    return type(m).__name__ == name and type(m).__module__.startswith("diffusers.")
+
+
 _PLAIN_CONVS = {
     kind.forward
     for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -137,66 +171,11 @@ _PLAIN_CONVS = {
 _RULES: list[tuple[Callable[[nn.Module], bool], Callable[[Any], Forward | None]]] = [
     (lambda m: isinstance(m, nn.modules.conv._ConvNd) and type(m).forward in _PLAIN_CONVS, _conv),
     (lambda m: type(m) is nn.GroupNorm, _group_norm),
+    (lambda m: type(m) is nn.LayerNorm, _layer_norm),
+    (lambda m: type(m) is nn.RMSNorm or _of_diffusers(m, "RMSNorm"), _rms_norm),
     (lambda m: isinstance(m, nn.modules.batchnorm._BatchNorm), _batch_norm),
     (lambda m: type(m) is nn.AvgPool2d, _avg_pool),
-    (lambda m: type(m).__name__ == "GEGLU" and type(m).__module__.startswith("diffusers."), _geglu),
-    (lambda m: type(m).__name__ == "Attention" and type(m).__module__.startswith("diffusers."), _attention),
+    (lambda m: _of_diffusers(m, "GEGLU"), _geglu),
+    (lambda m: _of_diffusers(m, "SwiGLU"), _swiglu),
+    (lambda m: _of_diffusers(m, "Attention"), _attention),
 ]
-
-
-class DeferredNorm(StandIn):
-    """A group norm that has not run yet: SiLU or GELU run it with themselves, anything else runs it alone, once.
-
-    ``h * (1 + scale) + shift`` between the two, [B, C, 1, ...] each, joins in.
-    """
-
-    def __init__(self, x: Tensor, norm: Callable[..., Tensor], scale: Tensor | None, shift: Tensor | None) -> None:
-        self._x, self._norm, self._scale, self._shift = x, norm, scale, shift
-
-    @classmethod
-    def of(cls, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> DeferredNorm:
-        def norm(act: str, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-            return group_norm_silu(x, groups, weight, bias, eps, scale, shift, act)
-
-        return cls(x, norm, None, None)
-
-    def activated(self, act: str) -> Tensor:
-        return self._norm(act, self._scale, self._shift)
-
-    def make(self) -> Tensor:
-        return self.activated("none")
-
-    @property
-    def shape(self) -> torch.Size:
-        return self._x.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._x.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._x.device
-
-    def _per_channel(self, other: Any) -> bool:
-        return isinstance(other, Tensor) and other.shape == (*self.shape[:2], *(1,) * (len(self.shape) - 2))
-
-    def __mul__(self, factor: Any) -> Any:
-        if self._scale is None and self._shift is None and self._per_channel(factor):
-            return DeferredNorm(self._x, self._norm, factor - 1, None)
-        return self.settled() * settle(factor)
-
-    def __add__(self, shift: Any) -> Any:
-        if self._shift is None and self._per_channel(shift):
-            return DeferredNorm(self._x, self._norm, self._scale, shift)
-        return self.settled() + settle(shift)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if args and isinstance(args[0], cls):
-            if func is F.silu:
-                return args[0].activated("silu")
-            if func is F.gelu:
-                return args[0].activated("gelu_tanh" if kwargs.get("approximate") == "tanh" else "gelu")
-        return super().__torch_function__(func, types, args, kwargs)
