@@ -95,6 +95,7 @@ class Probe:
         self.layers = [sum(p.nbytes for p in m.parameters(recurse=False)) for m in self.denoiser.modules()]
         matrices = {id(p): p for p in self.denoiser.parameters() if p.ndim > 1 and p.is_floating_point()}.values()
         self.matrix_numbers, self.matrix_bytes = sum(p.numel() for p in matrices), sum(p.nbytes for p in matrices)
+        self.matrix_rows = sum(len(p) for p in matrices)
         self._views: dict[tuple[bool, str], Denoiser] = {}
         self._costs: dict[tuple[bool, str, int], CallCost] = {}
 
@@ -261,6 +262,9 @@ def rehearse(
     like = probe.denoiser
     network = Denoiser(rehearsal.network, like.schedule, like.prediction, like.shape)
     x, cond = torch.zeros(batch, *probe.shape), probe.cond_of(batch)
+    # Its own graph is walked once; here many gradients are asked for.
+    wanted = [name for name in ("A", "B", "t_net", "c_in") if name != "c_in" or tableau.c_in.requires_grad]  # type: ignore[union-attr]
+    tableau = replace(tableau, **{name: getattr(tableau, name).detach().requires_grad_() for name in wanted})
     with rehearsal.tracker:
         loss_backward(guide(network), x, tableau, rehearsal.loss, cond, memory)
         rehearsal.enter("end")

@@ -1,0 +1,383 @@
+"""From a budget in bytes to a way of running one training iteration: what is kept, rebuilt, offloaded, split.
+
+    bytes    = weights + inputs + max(forward, loss, backward)                 (the phases of ``costs.rehearse``)
+    seconds  = sum over micro-batches of  (KT + rebuilt) F + KT B + loss + transfers,   rebuilt = KT - kept
+
+K evaluations of T network calls each (2 where guidance is split), F and B the seconds of a call's forward and backward
+pass: its operations times a launch, plus its floating point operations over the device's rate. Times are given in
+plain evaluations of the whole batch: seconds / F(batch).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from .costs import Loss, Peaks, Probe, rehearse, view
+from .denoiser import Denoiser
+from .guidance import GuidedDenoiser, guided
+from .losses.distillation import _prepared, distillation_loss
+from .memory import MemoryPolicy
+from .solvers import GeneralizedSolver
+from .tableau import Tableau
+
+Weights = Literal["resident", "streamed", "int8", "nf4"]
+WEIGHTS: tuple[Weights, ...] = ("resident", "streamed", "int8", "nf4")
+BLOCKS = ("none", "auto", "all")
+_UNITS = {"B": 1} | {f"{p}B": 1000**i for i, p in enumerate("kMGT", 1)} | {f"{p}iB": 2**(10 * i) for i, p in enumerate("KMGT", 1)}  # fmt: skip  # noqa: E501
+
+
+def parse_bytes(text: str) -> int:
+    """``"8GiB"``, ``"500 MB"`` -> bytes. Raises ValueError for anything without a unit, such as a ratio."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    unit = match and next((size for name, size in _UNITS.items() if name.lower() == match[2].lower()), None)
+    if match is None or not unit or float(match[1]) == 0:
+        raise ValueError(f"a memory budget is a number of bytes with its unit, such as 8GiB or 500MB, got {text!r}")
+    return int(float(match[1]) * unit)
+
+
+def show_bytes(size: float) -> str:
+    """In MiB or GiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A device, as far as the order of plans depends on it: operations and bytes per second, seconds per launch.
+
+    ``host``: between host and device; ``memory``: on the device, for dequantised weights.
+    """
+
+    flops: float = 5e13
+    launch: float = 6e-6
+    host: float = 2.4e10
+    memory: float = 1e12
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run an iteration: ``denoiser(d)``, ``memory`` and ``micro_batch`` are what it takes.
+
+    ``peaks``: bytes at most in each phase; ``weight_bytes``, ``input_bytes`` (noise, targets, conditions of the whole
+    batch) live all the time; ``bytes`` is the peak of all. ``calls``: network calls of an iteration, backward passes
+    not counted. ``passes``: predicted time in plain evaluations of the whole batch, ``seconds`` where one such was
+    measured.
+
+        plan = plan(denoiser, steps=10, batch=24, budget="8GiB").choice
+        losses = loss_backward(plan.denoiser(denoiser), x, tableau, loss, cond, plan.memory, plan.micro_batch)
+    """
+
+    micro_batch: int
+    memory: MemoryPolicy
+    lean: bool
+    blocks: str
+    weights: Weights
+    peaks: Peaks
+    weight_bytes: int
+    input_bytes: int
+    calls: int
+    passes: float
+    seconds: float | None
+    feasible: bool
+    _plans: Plans = field(repr=False, compare=False)
+
+    @property
+    def bytes(self) -> int:
+        return self.peaks.largest + self.weight_bytes + self.input_bytes
+
+    def denoiser(self, denoiser: Denoiser) -> Denoiser:
+        """The view of the denoiser that this plan trains with; the weights are shared.
+
+        Raises ValueError for weights that are not resident: they have to be quantised or streamed before.
+        """
+        if self.weights != "resident":
+            raise ValueError(
+                f"the plan needs {self.weights} weights, which this view cannot give; quantise or stream the network "
+                "first and plan again with what it is then, or plan with weights=('resident',)"
+            )
+        return view(denoiser, self.lean, self.blocks)
+
+    def cheaper(self, fraction: float = 0.85) -> Plan:
+        """The fastest plan that needs at most this fraction of the bytes that are not weights.
+
+        For the moment after an out-of-memory error. Raises ValueError if there is none.
+        """
+        fixed = self.weight_bytes
+        return self._plans.within(fixed + int(fraction * (self.bytes - fixed))).choice
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A plan without its micro-batch: peaks of micro-batches of 1 and 2."""
+
+    memory: MemoryPolicy
+    blocks: str
+    terms: int
+    one: Peaks
+    two: Peaks
+
+    def peaks(self, batch: int) -> Peaks:
+        one, two = (
+            (p.forward, p.loss, p.backward) for p in (self.one, self.two)
+        )
+        return Peaks(*(a + (batch - 1) * (b - a) for a, b in zip(one, two, strict=True)))
+
+
+class Plans(Sequence[Plan]):
+    """Plans by predicted time, of each way to run the one with the largest micro-batch that fits (else 1).
+
+    ``choice`` is the first feasible one. Raises ValueError there if no plan fits, with the smallest that there is.
+    """
+
+    def __init__(self, case: _Case, ways: list[_Way], budget: int) -> None:
+        self.case, self.ways, self.budget = case, ways, budget
+        self.plans = sorted(
+            (case.plan(way, weights, budget, self) for weights in case.weights for way in ways),
+            key=lambda plan: (plan.passes, plan.bytes),
+        )
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.plans[index]
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    @cached_property
+    def smallest(self) -> Plan:
+        """The one with the fewest bytes, at a micro-batch of one."""
+        return min(self.within(0).plans, key=lambda plan: plan.bytes) if self.budget else min(self.plans, key=_bytes)
+
+    @property
+    def choice(self) -> Plan:
+        found = next((plan for plan in self.plans if plan.feasible), None)
+        if found is None:
+            least = self.smallest
+            others = [w for w in WEIGHTS if w not in self.case.weights]
+            help = f"allow {' or '.join(others)} weights, or " if least.weight_bytes > least.peaks.largest and others else ""
+            raise ValueError(
+                f"no plan fits into {show_bytes(self.budget)}: the smallest needs {show_bytes(least.bytes)} "
+                f"({show_bytes(least.weight_bytes)} of weights, {show_bytes(least.input_bytes)} of inputs, "
+                f"{show_bytes(least.peaks.largest)} for one sample at a time with {_words(least)}); {help}"
+                "give a larger budget, a smaller batch or dtype, or smaller states"
+            )
+        return found
+
+    def within(self, budget: int) -> Plans:
+        """The same ways for another budget; nothing is measured again."""
+        return Plans(self.case, self.ways, budget)
+
+    def groups(self) -> list[Plan]:
+        """For each weights, blocks, guidance and trajectory: the fastest that fits, else the smallest."""
+        best: dict[Any, Plan] = {}
+        for plan in self.plans:
+            key = (plan.weights, plan.blocks, plan.memory.split_guidance, plan.memory.trajectory)
+            held = best.get(key)
+            if held is None or (not held.feasible and (plan.feasible or plan.bytes < held.bytes)):
+                best[key] = plan
+        return sorted(best.values(), key=lambda plan: (not plan.feasible, plan.passes, plan.bytes))
+
+
+def _bytes(plan: Plan) -> int:
+    return plan.bytes
+
+
+def _words(plan: Plan) -> str:
+    blocks = "no blocks rebuilt" if plan.blocks == "none" else f"blocks={plan.blocks!r}"
+    return f"{plan.memory.kept(10**6)} network graphs kept, {blocks}, trajectory={plan.memory.trajectory!r}"
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What is the same for all plans."""
+
+    probe: Probe
+    steps: int
+    batch: int
+    lean: bool
+    weights: tuple[Weights, ...]
+    calls_at_once: int  # network calls of an evaluation: 2 with guidance, else 1
+    loss_flops: int
+    loss_weights: int
+    speed: Speed
+    evaluation_seconds: float | None
+
+    def plan(self, way: _Way, weights: Weights, budget: int, plans: Plans) -> Plan:
+        weight_bytes = self.weight_bytes(weights) + self.loss_weights
+        room = budget - weight_bytes - self.input_bytes
+        one, two = way.peaks(1), way.peaks(2)
+        most = self.batch
+        for name in ("forward", "loss", "backward"):
+            slope = two[name] - one[name]
+            most = min(most, 1 + (room - one[name]) // slope if slope > 0 else most)
+        micro = max(1, most)
+        # As many micro-batches as it takes, of even sizes.
+        micro = math.ceil(self.batch / math.ceil(self.batch / micro))
+        rebuilt = self.steps * way.terms - way.memory.kept(self.steps * way.terms)
+        passes = self.seconds(way, weights, micro) / self.forward_seconds("none", self.calls_at_once * self.batch)
+        return Plan(
+            micro, way.memory, self.lean, way.blocks, weights, way.peaks(micro), weight_bytes, self.input_bytes,
+            (self.steps * way.terms + rebuilt) * math.ceil(self.batch / micro), passes,
+            None if self.evaluation_seconds is None else passes * self.evaluation_seconds, most >= 1, plans,
+        )  # fmt: skip
+
+    @cached_property
+    def input_bytes(self) -> int:
+        """Noise and targets (float32), and conditions, of the whole batch."""
+        leaves = torch.utils._pytree.tree_leaves(self.probe.cond_of(1))
+        per_sample = 8 * math.prod(self.probe.shape) + sum(c.nbytes for c in leaves if isinstance(c, Tensor))
+        return per_sample * self.batch
+
+    def weight_bytes(self, weights: Weights) -> int:
+        """Resident: all of them. Streamed: the two largest layers. Quantised: matrices at a byte, or half of one, and
+        scales (float32, one for each row, or for each 64 numbers), and the largest layer while it is used."""
+        probe = self.probe
+        if weights == "resident":
+            return probe.weights
+        if weights == "streamed":
+            return sum(sorted(probe.layers)[-2:])
+        numbers, others = probe.matrix_numbers, probe.weights - probe.matrix_bytes
+        packed = numbers + 4 * probe.matrix_rows if weights == "int8" else numbers // 2 + 4 * (numbers // 64)
+        return packed + others + max(probe.layers)
+
+    def forward_seconds(self, blocks: str, batch: int) -> float:
+        cost = self.probe.cost(self.lean, blocks, batch)
+        return cost.operations * self.speed.launch + cost.forward_flops / self.speed.flops
+
+    def seconds(self, way: _Way, weights: Weights, micro: int) -> float:
+        """Of one iteration, by the formula at the top of this file."""
+        full, rest = divmod(self.batch, micro)
+        return sum(times * self._micro_seconds(way, weights, size) for times, size in ((full, micro), (1, rest)) if size)
+
+    def _micro_seconds(self, way: _Way, weights: Weights, micro: int) -> float:
+        speed, calls = self.speed, self.steps * way.terms
+        batch = micro * self.calls_at_once // way.terms
+        cost = self.probe.cost(self.lean, way.blocks, batch)
+        forward = self.forward_seconds(way.blocks, batch)
+        backward = cost.backward_operations * speed.launch + cost.backward_flops / speed.flops
+        # Weights travel while the layer before is computed; they are unpacked in between.
+        travel = self.probe.weights / speed.host if weights == "streamed" else 0.0
+        unpack = self.probe.matrix_bytes / speed.memory if weights in ("int8", "nf4") else 0.0
+        forwards = calls + calls - way.memory.kept(calls)
+        seconds = forwards * (max(forward, travel) + unpack) + calls * (max(backward, travel) + unpack)
+        if way.memory.trajectory == "offload":
+            seconds += 2 * (self.steps + 1) * 4 * math.prod(self.probe.shape) * micro / speed.host
+        return seconds + micro * self.loss_flops / speed.flops
+
+
+def plan(
+    denoiser: Denoiser,
+    steps: int,
+    batch: int,
+    budget: int | str,
+    *,
+    cond: Any = None,
+    loss: str | Loss = "l1",
+    dtype: torch.dtype | None = None,
+    lean: bool = True,
+    blocks: Sequence[str] = BLOCKS,
+    weights: Sequence[Weights] = ("resident",),
+    tableau: Tableau | None = None,
+    evaluation_seconds: float | None = None,
+    speed: Speed | None = None,
+    probe: Probe | None = None,
+    on_probe: Callable[[str], None] | None = None,
+) -> Plans:
+    """Ways to run one training iteration of ``steps`` evaluations in ``budget`` bytes, fastest first.
+
+    Nothing of the network is computed: it runs in fake tensors, and may itself be made of them. ``cond``: the condition
+    of one sample or more; ``loss``: "l1", "l2", "lpips", or ``loss(samples, rows) -> [b]`` as ``loss_backward`` takes
+    it, run once on zeros; ``dtype``: of the network's weights, if not their own. ``weights``: what may be done with
+    them; only "resident" is for ``Plan.denoiser`` to give. ``tableau``: the solver, a GeneralizedSolver of full order
+    unless given. ``evaluation_seconds``: measured, of one evaluation of the whole batch. ``probe``: measurements of
+    the same denoiser to go on with. ``on_probe`` hears what is measured next.
+
+    Bytes are tensors': a CUDA context and the allocator's rounding come on top.
+    Raises ValueError for numbers below 1, unknown names, a budget without a unit.
+
+        plans = plan(denoiser, steps=10, batch=24, budget="8GiB", cond=labels)
+        print(plans.choice)
+    """
+    if steps < 1 or batch < 1:
+        raise ValueError(f"steps and batch must be at least 1, got steps={steps}, batch={batch}")
+    for name, given, known in (("blocks", blocks, BLOCKS), ("weights", weights, WEIGHTS)):
+        if not given or any(g not in known for g in given):
+            raise ValueError(f"{name} must be some of {', '.join(known)}, got {given!r}")
+    size = parse_bytes(budget) if isinstance(budget, str) else int(budget)
+    tell = on_probe or (lambda what: None)
+    base, guide = denoiser, _as_it_is
+    if isinstance(denoiser, GuidedDenoiser):
+        base, scale, null = denoiser.base, denoiser.scale, denoiser.null
+        null = torch.utils._pytree.tree_map(lambda n: torch.zeros_like(n, device="cpu"), null)
+        guide = lambda network: guided(network, scale, null)  # noqa: E731
+    if cond is None and base.classes:
+        cond = torch.zeros(1, dtype=torch.int64)
+    tell("the network in fake tensors")
+    probe = probe or Probe(base, cond, dtype)
+    tableau = tableau or GeneralizedSolver(steps, base.schedule, base.t_eps).tableau(base.prediction)
+    if tableau.steps != steps:
+        raise ValueError(f"the tableau has {tableau.steps} steps, not {steps}")
+    tell("the loss")
+    measured, loss_weights = (loss, 0) if callable(loss) else _zeros_loss(loss, probe)
+    (peak_1, loss_flops), (peak_2, _) = (probe.loss_cost(measured, n) for n in (1, 2))
+    ways = []
+    for kind in blocks:
+        if not probe.known(lean, kind):
+            tell(f"a call, blocks={kind}")
+        try:
+            probe.cost(lean, kind, 1), probe.cost(lean, kind, 2)
+        except ValueError:  # a network without blocks
+            if kind == "none":
+                raise
+            continue
+        for memory in _policies(steps, guide is not _as_it_is):
+            peaks = [
+                rehearse(probe, tableau, n, memory, lean, kind, loss_peak, guide)
+                for n, loss_peak in ((1, peak_1), (2, peak_2))
+            ]
+            ways.append(_Way(memory, kind, 2 if memory.split_guidance else 1, *peaks))
+    case = _Case(
+        probe, steps, batch, lean, tuple(weights), 1 if guide is _as_it_is else 2, loss_flops, loss_weights,
+        speed or Speed(), evaluation_seconds,
+    )  # fmt: skip
+    return Plans(case, ways, size)
+
+
+def _as_it_is(denoiser: Denoiser) -> Denoiser:
+    return denoiser
+
+
+def _policies(steps: int, guided: bool) -> Iterable[MemoryPolicy]:
+    """Numbers of kept graphs by doubling: what lies between them differs little in time."""
+    for split in (False, True) if guided else (False,):
+        calls = steps * (1 + split)
+        some = [1 << i for i in range(calls.bit_length()) if 1 << i < calls]
+        for kept in [*some, 0]:
+            yield MemoryPolicy(kept, split_guidance=split)
+        alone = MemoryPolicy(1, split_guidance=split, loss_alone=True)
+        yield alone
+        yield replace(alone, trajectory="offload")
+
+
+def _zeros_loss(name: str, probe: Probe) -> tuple[Loss, int]:
+    """The loss of this name against zeros, and the bytes of its own weights; LPIPS without its trained weights."""
+    target = torch.zeros(2, *probe.shape, device=probe.device)
+    if name != "lpips":
+        distance = distillation_loss(name)
+        return (lambda x, rows: distance(x, target[rows])), 0
+    try:
+        import lpips
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"the lpips loss needs the lpips package and torchvision ({error})") from None
+    network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval().requires_grad_(False)
+    network = network.to(probe.device)
+    if len(probe.shape) != 3 or probe.shape[0] not in (1, 3):
+        raise ValueError(f"LPIPS compares grey or RGB images, got states of shape {probe.shape}; use the l1 loss")
+    size = sum(p.nbytes for p in cast(Any, network).parameters())
+    return (lambda x, rows: network(_prepared(x), _prepared(target[rows])).flatten()), size
