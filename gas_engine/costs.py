@@ -29,6 +29,7 @@ from .schedule import Schedule
 from .tableau import Tableau
 
 Loss = Callable[[Tensor, slice], Tensor]
+PHASES = ("forward", "loss", "backward")
 
 
 def view(denoiser: Denoiser, lean_ops: bool = True, blocks: str = "none") -> Denoiser:
@@ -116,9 +117,11 @@ class Probe:
         """One call of a view. Raises ValueError where the network has no blocks."""
         key = (lean_ops, blocks, batch)
         if key not in self._costs and batch in (1, 2):
+            # Without gradients, blocks run as they are.
+            plain = self.cost(lean_ops, "none", batch) if blocks != "none" else None
             with self.mode:
                 x, cond = torch.empty(batch, *self.shape), tree_map(_fake, self.cond_of(batch))
-                self._costs[key] = _measure(self.view(lean_ops, blocks), x, cond)
+                self._costs[key] = _measure(self.view(lean_ops, blocks), x, cond, plain)
         elif key not in self._costs:
             self._costs[key] = self.cost(lean_ops, blocks, 1).to(self.cost(lean_ops, blocks, 2), batch)
         return self._costs[key]
@@ -188,12 +191,16 @@ class _Work(TorchDispatchMode):
         return result
 
 
-def _measure(denoiser: Denoiser, x: Tensor, cond: Any) -> CallCost:
+def _measure(denoiser: Denoiser, x: Tensor, cond: Any, plain: CallCost | None = None) -> CallCost:
+    """``plain``: a cost whose call without gradients is the same."""
     t = torch.full((), 0.5, dtype=torch.float64)
-    with torch.no_grad(), _Work() as forward, ByteTracker() as bytes:
-        output = denoiser(x, t, cond)
-    plain_peak, size, dtype = bytes.peak, output.untyped_storage().nbytes(), output.dtype
-    del output
+    if plain is None:
+        with torch.no_grad(), _Work() as forward, ByteTracker() as bytes:
+            size = denoiser(x, t, cond).untyped_storage().nbytes()
+        numbers = size, bytes.peak, forward.flops, forward.operations
+    else:
+        numbers = plain.output, plain.plain_peak, plain.forward_flops, plain.operations
+    size, plain_peak, flops, operations = numbers
     leaves = [x.clone().requires_grad_(), t.clone().requires_grad_()]
     early = [0]  # the peak while the cotangent is alive
     gone: list[bool] = []
@@ -205,14 +212,14 @@ def _measure(denoiser: Denoiser, x: Tensor, cond: Any) -> CallCost:
         del shown
         keeps_input = not gone
         kept, forward_peak = bytes.live, bytes.peak
-        end = _Cotangent.apply(output, lambda: (early.append(bytes.peak), bytes.reset_peak()))
+        end = _Cotangent.apply(output, lambda: [early.append(bytes.peak), bytes.reset_peak()])  # type: ignore[func-returns-value]
         bytes.reset_peak()
         with _Work() as backward:
             torch.autograd.grad(end, leaves, allow_unused=True)
         late = bytes.peak
     return CallCost(
-        size, plain_peak, kept, forward_peak, max(*early, late), max(*early, late - output.nbytes), forward.flops,
-        backward.flops, forward.operations, backward.operations, keeps_input, dtype,
+        size, plain_peak, kept, forward_peak, max(*early, late), max(*early, late - output.nbytes), flops,
+        backward.flops, operations, backward.operations, keeps_input, output.dtype,
     )  # fmt: skip
 
 

@@ -19,8 +19,9 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .costs import Loss, Peaks, Probe, rehearse, view
+from .costs import PHASES, Loss, Peaks, Probe, rehearse, view
 from .denoiser import Denoiser
 from .guidance import GuidedDenoiser, guided
 from .losses.distillation import _prepared, distillation_loss
@@ -31,13 +32,17 @@ from .tableau import Tableau
 Weights = Literal["resident", "streamed", "int8", "nf4"]
 WEIGHTS: tuple[Weights, ...] = ("resident", "streamed", "int8", "nf4")
 BLOCKS = ("none", "auto", "all")
-_UNITS = {"B": 1} | {f"{p}B": 1000**i for i, p in enumerate("kMGT", 1)} | {f"{p}iB": 2**(10 * i) for i, p in enumerate("KMGT", 1)}  # fmt: skip  # noqa: E501
+_UNITS = {
+    "b": 1,
+    **{f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)},
+    **{f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)},
+}
 
 
 def parse_bytes(text: str) -> int:
     """``"8GiB"``, ``"500 MB"`` -> bytes. Raises ValueError for anything without a unit, such as a ratio."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    unit = match and next((size for name, size in _UNITS.items() if name.lower() == match[2].lower()), None)
+    unit = match and _UNITS.get(match[2].lower())
     if match is None or not unit or float(match[1]) == 0:
         raise ValueError(f"a memory budget is a number of bytes with its unit, such as 8GiB or 500MB, got {text!r}")
     return int(float(match[1]) * unit)
@@ -124,10 +129,7 @@ class _Way:
     two: Peaks
 
     def peaks(self, batch: int) -> Peaks:
-        one, two = (
-            (p.forward, p.loss, p.backward) for p in (self.one, self.two)
-        )
-        return Peaks(*(a + (batch - 1) * (b - a) for a, b in zip(one, two, strict=True)))
+        return Peaks(*(self.one[name] + (batch - 1) * (self.two[name] - self.one[name]) for name in PHASES))
 
 
 class Plans(Sequence[Plan]):
@@ -152,7 +154,8 @@ class Plans(Sequence[Plan]):
     @cached_property
     def smallest(self) -> Plan:
         """The one with the fewest bytes, at a micro-batch of one."""
-        return min(self.within(0).plans, key=lambda plan: plan.bytes) if self.budget else min(self.plans, key=_bytes)
+        alone = (self.case.plan(way, weights, 0, self) for weights in self.case.weights for way in self.ways)
+        return min(alone, key=lambda plan: plan.bytes)
 
     @property
     def choice(self) -> Plan:
@@ -160,12 +163,13 @@ class Plans(Sequence[Plan]):
         if found is None:
             least = self.smallest
             others = [w for w in WEIGHTS if w not in self.case.weights]
-            help = f"allow {' or '.join(others)} weights, or " if least.weight_bytes > least.peaks.largest and others else ""
+            heavy = least.weight_bytes > least.peaks.largest and others
             raise ValueError(
                 f"no plan fits into {show_bytes(self.budget)}: the smallest needs {show_bytes(least.bytes)} "
-                f"({show_bytes(least.weight_bytes)} of weights, {show_bytes(least.input_bytes)} of inputs, "
-                f"{show_bytes(least.peaks.largest)} for one sample at a time with {_words(least)}); {help}"
-                "give a larger budget, a smaller batch or dtype, or smaller states"
+                f"({show_bytes(least.weight_bytes)} of {least.weights} weights, {show_bytes(least.input_bytes)} of "
+                f"inputs, {show_bytes(least.peaks.largest)} for one sample at a time with blocks={least.blocks!r}); "
+                + (f"allow {' or '.join(others)} weights, or " if heavy else "")
+                + "give a larger budget, a smaller batch or another dtype"
             )
         return found
 
@@ -182,15 +186,6 @@ class Plans(Sequence[Plan]):
             if held is None or (not held.feasible and (plan.feasible or plan.bytes < held.bytes)):
                 best[key] = plan
         return sorted(best.values(), key=lambda plan: (not plan.feasible, plan.passes, plan.bytes))
-
-
-def _bytes(plan: Plan) -> int:
-    return plan.bytes
-
-
-def _words(plan: Plan) -> str:
-    blocks = "no blocks rebuilt" if plan.blocks == "none" else f"blocks={plan.blocks!r}"
-    return f"{plan.memory.kept(10**6)} network graphs kept, {blocks}, trajectory={plan.memory.trajectory!r}"
 
 
 @dataclass(frozen=True)
@@ -213,7 +208,7 @@ class _Case:
         room = budget - weight_bytes - self.input_bytes
         one, two = way.peaks(1), way.peaks(2)
         most = self.batch
-        for name in ("forward", "loss", "backward"):
+        for name in PHASES:
             slope = two[name] - one[name]
             most = min(most, 1 + (room - one[name]) // slope if slope > 0 else most)
         micro = max(1, most)
@@ -230,7 +225,7 @@ class _Case:
     @cached_property
     def input_bytes(self) -> int:
         """Noise and targets (float32), and conditions, of the whole batch."""
-        leaves = torch.utils._pytree.tree_leaves(self.probe.cond_of(1))
+        leaves = tree_leaves(self.probe.cond_of(1))
         per_sample = 8 * math.prod(self.probe.shape) + sum(c.nbytes for c in leaves if isinstance(c, Tensor))
         return per_sample * self.batch
 
@@ -253,7 +248,9 @@ class _Case:
     def seconds(self, way: _Way, weights: Weights, micro: int) -> float:
         """Of one iteration, by the formula at the top of this file."""
         full, rest = divmod(self.batch, micro)
-        return sum(times * self._micro_seconds(way, weights, size) for times, size in ((full, micro), (1, rest)) if size)
+        return sum(
+            times * self._micro_seconds(way, weights, size) for times, size in ((full, micro), (1, rest)) if size
+        )
 
     def _micro_seconds(self, way: _Way, weights: Weights, micro: int) -> float:
         speed, calls = self.speed, self.steps * way.terms
@@ -311,10 +308,11 @@ def plan(
             raise ValueError(f"{name} must be some of {', '.join(known)}, got {given!r}")
     size = parse_bytes(budget) if isinstance(budget, str) else int(budget)
     tell = on_probe or (lambda what: None)
-    base, guide = denoiser, _as_it_is
+    base: Denoiser = denoiser
+    guide: Callable[[Denoiser], Denoiser] = _as_it_is
     if isinstance(denoiser, GuidedDenoiser):
         base, scale, null = denoiser.base, denoiser.scale, denoiser.null
-        null = torch.utils._pytree.tree_map(lambda n: torch.zeros_like(n, device="cpu"), null)
+        null = tree_map(lambda n: torch.zeros_like(n, device="cpu"), null)
         guide = lambda network: guided(network, scale, null)  # noqa: E731
     if cond is None and base.classes:
         cond = torch.zeros(1, dtype=torch.int64)
@@ -324,7 +322,7 @@ def plan(
     if tableau.steps != steps:
         raise ValueError(f"the tableau has {tableau.steps} steps, not {steps}")
     tell("the loss")
-    measured, loss_weights = (loss, 0) if callable(loss) else _zeros_loss(loss, probe)
+    measured, loss_weights = _loss_against_zeros(loss, probe) if isinstance(loss, str) else (loss, 0)
     (peak_1, loss_flops), (peak_2, _) = (probe.loss_cost(measured, n) for n in (1, 2))
     ways = []
     for kind in blocks:
@@ -365,7 +363,7 @@ def _policies(steps: int, guided: bool) -> Iterable[MemoryPolicy]:
         yield replace(alone, trajectory="offload")
 
 
-def _zeros_loss(name: str, probe: Probe) -> tuple[Loss, int]:
+def _loss_against_zeros(name: str, probe: Probe) -> tuple[Loss, int]:
     """The loss of this name against zeros, and the bytes of its own weights; LPIPS without its trained weights."""
     target = torch.zeros(2, *probe.shape, device=probe.device)
     if name != "lpips":
