@@ -1,8 +1,7 @@
 """What one network call and one loss cost, from fake tensors: no weights, no device, no arithmetic.
 
 A call's bytes are affine in its batch: what scales with the samples, and a little that does not. Two runs at batches 1
-and 2 tell all of it. ``Rehearsal`` then runs the real training gradient with stand-ins that allocate these bytes (of
-no memory at all) in place of the network and the loss: what else lives in an iteration is counted where it happens.
+and 2 tell all of it. What else lives in a training iteration, ``rehearsal`` counts where it happens.
 """
 
 from __future__ import annotations
@@ -23,13 +22,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from .denoiser import Denoiser
-from .gradients import loss_backward
-from .memory import ByteTracker, MemoryPolicy, checkpoint_blocks, lean, phase
+from .memory import ByteTracker, checkpoint_blocks, lean, phase
 from .schedule import Schedule
-from .tableau import Tableau
 
 Loss = Callable[[Tensor, slice], Tensor]
-PHASES = ("forward", "loss", "backward")
 
 
 def view(denoiser: Denoiser, lean_ops: bool = True, blocks: str = "none") -> Denoiser:
@@ -238,122 +234,3 @@ class _Cotangent(torch.autograd.Function):
             mu = torch.zeros(shape, dtype=dtype)
         weakref.finalize(mu.untyped_storage(), ctx.died)
         return mu, None
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """Bytes at most alive in each phase of a training gradient, beyond weights, noise, targets and conditions."""
-
-    forward: int
-    loss: int
-    backward: int
-
-    def __getitem__(self, name: str) -> int:
-        return getattr(self, name)
-
-    @property
-    def largest(self) -> int:
-        return max(self.forward, self.loss, self.backward)
-
-
-def rehearse(
-    probe: Probe, tableau: Tableau, batch: int, memory: MemoryPolicy, lean_ops: bool, blocks: str, loss_peak: int,
-    guide: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser,
-) -> Peaks:  # fmt: skip
-    """The real ``loss_backward`` of one micro-batch, with stand-ins for network and loss, under a tracker.
-
-    ``guide`` puts the stand-in into the denoiser that is trained, such as a guided one.
-    """
-    probe.cost(lean_ops, blocks, 1), probe.cost(lean_ops, blocks, 2)  # before the tracker looks
-    rehearsal = _Rehearsal(probe, batch, lean_ops, blocks, loss_peak)
-    like = probe.denoiser
-    network = Denoiser(rehearsal.network, like.schedule, like.prediction, like.shape)
-    x, cond = torch.zeros(batch, *probe.shape), probe.cond_of(batch)
-    # Its own graph is walked once; here many gradients are asked for.
-    wanted = [name for name in ("A", "B", "t_net", "c_in") if name != "c_in" or tableau.c_in.requires_grad]  # type: ignore[union-attr]
-    tableau = replace(tableau, **{name: getattr(tableau, name).detach().requires_grad_() for name in wanted})
-    with rehearsal.tracker:
-        loss_backward(guide(network), x, tableau, rehearsal.loss, cond, memory)
-        rehearsal.enter("end")
-    return Peaks(**rehearsal.peaks)
-
-
-class _Rehearsal:
-    def __init__(self, probe: Probe, batch: int, lean_ops: bool, blocks: str, loss_peak: int) -> None:
-        self.cost: Callable[[int], CallCost] = lambda batch: probe.cost(lean_ops, blocks, batch)
-        self.batch, self.loss_peak, self.tracker = batch, loss_peak, ByteTracker()
-        self.peaks: dict[str, int] = {}
-        self.phase = "forward"
-
-    def enter(self, phase: str) -> None:
-        """A network call after the loss belongs to the backward pass."""
-        if phase == "network":
-            phase = "forward" if self.phase == "forward" else "backward"
-        if phase != self.phase:
-            self.peaks[self.phase] = self.tracker.peak
-            self.tracker.reset_peak()
-            self.phase = phase
-
-    def network(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        self.enter("network")
-        cost = self.cost(len(x))
-        if torch.is_grad_enabled():
-            # Within a larger graph, which calls the network with a larger batch, nobody holds the cotangent.
-            own = cost.backward_peak if len(x) == self.batch else cost.inner_peak
-            return _Call.apply(x, t, cost, own - cost.kept, self)
-        allocate(cost.plain_peak)
-        return _output(x, cost)
-
-    def loss(self, x: Tensor, rows: slice) -> Tensor:
-        self.enter("loss")
-        return _Loss.apply(x, self.loss_peak)
-
-
-def _output(x: Tensor, cost: CallCost) -> Tensor:
-    """Zeros like x, perhaps a part of something larger."""
-    return torch.zeros(cost.output, dtype=torch.uint8).view(cost.dtype)[: x.numel()].view(x.shape)
-
-
-def allocate(size: int) -> Tensor:
-    """Bytes that are counted, and are nowhere."""
-    return torch.empty(size, dtype=torch.uint8, device="meta")
-
-
-class _Call(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, t: Tensor, cost: CallCost, backward: int, rehearsal: _Rehearsal
-    ) -> Tensor:
-        allocate(cost.forward_peak)
-        ctx.extra, ctx.rehearsal, ctx.like = backward, rehearsal, (x.shape, x.dtype)
-        ctx.graph = allocate(cost.kept - cost.output)
-        ctx.save_for_backward(*([x] if cost.keeps_input else []))
-        return _output(x, cost)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        ctx.rehearsal.enter("network")
-        allocate(max(0, ctx.extra))
-        ctx.graph = None
-        shape, dtype = ctx.like
-        wanted = ctx.needs_input_grad
-        return (
-            torch.zeros(shape, dtype=dtype) if wanted[0] else None,
-            torch.zeros((), dtype=torch.float64) if wanted[1] else None,
-            None,
-            None,
-            None,
-        )
-
-
-class _Loss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, peak: int) -> Tensor:  # type: ignore[override]
-        allocate(peak)
-        ctx.like = x.shape, x.dtype
-        return torch.zeros(len(x))
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        shape, dtype = ctx.like
-        return torch.zeros(shape, dtype=dtype), None

@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_map
 from ._cli import InputError, command, console, progress, writable
 from .adapters import load_denoiser
 from .architectures import ARCHITECTURES
-from .costs import PHASES
 from .denoiser import Denoiser
 from .files import atomic
 from .guidance import guided
 from .planner import BLOCKS, WEIGHTS, Plan, Plans, Weights, plan, show_bytes
+from .rehearsal import PHASES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -110,7 +110,7 @@ def row(chosen: Plan, plans: Plans) -> dict[str, Any]:
 
 def table(plans: Plans, title: str) -> Table:
     """The best plan of each kind; times in plain evaluations of the whole batch."""
-    shown, best = Table(title=title), next((p for p in plans if p.feasible), None)
+    shown, best = Table(title=title, caption="bytes in GiB, time in plain evaluations of the batch"), _first(plans)
     rows = [(p, row(p, plans)) for p in plans.groups()]
     skipped = {"seconds"} if plans.case.evaluation_seconds is None else set()
     skipped |= {name for name in ("guidance", "weights") if len({r[name] for _, r in rows}) == 1}
@@ -118,12 +118,17 @@ def table(plans: Plans, title: str) -> Table:
     shown.add_column("")
     for name in rows[0][1]:
         if name not in skipped:
-            shown.add_column(name.removesuffix("_bytes").replace("_", "-"), justify="right", no_wrap=True)
+            name = {"bytes": "peak", "weight_bytes": "of weights"}.get(name, name.removesuffix("_bytes"))
+            shown.add_column(name.replace("_", "-"), justify="right", no_wrap=True)
     for candidate, values in rows:
         mark = "→" if candidate is best else "" if candidate.feasible else "too large"
         cells = [_cell(name, value) for name, value in values.items() if name not in skipped]
         shown.add_row(mark, *cells, style="bold" if candidate is best else "" if candidate.feasible else "dim")
     return shown
+
+
+def _first(plans: Plans) -> Plan | None:
+    return next((p for p in plans if p.feasible), None)
 
 
 def _cell(name: str, value: Any) -> str:
@@ -163,12 +168,12 @@ def plot(path: Path, plans: Plans, title: str) -> None:
         f"budget {show_bytes(plans.budget)}", (1, plans.budget / 2**30), xycoords=("axes fraction", "data"),
         ha="right", va="bottom", fontsize=8, xytext=(-4, 2), textcoords="offset points",
     )  # fmt: skip
-    chosen = next((p for p in plans if p.feasible), None)
+    chosen = _first(plans)
     if chosen is not None:
         axis.plot(chosen.passes, chosen.bytes / 2**30, "o", ms=14, mfc="none", mec="C3", mew=2, label="choice")
     axis.set(
         xlabel="time of an update, in plain evaluations of the batch", ylabel="peak, GiB", title=title,
-        ylim=(0, None),
+        ylim=(0, 1.08 * max(plans.budget, *(p.bytes for p in plans)) / 2**30),
     )  # fmt: skip
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     with atomic(path) as temporary:

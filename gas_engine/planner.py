@@ -1,6 +1,6 @@
 """From a budget in bytes to a way of running one training iteration: what is kept, rebuilt, offloaded, split.
 
-    bytes    = weights + inputs + max(forward, loss, backward)                 (the phases of ``costs.rehearse``)
+    bytes    = weights + inputs + max(forward, loss, backward)                 (the phases of ``rehearse``)
     seconds  = sum over micro-batches of  (KT + rebuilt) F + KT B + loss + transfers,   rebuilt = KT - kept
 
 K evaluations of T network calls each (2 where guidance is split), F and B the seconds of a call's forward and backward
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .costs import PHASES, Loss, Peaks, Probe, rehearse, view
+from .costs import Loss, Probe, view
 from .denoiser import Denoiser
 from .guidance import GuidedDenoiser, guided
 from .losses.distillation import _prepared, distillation_loss
 from .memory import MemoryPolicy
+from .rehearsal import PHASES, Peaks, rehearse
 from .solvers import GeneralizedSolver
 from .tableau import Tableau
 
@@ -61,7 +62,7 @@ class Speed:
     """
 
     flops: float = 5e13
-    launch: float = 6e-6
+    launch: float = 1e-5
     host: float = 2.4e10
     memory: float = 1e12
 
@@ -261,7 +262,8 @@ class _Case:
         # Weights travel while the layer before is computed; they are unpacked in between.
         travel = self.probe.weights / speed.host if weights == "streamed" else 0.0
         unpack = self.probe.matrix_bytes / speed.memory if weights in ("int8", "nf4") else 0.0
-        forwards = calls + calls - way.memory.kept(calls)
+        kept = way.memory.kept(calls)
+        forwards = calls + calls - kept
         seconds = forwards * (max(forward, travel) + unpack) + calls * (max(backward, travel) + unpack)
         if way.memory.trajectory == "offload":
             seconds += 2 * (self.steps + 1) * 4 * math.prod(self.probe.shape) * micro / speed.host
