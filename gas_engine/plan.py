@@ -25,7 +25,8 @@ from .architectures import ARCHITECTURES
 from .denoiser import Denoiser
 from .files import atomic
 from .guidance import guided
-from .planner import BLOCKS, WEIGHTS, Plan, Plans, Weights, plan, show_bytes
+from .iteration import WEIGHTS, Weights
+from .planner import BLOCKS, Plan, Plans, plan, show_bytes
 from .rehearsal import PHASES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,6 +79,7 @@ def run(config: Config) -> Plans:
             denoiser, config.steps, config.batch, config.memory_budget, cond=cond, loss=config.loss, dtype=dtype,
             weights=config.weights, evaluation_seconds=config.evaluation_seconds, on_probe=tell,
         )  # fmt: skip
+        bar.update(task, completed=2 + len(BLOCKS), note="")
     title = f"{bundled.title if bundled else denoiser.name}, batch {config.batch}, K = {config.steps}"
     title += f"{', guidance' if config.guidance else ''}, {show_bytes(plans.budget)}"
     console.print(table(plans, title))
@@ -96,10 +98,10 @@ def run(config: Config) -> Plans:
 
 def row(chosen: Plan, plans: Plans) -> dict[str, Any]:
     """A plan in words and numbers; bytes as integers."""
-    calls = plans.case.steps * (2 if chosen.memory.split_guidance else 1)
+    calls = plans.iteration.steps * (2 if chosen.memory.split_guidance else 1)
     return {
         "weights": chosen.weights, "blocks": chosen.blocks,
-        "guidance": ("split" if chosen.memory.split_guidance else "joint") if plans.case.calls_at_once > 1 else "",
+        "guidance": ("split" if chosen.memory.split_guidance else "joint") if plans.iteration.together > 1 else "",
         "trajectory": chosen.memory.trajectory, "graphs": chosen.memory.kept(calls),
         "micro_batch": chosen.micro_batch, "calls": chosen.calls,
         **{f"{name}_bytes": chosen.peaks[name] for name in PHASES},
@@ -110,9 +112,12 @@ def row(chosen: Plan, plans: Plans) -> dict[str, Any]:
 
 def table(plans: Plans, title: str) -> Table:
     """The best plan of each kind; times in plain evaluations of the whole batch."""
-    shown, best = Table(title=title, caption="bytes in GiB, time in plain evaluations of the batch"), _first(plans)
+    shown, best = (
+        Table(title=title, caption="bytes in GiB; time in plain evaluations of the batch; → choice, ✗ too large"),
+        _first(plans),
+    )
     rows = [(p, row(p, plans)) for p in plans.groups()]
-    skipped = {"seconds"} if plans.case.evaluation_seconds is None else set()
+    skipped = {"seconds"} if plans.iteration.evaluation_seconds is None else set()
     skipped |= {name for name in ("guidance", "weights") if len({r[name] for _, r in rows}) == 1}
     skipped |= {"input_bytes", "feasible"}
     shown.add_column("")
@@ -121,7 +126,7 @@ def table(plans: Plans, title: str) -> Table:
             name = {"bytes": "peak", "weight_bytes": "of weights"}.get(name, name.removesuffix("_bytes"))
             shown.add_column(name.replace("_", "-"), justify="right", no_wrap=True)
     for candidate, values in rows:
-        mark = "→" if candidate is best else "" if candidate.feasible else "too large"
+        mark = "→" if candidate is best else "" if candidate.feasible else "✗"
         cells = [_cell(name, value) for name, value in values.items() if name not in skipped]
         shown.add_row(mark, *cells, style="bold" if candidate is best else "" if candidate.feasible else "dim")
     return shown
@@ -154,7 +159,7 @@ def plot(path: Path, plans: Plans, title: str) -> None:
     figure, axis = plt.subplots(figsize=(7.5, 4.8), constrained_layout=True)
     colours = dict(zip(WEIGHTS, ("C0", "C1", "C2", "C4"), strict=True))
     markers = dict(zip(BLOCKS, "osv", strict=True))
-    for weights in plans.case.weights:
+    for weights in plans.iteration.weights:
         for blocks in BLOCKS:
             for fits in (True, False):
                 some = [p for p in plans if (p.weights, p.blocks, p.feasible) == (weights, blocks, fits)]

@@ -1,11 +1,7 @@
 """From a budget in bytes to a way of running one training iteration: what is kept, rebuilt, offloaded, split.
 
-    bytes    = weights + inputs + max(forward, loss, backward)                 (the phases of ``rehearse``)
-    seconds  = sum over micro-batches of  (KT + rebuilt) F + KT B + loss + transfers,   rebuilt = KT - kept
-
-K evaluations of T network calls each (2 where guidance is split), F and B the seconds of a call's forward and backward
-pass: its operations times a launch, plus its floating point operations over the device's rate. Times are given in
-plain evaluations of the whole batch: seconds / F(batch).
+The ways to run it are few (blocks, split guidance, kept graphs, trajectory, weights); each takes the largest
+micro-batch that fits, since bytes are affine in it. Predicted times order them; ``iteration`` has the formulas.
 """
 
 from __future__ import annotations
@@ -15,23 +11,20 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from .costs import Loss, Probe, view
+from .costs import Loss, Probe, loss_against_zeros, view
 from .denoiser import Denoiser
 from .guidance import GuidedDenoiser, guided
-from .losses.distillation import _prepared, distillation_loss
+from .iteration import WEIGHTS, Iteration, Speed, Way, Weights
 from .memory import MemoryPolicy
 from .rehearsal import PHASES, Peaks, rehearse
 from .solvers import GeneralizedSolver
 from .tableau import Tableau
 
-Weights = Literal["resident", "streamed", "int8", "nf4"]
-WEIGHTS: tuple[Weights, ...] = ("resident", "streamed", "int8", "nf4")
 BLOCKS = ("none", "auto", "all")
 _UNITS = {
     "b": 1,
@@ -52,19 +45,6 @@ def parse_bytes(text: str) -> int:
 def show_bytes(size: float) -> str:
     """In MiB or GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
-@dataclass(frozen=True)
-class Speed:
-    """A device, as far as the order of plans depends on it: operations and bytes per second, seconds per launch.
-
-    ``host``: between host and device; ``memory``: on the device, for dequantised weights.
-    """
-
-    flops: float = 5e13
-    launch: float = 1e-5
-    host: float = 2.4e10
-    memory: float = 1e12
 
 
 @dataclass(frozen=True)
@@ -119,31 +99,17 @@ class Plan:
         return self._plans.within(fixed + int(fraction * (self.bytes - fixed))).choice
 
 
-@dataclass(frozen=True)
-class _Way:
-    """A plan without its micro-batch: peaks of micro-batches of 1 and 2."""
-
-    memory: MemoryPolicy
-    blocks: str
-    terms: int
-    one: Peaks
-    two: Peaks
-
-    def peaks(self, batch: int) -> Peaks:
-        return Peaks(*(self.one[name] + (batch - 1) * (self.two[name] - self.one[name]) for name in PHASES))
-
-
 class Plans(Sequence[Plan]):
     """Plans by predicted time, of each way to run the one with the largest micro-batch that fits (else 1).
 
     ``choice`` is the first feasible one. Raises ValueError there if no plan fits, with the smallest that there is.
     """
 
-    def __init__(self, case: _Case, ways: list[_Way], budget: int) -> None:
-        self.case, self.ways, self.budget = case, ways, budget
+    def __init__(self, iteration: Iteration, ways: list[Way], budget: int) -> None:
+        self.iteration, self.ways, self.budget = iteration, ways, budget
         self.plans = sorted(
-            (case.plan(way, weights, budget, self) for weights in case.weights for way in ways),
-            key=lambda plan: (plan.passes, plan.bytes),
+            (self._plan(way, weights, budget) for weights in iteration.weights for way in ways),
+            key=lambda plan: (plan.passes, WEIGHTS.index(plan.weights), plan.bytes),
         )
 
     def __getitem__(self, index: Any) -> Any:
@@ -155,7 +121,7 @@ class Plans(Sequence[Plan]):
     @cached_property
     def smallest(self) -> Plan:
         """The one with the fewest bytes, at a micro-batch of one."""
-        alone = (self.case.plan(way, weights, 0, self) for weights in self.case.weights for way in self.ways)
+        alone = (self._plan(way, weights, 0) for weights in self.iteration.weights for way in self.ways)
         return min(alone, key=lambda plan: plan.bytes)
 
     @property
@@ -163,7 +129,7 @@ class Plans(Sequence[Plan]):
         found = next((plan for plan in self.plans if plan.feasible), None)
         if found is None:
             least = self.smallest
-            others = [w for w in WEIGHTS if w not in self.case.weights]
+            others = [w for w in WEIGHTS if w not in self.iteration.weights]
             heavy = least.weight_bytes > least.peaks.largest and others
             raise ValueError(
                 f"no plan fits into {show_bytes(self.budget)}: the smallest needs {show_bytes(least.bytes)} "
@@ -176,7 +142,7 @@ class Plans(Sequence[Plan]):
 
     def within(self, budget: int) -> Plans:
         """The same ways for another budget; nothing is measured again."""
-        return Plans(self.case, self.ways, budget)
+        return Plans(self.iteration, self.ways, budget)
 
     def groups(self) -> list[Plan]:
         """For each weights, blocks, guidance and trajectory: the fastest that fits, else the smallest."""
@@ -188,86 +154,23 @@ class Plans(Sequence[Plan]):
                 best[key] = plan
         return sorted(best.values(), key=lambda plan: (not plan.feasible, plan.passes, plan.bytes))
 
-
-@dataclass(frozen=True)
-class _Case:
-    """What is the same for all plans."""
-
-    probe: Probe
-    steps: int
-    batch: int
-    lean: bool
-    weights: tuple[Weights, ...]
-    calls_at_once: int  # network calls of an evaluation: 2 with guidance, else 1
-    loss_flops: int
-    loss_weights: int
-    speed: Speed
-    evaluation_seconds: float | None
-
-    def plan(self, way: _Way, weights: Weights, budget: int, plans: Plans) -> Plan:
-        weight_bytes = self.weight_bytes(weights) + self.loss_weights
-        room = budget - weight_bytes - self.input_bytes
-        one, two = way.peaks(1), way.peaks(2)
-        most = self.batch
+    def _plan(self, way: Way, weights: Weights, budget: int) -> Plan:
+        it = self.iteration
+        weight_bytes, one, two = it.weight_bytes(weights), way.one, way.two
+        room, most = budget - weight_bytes - it.input_bytes, it.batch
         for name in PHASES:
             slope = two[name] - one[name]
-            most = min(most, 1 + (room - one[name]) // slope if slope > 0 else most)
-        micro = max(1, most)
+            fits = 1 + (room - one[name]) // slope if slope > 0 else it.batch * (one[name] <= room)
+            most = min(most, fits)
         # As many micro-batches as it takes, of even sizes.
-        micro = math.ceil(self.batch / math.ceil(self.batch / micro))
-        rebuilt = self.steps * way.terms - way.memory.kept(self.steps * way.terms)
-        passes = self.seconds(way, weights, micro) / self.forward_seconds("none", self.calls_at_once * self.batch)
+        micro = math.ceil(it.batch / math.ceil(it.batch / max(1, most)))
+        calls = it.steps * way.terms
+        passes = it.seconds(way, weights, micro) / it.forward_seconds("none", it.together * it.batch)
+        seconds = None if it.evaluation_seconds is None else passes * it.evaluation_seconds
         return Plan(
-            micro, way.memory, self.lean, way.blocks, weights, way.peaks(micro), weight_bytes, self.input_bytes,
-            (self.steps * way.terms + rebuilt) * math.ceil(self.batch / micro), passes,
-            None if self.evaluation_seconds is None else passes * self.evaluation_seconds, most >= 1, plans,
+            micro, way.memory, it.lean, way.blocks, weights, way.peaks(micro), weight_bytes, it.input_bytes,
+            (2 * calls - way.memory.kept(calls)) * math.ceil(it.batch / micro), passes, seconds, most >= 1, self,
         )  # fmt: skip
-
-    @cached_property
-    def input_bytes(self) -> int:
-        """Noise and targets (float32), and conditions, of the whole batch."""
-        leaves = tree_leaves(self.probe.cond_of(1))
-        per_sample = 8 * math.prod(self.probe.shape) + sum(c.nbytes for c in leaves if isinstance(c, Tensor))
-        return per_sample * self.batch
-
-    def weight_bytes(self, weights: Weights) -> int:
-        """Resident: all of them. Streamed: the two largest layers. Quantised: matrices at a byte, or half of one, and
-        scales (float32, one for each row, or for each 64 numbers), and the largest layer while it is used."""
-        probe = self.probe
-        if weights == "resident":
-            return probe.weights
-        if weights == "streamed":
-            return sum(sorted(probe.layers)[-2:])
-        numbers, others = probe.matrix_numbers, probe.weights - probe.matrix_bytes
-        packed = numbers + 4 * probe.matrix_rows if weights == "int8" else numbers // 2 + 4 * (numbers // 64)
-        return packed + others + max(probe.layers)
-
-    def forward_seconds(self, blocks: str, batch: int) -> float:
-        cost = self.probe.cost(self.lean, blocks, batch)
-        return cost.operations * self.speed.launch + cost.forward_flops / self.speed.flops
-
-    def seconds(self, way: _Way, weights: Weights, micro: int) -> float:
-        """Of one iteration, by the formula at the top of this file."""
-        full, rest = divmod(self.batch, micro)
-        return sum(
-            times * self._micro_seconds(way, weights, size) for times, size in ((full, micro), (1, rest)) if size
-        )
-
-    def _micro_seconds(self, way: _Way, weights: Weights, micro: int) -> float:
-        speed, calls = self.speed, self.steps * way.terms
-        batch = micro * self.calls_at_once // way.terms
-        cost = self.probe.cost(self.lean, way.blocks, batch)
-        forward = self.forward_seconds(way.blocks, batch)
-        backward = cost.backward_operations * speed.launch + cost.backward_flops / speed.flops
-        # Weights travel while the layer before is computed; they are unpacked in between.
-        travel = self.probe.weights / speed.host if weights == "streamed" else 0.0
-        unpack = self.probe.matrix_bytes / speed.memory if weights in ("int8", "nf4") else 0.0
-        kept = way.memory.kept(calls)
-        forwards = calls + calls - kept
-        seconds = forwards * (max(forward, travel) + unpack) + calls * (max(backward, travel) + unpack)
-        if way.memory.trajectory == "offload":
-            seconds += 2 * (self.steps + 1) * 4 * math.prod(self.probe.shape) * micro / speed.host
-        return seconds + micro * self.loss_flops / speed.flops
 
 
 def plan(
@@ -324,7 +227,7 @@ def plan(
     if tableau.steps != steps:
         raise ValueError(f"the tableau has {tableau.steps} steps, not {steps}")
     tell("the loss")
-    measured, loss_weights = _loss_against_zeros(loss, probe) if isinstance(loss, str) else (loss, 0)
+    measured, loss_bytes = loss_against_zeros(loss, probe) if isinstance(loss, str) else (loss, 0)
     (peak_1, loss_flops), (peak_2, _) = (probe.loss_cost(measured, n) for n in (1, 2))
     ways = []
     for kind in blocks:
@@ -341,12 +244,12 @@ def plan(
                 rehearse(probe, tableau, n, memory, lean, kind, loss_peak, guide)
                 for n, loss_peak in ((1, peak_1), (2, peak_2))
             ]
-            ways.append(_Way(memory, kind, 2 if memory.split_guidance else 1, *peaks))
-    case = _Case(
-        probe, steps, batch, lean, tuple(weights), 1 if guide is _as_it_is else 2, loss_flops, loss_weights,
+            ways.append(Way(memory, kind, 2 if memory.split_guidance else 1, *peaks))
+    iteration = Iteration(
+        probe, steps, batch, lean, tuple(weights), 1 if guide is _as_it_is else 2, loss_flops, loss_bytes,
         speed or Speed(), evaluation_seconds,
     )  # fmt: skip
-    return Plans(case, ways, size)
+    return Plans(iteration, ways, size)
 
 
 def _as_it_is(denoiser: Denoiser) -> Denoiser:
@@ -363,21 +266,3 @@ def _policies(steps: int, guided: bool) -> Iterable[MemoryPolicy]:
         alone = MemoryPolicy(1, split_guidance=split, loss_alone=True)
         yield alone
         yield replace(alone, trajectory="offload")
-
-
-def _loss_against_zeros(name: str, probe: Probe) -> tuple[Loss, int]:
-    """The loss of this name against zeros, and the bytes of its own weights; LPIPS without its trained weights."""
-    target = torch.zeros(2, *probe.shape, device=probe.device)
-    if name != "lpips":
-        distance = distillation_loss(name)
-        return (lambda x, rows: distance(x, target[rows])), 0
-    try:
-        import lpips
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(f"the lpips loss needs the lpips package and torchvision ({error})") from None
-    network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval().requires_grad_(False)
-    network = network.to(probe.device)
-    if len(probe.shape) != 3 or probe.shape[0] not in (1, 3):
-        raise ValueError(f"LPIPS compares grey or RGB images, got states of shape {probe.shape}; use the l1 loss")
-    size = sum(p.nbytes for p in cast(Any, network).parameters())
-    return (lambda x, rows: network(_prepared(x), _prepared(target[rows])).flatten()), size

@@ -15,25 +15,21 @@ from gas_engine.architectures import ARCHITECTURES, architecture
 from gas_engine.costs import Probe, view
 from gas_engine.gradients import loss_backward
 from gas_engine.guidance import guided
+from gas_engine.iteration import Speed
 from gas_engine.memory import ByteTracker
-from gas_engine.planner import Plans, Speed, parse_bytes, plan, show_bytes
+from gas_engine.planner import Plans, parse_bytes, plan, show_bytes
 from gas_engine.rehearsal import rehearse
 
 STEPS = 3
 # lean, blocks, micro-batch, policy
 WAYS = [
     (False, "none", 1, MemoryPolicy(1)),
-    (True, "none", 3, MemoryPolicy(1)),
-    (True, "none", 1, MemoryPolicy(2)),
-    (True, "none", 3, MemoryPolicy(0)),
-    (True, "auto", 3, MemoryPolicy(1)),
+    (True, "none", 3, MemoryPolicy(2)),
     (True, "auto", 3, MemoryPolicy(0)),
-    (True, "all", 1, MemoryPolicy(0)),
-    (True, "auto", 3, MemoryPolicy(1, loss_alone=True)),
+    (True, "all", 1, MemoryPolicy(1, loss_alone=True)),
     (True, "none", 3, MemoryPolicy(1, trajectory="offload")),
     (True, "none", 3, MemoryPolicy(1, split_guidance=True)),
     (True, "auto", 1, MemoryPolicy(3, split_guidance=True)),
-    (True, "none", 3, MemoryPolicy(1, split_guidance=True, loss_alone=True)),
 ]
 
 
@@ -56,7 +52,7 @@ def probed(name: str, dtype: torch.dtype | None = None) -> tuple[Denoiser, Probe
 
 
 def both(name, lean, blocks, batch, memory, loss=l1, dtype=None):
-    """Predicted and measured peak of an iteration of two micro-batches."""
+    """Predicted and measured peak of an iteration of a micro-batch and one more sample."""
     entry = architecture(name)
     denoiser, probe = probed(name, dtype)
 
@@ -68,7 +64,7 @@ def both(name, lean, blocks, batch, memory, loss=l1, dtype=None):
     predicted = rehearse(
         probe, solver.tableau(entry.prediction), batch, memory, lean, blocks, peak, guide
     ).largest  # fmt: skip
-    x, cond = torch.randn(2 * batch, *entry.small_shape), entry.cond(2 * batch, small=True)
+    x, cond = torch.randn(batch + 1, *entry.small_shape), entry.cond(batch + 1, small=True)
     network = view(guide(denoiser), lean, blocks)
     with ByteTracker() as bytes:
         loss_backward(network, x, solver.tableau(entry.prediction), loss, cond, memory, batch)
@@ -99,13 +95,13 @@ def test_half_precision() -> None:
 
 
 def test_work_of_a_call() -> None:
-    """DDPM++ at 32 x 32 takes 10.6 G multiplications; its frozen backward pass as much; blocks at most that again."""
+    """DDPM++ at 32 x 32 takes 21.2 G multiplications; its frozen backward pass as much; blocks at most that again."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         denoiser = architecture("cifar10").denoiser()
     probe = Probe(denoiser)
     assert probe.weights == 4 * sum(p.numel() for p in denoiser.parameters())
     plain, blocks = probe.cost(True, "none", 1), probe.cost(True, "all", 1)
-    assert plain.forward_flops == blocks.forward_flops == pytest.approx(2 * 10.6e9, rel=0.05)
+    assert plain.forward_flops == blocks.forward_flops == pytest.approx(2 * 21.2e9, rel=0.02)
     assert 0.95 < plain.backward_flops / plain.forward_flops < 1.1
     assert 1.2 < blocks.backward_flops / plain.backward_flops < 2
     assert blocks.kept < 0.5 * plain.kept
@@ -143,7 +139,7 @@ def plans_of(name: str) -> Plans:
     return plan(denoiser, 4, 6, "1GiB", cond=entry.cond(1, small=True), probe=probe, loss=l1)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "sd15"])
+@pytest.mark.parametrize("name", ["cifar10", "dit-xl2"])
 def test_the_choice_fits_and_runs(name: str) -> None:
     """At every budget: its real iteration stays within it, and a smaller budget never makes a faster plan."""
     if ARCHITECTURES[name].wrapper is not None:
