@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,9 +27,11 @@ from .denoiser import Denoiser
 from .files import atomic
 from .guidance import guided
 from .iteration import WEIGHTS, Weights
+from .memory import MemoryPolicy
 from .planner import BLOCKS, Plan, Plans, plan, show_bytes
 from .rehearsal import PHASES
 
+HEADS = {"bytes": "peak", "weight_bytes": "weights", "weights": "kind", "micro_batch": "micro", "trajectory": "states"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -89,7 +92,7 @@ def run(config: Config) -> Plans:
     console.print(f"all {len(plans)} plans: {directory}/plan.csv  plan.png", soft_wrap=True)
     chosen = plans.choice
     console.print(
-        f"choice: micro-batch {chosen.micro_batch}, {chosen.memory}, lean={chosen.lean}, blocks={chosen.blocks!r}, "
+        f"choice: micro-batch {chosen.micro_batch}, {_short(chosen.memory)}, blocks={chosen.blocks!r}, "
         f"{chosen.weights} weights: {show_bytes(chosen.bytes)}",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
@@ -112,24 +115,29 @@ def row(chosen: Plan, plans: Plans) -> dict[str, Any]:
 
 def table(plans: Plans, title: str) -> Table:
     """The best plan of each kind; times in plain evaluations of the whole batch."""
-    shown, best = (
-        Table(title=title, caption="bytes in GiB; time in plain evaluations of the batch; → choice, ✗ too large"),
-        _first(plans),
-    )
+    caption = "bytes in GiB; time in plain evaluations of the batch; → choice, ✗ too large"
+    shown, best = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)), _first(plans)
     rows = [(p, row(p, plans)) for p in plans.groups()]
     skipped = {"seconds"} if plans.iteration.evaluation_seconds is None else set()
     skipped |= {name for name in ("guidance", "weights") if len({r[name] for _, r in rows}) == 1}
     skipped |= {"input_bytes", "feasible"}
-    shown.add_column("")
+    shown.add_column("", no_wrap=True)
     for name in rows[0][1]:
         if name not in skipped:
-            name = {"bytes": "peak", "weight_bytes": "of weights"}.get(name, name.removesuffix("_bytes"))
-            shown.add_column(name.replace("_", "-"), justify="right", no_wrap=True)
+            shown.add_column(HEADS.get(name, name.removesuffix("_bytes")), justify="right", no_wrap=True)
     for candidate, values in rows:
         mark = "→" if candidate is best else "" if candidate.feasible else "✗"
         cells = [_cell(name, value) for name, value in values.items() if name not in skipped]
         shown.add_row(mark, *cells, style="bold" if candidate is best else "" if candidate.feasible else "dim")
     return shown
+
+
+def _short(memory: MemoryPolicy) -> str:
+    """What the policy does not leave at its default."""
+    default = MemoryPolicy()
+    names = ("checkpoint_every", "trajectory", "split_guidance", "loss_alone")
+    given = (f"{n}={getattr(memory, n)!r}" for n in names if getattr(memory, n) != getattr(default, n))
+    return f"MemoryPolicy({', '.join(given)})"
 
 
 def _first(plans: Plans) -> Plan | None:
