@@ -31,7 +31,10 @@ from .memory import MemoryPolicy
 from .planner import BLOCKS, Plan, Plans, plan, show_bytes
 from .rehearsal import PHASES
 
-HEADS = {"bytes": "peak", "weight_bytes": "weights", "weights": "kind", "micro_batch": "micro", "trajectory": "states"}
+HEADS = {
+    "weights": "kind", "trajectory": "states", "micro_batch": "micro", "forward_bytes": "fwd", "backward_bytes": "bwd",
+    "loss_bytes": "loss", "weight_bytes": "weights", "bytes": "peak",
+}  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -121,14 +124,13 @@ def table(plans: Plans, title: str) -> Table:
     skipped = {"seconds"} if plans.iteration.evaluation_seconds is None else set()
     skipped |= {name for name in ("guidance", "weights") if len({r[name] for _, r in rows}) == 1}
     skipped |= {"input_bytes", "feasible"}
-    shown.add_column("", no_wrap=True)
     for name in rows[0][1]:
         if name not in skipped:
-            shown.add_column(HEADS.get(name, name.removesuffix("_bytes")), justify="right", no_wrap=True)
+            shown.add_column(HEADS.get(name, name), justify="right", no_wrap=True)
     for candidate, values in rows:
-        mark = "→" if candidate is best else "" if candidate.feasible else "✗"
-        cells = [_cell(name, value) for name, value in values.items() if name not in skipped]
-        shown.add_row(mark, *cells, style="bold" if candidate is best else "" if candidate.feasible else "dim")
+        mark = "→ " if candidate is best else "" if candidate.feasible else "✗ "
+        first, *cells = [_cell(name, value) for name, value in values.items() if name not in skipped]
+        shown.add_row(mark + first, *cells, style="bold" if candidate is best else "" if candidate.feasible else "dim")
     return shown
 
 

@@ -21,7 +21,7 @@ def test_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     rows = planned(tmp_path, "--memory-budget", "8MiB", "--steps", "4", "--batch", "16")
     said = capsys.readouterr().out
     assert "digits, batch 16, K = 4, 8.0 MiB" in said and "choice: micro-batch" in said
-    assert "→ " in said.replace("→ choice", "") and "✗ " not in said.replace("✗ too", "")
+    assert said.count("→") == 2 and said.count("✗") == 1  # in the table and its caption
     assert (tmp_path / "plan.png").stat().st_size > 10_000
     times = [float(row["time"]) for row in rows]
     assert times == sorted(times) and {row["blocks"] for row in rows} == {"none", "auto", "all"}
@@ -73,7 +73,7 @@ def test_nothing_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert error.value.code == 2
     words = capsys.readouterr()
     assert "no plan fits into 0.1 MiB: the smallest needs" in words.err and "allow streamed or int8" in words.err
-    assert words.err.count("\n") == 1 and "✗ " in words.out.replace("✗ too", "")
+    assert words.err.count("\n") == 1 and words.out.count("✗") > 2
     assert (tmp_path / "plan.csv").is_file() and (tmp_path / "plan.png").is_file()
 
 
