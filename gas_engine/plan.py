@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,7 +31,7 @@ from .planner import BLOCKS, Plan, Plans, plan, show_bytes
 from .rehearsal import PHASES
 
 HEADS = {
-    "weights": "kind", "trajectory": "states", "micro_batch": "micro", "forward_bytes": "fwd", "backward_bytes": "bwd",
+    "weights": "kind", "trajectory": "states", "graphs": "kept", "micro_batch": "micro", "forward_bytes": "fwd", "backward_bytes": "bwd",
     "loss_bytes": "loss", "weight_bytes": "weights", "bytes": "peak",
 }  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -119,7 +118,7 @@ def row(chosen: Plan, plans: Plans) -> dict[str, Any]:
 def table(plans: Plans, title: str) -> Table:
     """The best plan of each kind; times in plain evaluations of the whole batch."""
     caption = "bytes in GiB; time in plain evaluations of the batch; → choice, ✗ too large"
-    shown, best = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)), _first(plans)
+    shown, best = Table(title=title, caption=caption, box=None, pad_edge=False), _first(plans)
     rows = [(p, row(p, plans)) for p in plans.groups()]
     skipped = {"seconds"} if plans.iteration.evaluation_seconds is None else set()
     skipped |= {name for name in ("guidance", "weights") if len({r[name] for _, r in rows}) == 1}
@@ -148,7 +147,7 @@ def _first(plans: Plans) -> Plan | None:
 
 def _cell(name: str, value: Any) -> str:
     if name.endswith("bytes"):
-        return f"{value / 2**30:.2f}"
+        return f"{value / 2**30:.2f}" if value < 9.995 * 2**30 else f"{value / 2**30:.1f}"
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
