@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "math.h"
@@ -26,9 +27,9 @@ enum class Act : std::uint8_t { none = 0, silu = 1, gelu = 2, gelu_tanh = 3 };
 template <class V>
 using Element = V;
 
-// e^-|x|
-GAS_HD float decay(float x) { return ::expf(-::fabsf(x)); }
-GAS_HD double decay(double x) { return ::exp(-::fabs(x)); }
+// e^-x
+GAS_HD float decay(float x) { return ::expf(-x); }
+GAS_HD double decay(double x) { return ::exp(-x); }
 
 // e^(-x^2/2)
 GAS_HD float gaussian(float x) { return ::expf(-0.5f * x * x); }
@@ -55,23 +56,34 @@ using Element = typename ElementOf<V>::type;
 template <class V>
 inline constexpr int kLanesOf = static_cast<int>(sizeof(V) / sizeof(Element<V>));
 
-// e^-(a + tail) for float vectors, a >= 0, |tail| < 1/4, zero where it would be subnormal: 2^n e^r with r in
-// +-ln(2)/2 (or little more). The polynomial is the minimax fit of (e^r - 1 - r) / r^2 there: 3e-9 relative.
-// A NaN gives some number: callers multiply by the NaN that they came with.
+// e^-(a + tail) for float vectors, |tail| < 1/4, to zero and to infinity: 2^n e^r with r in +-ln(2)/2 (or
+// little more). The polynomial is the minimax fit of (e^r - 1 - r) / r^2 there: 3e-9 relative. A NaN gives
+// some number: callers multiply by the NaN that they came with.
 template <class F>
 GAS_HD F exp_minus(F a, F tail) {
     using U = Vec<std::uint32_t, kLanesOf<F>>;
+    const auto power = [&](F n) {
+        const F r = -a - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f - tail;  // the first product is exact
+        F p = 0.00138146128f * r + 0.00836871006f;
+        p = p * r + 0.041668389f;
+        p = p * r + 0.166665211f;
+        p = p * r + 0.49999994f;
+        return (p * r + 1.0f) * r + 1.0f;
+    };
+#if defined(__AVX512F__)
+    if constexpr (sizeof(F) == 64) {
+        const __m512 most = _mm512_set1_ps(105.0f);  // beyond the subnormal numbers on either side
+        a = std::bit_cast<F>(_mm512_max_ps(_mm512_min_ps(std::bit_cast<__m512>(a), most), -most));
+        const __m512 n = _mm512_roundscale_ps(std::bit_cast<__m512>(a * -1.44269504f), 0);
+        return std::bit_cast<F>(_mm512_scalef_ps(std::bit_cast<__m512>(power(std::bit_cast<F>(n))), n));
+    }
+#endif
     constexpr float kToInteger = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
     const F shifted = kToInteger - a * 1.44269504f;
-    const F n = shifted - kToInteger;
-    const F r = -a - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f - tail;  // the first product is exact
-    F p = 0.00138146128f * r + 0.00836871006f;
-    p = p * r + 0.041668389f;
-    p = p * r + 0.166665211f;
-    p = p * r + 0.49999994f;
-    p = p * (r * r) + r + 1.0f;
-    const F e = std::bit_cast<F>(std::bit_cast<U>(p) + (std::bit_cast<U>(shifted) << 23));
-    return a > 87.0f ? F{} : e;
+    const F e =
+        std::bit_cast<F>(std::bit_cast<U>(power(shifted - kToInteger)) + (std::bit_cast<U>(shifted) << 23));
+    const F large = a < -88.0f ? F{} + std::numeric_limits<float>::infinity() : e;
+    return a > 87.0f ? F{} : large;
 }
 
 template <class V>
@@ -87,16 +99,16 @@ GAS_HD V capped(V x, Element<V> most) {
     return x > most ? V{} + most : x;
 }
 
-// e^-|x|. Doubles go lane by lane, as accurate as the system's library: they serve float64 tensors.
+// e^-x. Doubles go lane by lane, as accurate as the system's library: they serve float64 tensors.
 template <class V>
 GAS_HD V decay(V x) {
     if constexpr (std::is_arithmetic_v<V>) {
         return decay(Vec<V, 4>{} + x)[0];
     } else if constexpr (std::is_same_v<Element<V>, float>) {
-        return exp_minus(magnitude(x), V{});
+        return exp_minus(x, V{});
     } else {
         V e{};
-        for (int k = 0; k < kLanesOf<V>; ++k) e[k] = std::exp(-std::abs(x[k]));
+        for (int k = 0; k < kLanesOf<V>; ++k) e[k] = std::exp(-x[k]);
         return e;
     }
 }
@@ -159,7 +171,7 @@ GAS_HD V tanh_argument(V x, V& bend) {
     return x * (kLinear + kCubic * x * x);
 }
 
-// The one exponential of an activation, at most 1: it cannot overflow.
+// The one exponential of an activation. Where it is infinite, s is zero.
 template <class V>
 GAS_HD V exponential(Act act, V x) {
     V bend;
@@ -183,8 +195,8 @@ GAS_HD void activate_from(Act act, V x, V e, V& value, V& slope) {
         value = x;
         slope = one;
     } else {
-        const V larger = one / (one + e), smaller = e * larger;
-        const V s = x < 0 ? smaller : larger, rest = x < 0 ? larger : smaller;  // s(x) and 1 - s(x)
+        const V s = one / (one + e),
+                rest = x < 0 ? one - s : e * s;  // s(x) and 1 - s(x), where nothing cancels
         value = x * s;
         V bend = x;
         if (act == Act::gelu_tanh) tanh_argument(x, bend);

@@ -106,7 +106,7 @@ cudaError_t launch(const AdjointArgs& args, cudaStream_t stream) {
 }  // namespace
 
 const char* adjoint_cuda(const AdjointArgs& args, int device, void* stream) {
-    cudaError_t status = cudaSetDevice(device);
+    cudaError_t status = begin_on(device);
     if (status != cudaSuccess) return message(status);
     const bool step = args.f != nullptr;
     visit_accumulator(step ? wider(args.x_dtype, args.f_dtype) : args.x_dtype, [&]<class A>(A) {

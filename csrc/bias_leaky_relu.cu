@@ -201,7 +201,7 @@ cudaError_t backward(const BiasLeakyReluArgs& args, bool aligned, cudaStream_t s
 
 const char* bias_leaky_relu_cuda(const BiasLeakyReluArgs& args, int device, void* stream) {
     if (args.n == 0) return nullptr;
-    cudaError_t status = cudaSetDevice(device);
+    cudaError_t status = begin_on(device);
     if (status != cudaSuccess) return message(status);
     const auto queue = static_cast<cudaStream_t>(stream);
     const bool aligned = aligned16(args.x) && aligned16(args.y);

@@ -1,8 +1,12 @@
-// Python's door to the core: pointers and sizes in, nothing else. Whoever calls has checked shapes, dtypes
+// Python's door to the core: tensors and sizes in, nothing else. Whoever calls has checked shapes, dtypes
 // and devices (gas_engine/ops); only the count of states, which bounds arrays here, is checked again.
 //
 // An op is its struct of arguments: Python passes the fields in their order, then the number of threads
-// (host) or the device and its stream.
+// (host) or the device and its stream. A tensor stands for its address or its dtype, as the field asks; None
+// for a null pointer.
+#ifndef NDEBUG
+#define NDEBUG  // or pybind11 asks for the lock at every reference
+#endif
 #include <omp.h>
 #include <pybind11/pybind11.h>
 
@@ -16,6 +20,7 @@
 #include "lincomb.h"
 #include "resample2d.h"
 #include "reversible.h"
+#include "tensor.h"
 
 namespace py = pybind11;
 
@@ -29,7 +34,9 @@ class From {
     template <class T>
     operator T() const {
         if constexpr (std::is_pointer_v<T>) {
-            return reinterpret_cast<T>(integer());
+            return value_.is_none() ? nullptr : static_cast<T>(address());
+        } else if constexpr (std::is_same_v<T, gas::DType>) {
+            return dtype();
         } else if constexpr (std::is_same_v<T, gas::States>) {
             return states();
         } else if constexpr (std::is_floating_point_v<T>) {
@@ -46,20 +53,34 @@ class From {
         return number;
     }
 
-    // A pair: list of addresses, and list of dtype codes or the one code of all.
+    gas::TensorView view() const {
+        gas::TensorView view;
+        if (!gas::Tensors::is_tensor(value_.ptr()) || !gas::Tensors::view(value_.ptr(), view))
+            throw py::type_error("a tensor with memory of its own wanted");
+        return view;
+    }
+
+    void* address() const {
+        return PyLong_Check(value_.ptr()) ? reinterpret_cast<void*>(integer()) : view().address();
+    }
+
+    gas::DType dtype() const {
+        gas::DType dtype{};
+        if (!value_.is_none() && !view().stores(dtype)) throw py::type_error("a floating tensor wanted");
+        return dtype;
+    }
+
     gas::States states() const {
-        const auto pair = py::reinterpret_borrow<py::tuple>(value_);
-        const auto addresses = py::reinterpret_borrow<py::list>(pair[0]);
-        const py::handle codes = pair[1];
-        const bool one = !py::isinstance<py::list>(codes);
+        const auto tensors = py::reinterpret_borrow<py::sequence>(value_);
         gas::States states{};
-        states.count = static_cast<int>(addresses.size());
-        if (states.count < 1 || states.count > gas::kMaxStates ||
-            (!one && py::len(codes) != addresses.size()))
-            throw std::invalid_argument("between 1 and 64 states, got " + std::to_string(states.count));
-        for (int i = 0; i < states.count; ++i) {
-            states.at[i] = From(addresses[i]);
-            states.dtype[i] = From(one ? codes : py::reinterpret_borrow<py::list>(codes)[i].ptr());
+        const std::size_t count = tensors.size();
+        if (count < 1 || count > gas::kMaxStates)
+            throw std::invalid_argument("between 1 and 64 states, got " + std::to_string(count));
+        states.count = static_cast<int>(count);
+        for (std::size_t i = 0; i < count; ++i) {
+            const From state(PySequence_Fast_GET_ITEM(value_.ptr(), i));
+            states.at[i] = state.address();
+            states.dtype[i] = state.dtype();
         }
         return states;
     }
@@ -88,7 +109,7 @@ Args unpack(const py::args& values, std::size_t extra) {
         throw std::invalid_argument(std::to_string(count + extra) + " arguments wanted, got " +
                                     std::to_string(values.size()));
     return [&]<std::size_t... I>(std::index_sequence<I...>) {
-        return Args{From(values[I])...};
+        return Args{From(PyTuple_GET_ITEM(values.ptr(), I))...};
     }(std::make_index_sequence<count>{});
 }
 
@@ -97,7 +118,7 @@ void op(py::module_& m, const std::string& name, void (*cpu)(const Args&, int),
         [[maybe_unused]] const char* (*cuda)(const Args&, int, void*)) {
     m.def((name + "_cpu").c_str(), [cpu](const py::args& values) {
         const auto args = unpack<Args>(values, 1);
-        const int threads = From(values[values.size() - 1]);
+        const int threads = From(PyTuple_GET_ITEM(values.ptr(), values.size() - 1));
         py::gil_scoped_release release;
         cpu(args, threads);
     });
@@ -111,6 +132,44 @@ void op(py::module_& m, const std::string& name, void (*cpu)(const Args&, int),
         return cuda(args, device, stream);
     });
 #endif
+}
+
+// None unless every tensor among the values is plain; else whether one of them requires a gradient.
+py::object plain(const py::args& values) {
+    bool wanted = false;
+    for (const py::handle value : values) {
+        gas::TensorView view;
+        if (gas::Tensors::is_tensor(value.ptr()) && !gas::Tensors::plain(value.ptr(), view, wanted))
+            return py::none();
+    }
+    return py::bool_(wanted);
+}
+
+// The same for lists of 1 to 64 states, which must be contiguous and, with `more`, of one shape, dtype and
+// device; of the others plain is enough.
+py::object uniform(py::handle states, const py::tuple& more, const py::tuple& others) {
+    if (!PyList_CheckExact(states.ptr()) && !PyTuple_CheckExact(states.ptr())) return py::none();
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(states.ptr());
+    if (count < 1 || count > gas::kMaxStates) return py::none();
+    bool wanted = false;
+    gas::TensorView first{}, view;
+    gas::DType dtype;
+    const auto fits = [&](PyObject* value) {
+        if (!gas::Tensors::plain(value, view, wanted) || !view.contiguous() || !view.stores(dtype))
+            return false;
+        if (first.shape == nullptr) first = view;
+        return view.like(first);
+    };
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        if (!fits(PySequence_Fast_GET_ITEM(states.ptr(), i))) return py::none();
+    }
+    for (const py::handle value : more) {
+        if (!fits(value.ptr())) return py::none();
+    }
+    for (const py::handle value : others) {
+        if (!gas::Tensors::plain(value.ptr(), view, wanted)) return py::none();
+    }
+    return py::bool_(wanted);
 }
 
 #ifdef GAS_ENGINE_WITH_CUDA
@@ -135,6 +194,9 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_native, m) {
     m.doc() = "The native core of gas_engine. Call gas_engine.ops instead: nothing here checks a pointer.";
+    m.def("bind", &gas::Tensors::bind, "Takes torch's Tensor and Parameter.");
+    m.def("plain", &plain);
+    m.def("uniform", &uniform);
     m.def("build_info", &build_info, "What this module was built with.");
 
     op<gas::LincombArgs>(m, "lincomb", gas::lincomb_cpu, DEVICE(lincomb_cuda));

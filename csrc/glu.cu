@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
 
 const char* glu_cuda(const GluArgs& args, int device, void* stream) {
     if (args.rows == 0 || args.width == 0) return nullptr;
-    const cudaError_t status = cudaSetDevice(device);
+    const cudaError_t status = begin_on(device);
     if (status != cudaSuccess) return message(status);
     visit(args.dtype, [&]<class T>(T) {
         constexpr int V = kPack<T>;

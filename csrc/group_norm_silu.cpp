@@ -51,6 +51,7 @@ void statistics(const T* x, std::int64_t n, Acc<T>& mean, double& variance) {
 
 template <class A>
 void store_statistics(const GroupNormArgs& args, std::int64_t group, A mean, A rstd) {
+    if (args.mean == nullptr) return;
     static_cast<A*>(args.mean)[group] = mean;
     static_cast<A*>(args.rstd)[group] = rstd;
 }

@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 const char* group_norm_silu_cuda(const GroupNormArgs& args, int device, void* stream) {
     if (args.B * args.C * args.N == 0) return nullptr;
-    cudaError_t status = cudaSetDevice(device);
+    cudaError_t status = begin_on(device);
     if (status != cudaSuccess) return message(status);
     const auto queue = static_cast<cudaStream_t>(stream);
     const bool aligned = aligned16(args.x) && aligned16(args.out);

@@ -40,7 +40,7 @@ struct GroupNormArgs {
     // sum, and two more per group in the backward pass.
     std::int64_t chunk, chunks;
     void* workspace;
-    void* mean;  // written by the forward pass, read by the backward pass
+    void* mean;  // written by the forward pass (on the host null leaves both out), read by the backward pass
     void* rstd;
     void* out;      // dx in the backward pass
     const void* g;  // from here on backward only

@@ -56,19 +56,43 @@ GAS_HD double lane_sum(V v) {
 
 inline constexpr int kTile = 4;  // vectors that go through the arithmetic side by side
 
+// Call body with the activation as a constant: one branch for several vectors, which then share the
+// processor's units.
+template <class Body>
+GAS_HD void with_act(Act act, Body&& body) {
+    switch (act) {
+        case Act::none:
+            return body(std::integral_constant<Act, Act::none>{});
+        case Act::silu:
+            return body(std::integral_constant<Act, Act::silu>{});
+        case Act::gelu:
+            return body(std::integral_constant<Act, Act::gelu>{});
+        case Act::gelu_tanh:
+            return body(std::integral_constant<Act, Act::gelu_tanh>{});
+    }
+}
+
 // U vectors y at once, first all exponentials: see activate_from. They are left in act(y), or in act'(y).
 template <int U, class V>
 GAS_HD void activate_all(Act act, V (&y)[U]) {
-    V e[U], slope;
-    for (int u = 0; u < U; ++u) e[u] = exponential(act, y[u]);
-    for (int u = 0; u < U; ++u) activate_from(act, y[u], e[u], y[u], slope);
+    with_act(act, [&](auto known) {
+        V e[U], slope;
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u) e[u] = exponential(known, y[u]);
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u) activate_from(known, y[u], e[u], y[u], slope);
+    });
 }
 
 template <int U, class V>
 GAS_HD void activate_slopes(Act act, V (&y)[U]) {
-    V e[U], value;
-    for (int u = 0; u < U; ++u) e[u] = exponential(act, y[u]);
-    for (int u = 0; u < U; ++u) activate_from(act, y[u], e[u], value, y[u]);
+    with_act(act, [&](auto known) {
+        V e[U], value;
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u) e[u] = exponential(known, y[u]);
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u) activate_from(known, y[u], e[u], value, y[u]);
+    });
 }
 
 // Channels [first, end) of one sample with channels_last: whole groups, and whole vectors but for the last.

@@ -114,6 +114,13 @@ inline unsigned blocks_for(std::int64_t n, std::int64_t tile, std::int64_t most 
     return static_cast<unsigned>(std::clamp<std::int64_t>((n + tile - 1) / tile, 1, most));
 }
 
+// Makes the device current and forgets what an earlier launch of somebody else left behind: the check after
+// ours tells of ours alone.
+inline cudaError_t begin_on(int device) {
+    cudaGetLastError();
+    return cudaSetDevice(device);
+}
+
 // nullptr when all is well, else the driver's words.
 inline const char* message(cudaError_t status) {
     return status == cudaSuccess ? nullptr : cudaGetErrorString(status);

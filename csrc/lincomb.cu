@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
 
 const char* lincomb_cuda(const LincombArgs& args, int device, void* stream) {
     if (args.n == 0) return nullptr;
-    const cudaError_t status = cudaSetDevice(device);
+    const cudaError_t status = begin_on(device);
     if (status != cudaSuccess) return message(status);
     const bool aligned = aligned16(args.states) && aligned16(args.out) && aligned16(args.scaled);
     visit_accumulator(args.dtype, [&]<class A>(A) {

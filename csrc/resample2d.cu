@@ -95,7 +95,7 @@ void launch(const Resample2dArgs& args, cudaStream_t stream) {
 
 const char* resample2d_cuda(const Resample2dArgs& args, int device, void* stream) {
     if (args.planes * args.out_height * args.out_width * args.inner == 0) return nullptr;
-    const cudaError_t status = cudaSetDevice(device);
+    const cudaError_t status = begin_on(device);
     if (status != cudaSuccess) return message(status);
     visit(args.dtype, [&]<class T>(T) {
         const auto queue = static_cast<cudaStream_t>(stream);

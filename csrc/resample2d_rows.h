@@ -168,13 +168,10 @@ class RowFilter {
             with_taps(column.count, [&](auto n) { down<n>(column, r * pitch_); });
         }
         const int taps = f_.phases == 1 || f_.count[0] == f_.count[1] ? f_.count[0] : 0;
+        const std::int64_t begin = (plane * args_.out_height + o) * args_.out_width;
+        T* const y = static_cast<T*>(args_.y) + begin;
         with_taps(taps, [&](auto n) {
-            for (std::int64_t r = 0; r < rows; ++r) {
-                const std::int64_t begin = (plane * args_.out_height + o + r) * args_.out_width;
-                T* const y = static_cast<T*>(args_.y) + begin;
-                f_.phases == 1 ? along_row<n, 1>(y, end - begin, r * pitch_)
-                               : along_row<n, 2>(y, end - begin, r * pitch_);
-            }
+            f_.phases == 1 ? along<n, 1>(y, end - begin, rows) : along<n, 2>(y, end - begin, rows);
         });
     }
 
@@ -208,7 +205,7 @@ class RowFilter {
     }
 
     template <int N, int P>
-    void along_row(T* y, std::int64_t end, std::int64_t shift) const {
+    void along(T* y, std::int64_t end, std::int64_t rows) const {
         constexpr int most = N > 0 ? N : kMaxTaps;
         const std::int64_t width = args_.out_width;
         const A* from[P][most];
@@ -219,23 +216,27 @@ class RowFilter {
             count[s] = N > 0 ? N : f_.count[s];
 #pragma GCC unroll 4
             for (int j = 0; j < count[s]; ++j) {
-                from[s][j] = from_[s][j] + shift;
+                from[s][j] = from_[s][j];
                 taps[s][j] = f_.taps[s][j];
             }
         }
-        const auto along = [&](int s, std::int64_t at) {
+        const auto sum = [&](int s, std::int64_t at) {
             V total{};
 #pragma GCC unroll 4
             for (int j = 0; j < count[s]; ++j) total += taps[s][j] * load<true>(from[s][j] + at, W);
             return total;
         };
-        if constexpr (P == 1) {
-            for (std::int64_t o = 0; o < width; o += W) store_before<T>(y, o, along(0, o), width - o, end);
-        } else {
-            for (std::int64_t o = 0; o < width; o += 2 * W) {
-                const auto [low, high] = interleave(along(0, o / 2), along(1, o / 2), Lanes{});
-                store_before<T>(y, o, low, width - o, end);
-                if (o + W < width) store_before<T>(y, o + W, high, width - o - W, end);
+        for (std::int64_t shift = 0; rows > 0; --rows, shift += pitch_, y += width, end -= width) {
+            if constexpr (P == 1) {
+                for (std::int64_t o = 0; o < width; o += W)
+                    store_before<T>(y, o, sum(0, shift + o), width - o, end);
+            } else {
+                for (std::int64_t o = 0; o < width; o += 2 * W) {
+                    const auto [low, high] =
+                        interleave(sum(0, shift + o / 2), sum(1, shift + o / 2), Lanes{});
+                    store_before<T>(y, o, low, width - o, end);
+                    if (o + W < width) store_before<T>(y, o + W, high, width - o - W, end);
+                }
             }
         }
     }

@@ -102,6 +102,12 @@ GAS_HD Vec<std::uint16_t, W> narrow_lanes(Vec<float, W> v) {
 #if defined(__AVX512F__)
     if constexpr (W == 16) {
         if constexpr (half) return std::bit_cast<Raw>(_mm512_cvtps_ph(std::bit_cast<__m512>(v), 0));
+#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
+        // The instruction takes subnormal numbers for zero, and keeps the bits of a NaN.
+        constexpr int kSubnormalOrNaN = 0x20 | 0x01 | 0x80;
+        if (_mm512_fpclass_ps_mask(std::bit_cast<__m512>(v), kSubnormalOrNaN) == 0) [[likely]]
+            return std::bit_cast<Raw>(_mm512_cvtneps_pbh(std::bit_cast<__m512>(v)));
+#endif
         return std::bit_cast<Raw>(
             _mm512_cvtepi32_epi16(std::bit_cast<__m512i>(to_bf16<Vec<float, W>, U>(v))));
     }

@@ -67,7 +67,10 @@ class Denoiser(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 of a sample of the weights (at most 1,024 numbers of each tensor) and of what describes the model."""
-        weights = {name: value.flatten()[:: value.numel() // 1024 + 1] for name, value in self.state_dict().items()}
+        weights = {}
+        for name, value in self.state_dict().items():
+            plain = value.dequantize() if hasattr(type(value), "__tensor_flatten__") else value  # eight-bit weights
+            weights[name] = plain.flatten()[:: plain.numel() // 1024 + 1]
         return tensors_sha256(weights, [self.name, self.prediction, self.schedule.config(), self.shape])
 
     def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:

@@ -267,7 +267,8 @@ def _vjp(graph: _Graph, mu: Tensor) -> tuple[Tensor | None, Tensor | None]:
     wanted = [leaf for leaf in (graph.x, graph.t) if leaf.requires_grad]
     if not wanted or not graph.output.requires_grad:
         return None, None
-    grads = iter(torch.autograd.grad(graph.output, wanted, mu, allow_unused=True))
+    with phase("network"):
+        grads = iter(torch.autograd.grad(graph.output, wanted, mu, allow_unused=True))
     return next(grads) if graph.x.requires_grad else None, next(grads) if graph.t.requires_grad else None
 
 

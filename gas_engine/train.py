@@ -19,25 +19,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from . import _setup as setup
 from . import comparison, pictures
-from ._cli import InputError, command, console, parse_seeds, pick_device, progress, writable
+from ._cli import InputError, command, console, pick_device, progress, writable
 from .adapters import load_denoiser
 from .denoiser import Denoiser
 from .files import atomic
 from .losses import distillation_loss
-from .memory import MemoryPolicy
 from .rollout import rollout
 from .run_directory import RunDirectory
-from .solvers import GRIDS, GeneralizedSolver, grid, save_solver
+from .solvers import grid, save_solver
 from .tableau import Tableau
-from .teacher import TeacherSolver, load_teacher_set, make_teacher_set, teacher_samples
-from .trainer import RECIPES, Recipe, Trainer
+from .teacher import TeacherSolver
+from .trainer import Trainer
 
-SELECTION_SEEDS = range(40_000, 40_064)
-HELD_OUT_SEEDS = range(50_000, 50_512)
 # What a resumed run may be given anew.
 RESUMABLE = ("out", "resume", "device", "evaluation", "sample_batch")
-FORMS: dict[str, bool | str] = {"gs": True, "s4s": False, "linear": "linear"}
+# What a resumed run goes on with unless it is given anew: the result is the same to rounding.
+MEMORY = (
+    "checkpoint_every", "trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks", "loss_alone",
+    "weights",
+)  # fmt: skip
 
 
 @dataclass
@@ -48,14 +50,30 @@ class Config:
     """The embedded digits, a .safetensors EDM network, or module:factory."""
     steps: int = 4
     """Network evaluations K of the student, 1 to 32."""
-    student: Literal["gs", "s4s", "linear"] = "gs"
-    """gs: corrections around DPM-Solver++ theory; s4s, linear: the forms without it."""
+    student: Literal["gs", "s4s", "linear", "belm"] = "gs"
+    """gs: corrections around DPM-Solver++ theory; s4s, linear: the forms without it; belm: reversible, two states."""
     order: int | None = None
     """Highest order; K unless given."""
     loss: Literal["l1", "l2", "lpips"] = "l1"
     """Distance to the teacher's samples."""
     checkpoint_every: int = 1
     """At most this many network graphs are alive; 0 keeps all."""
+    trajectory: Literal["keep", "offload", "reversible"] = "keep"
+    """Where the states wait for the way back: on the device, in host memory, or nowhere (--student belm)."""
+    offload: bool = False
+    """Short for --trajectory offload."""
+    carry: bool = False
+    """A reversible trajectory of float64 states instead of residual codes."""
+    micro_batch: int | None = None
+    """Samples at a time within an update, with the same gradient; all of them unless given."""
+    lean: bool = False
+    """Keep less in the network's graph (the EDM networks do so anyway)."""
+    checkpoint_blocks: Literal["none", "auto", "all"] = "none"
+    """Rebuild the network block by block as well."""
+    loss_alone: bool = False
+    """Let no network graph wait while the loss is taken."""
+    weights: Literal["resident", "int8", "streamed"] = "resident"
+    """Frozen weights on the device, in eight bits there (torchao), or in host memory, brought block by block."""
     recipe: Literal["auto", "quick", "paper"] = "auto"
     """auto is quick for digits and paper for everything else."""
     iterations: int | None = None
@@ -102,17 +120,16 @@ def run(config: Config) -> None:
     """Train, or go on training, and compare."""
     directory, config = _open(config)
     device = pick_device(config.device)
-    denoiser = load_denoiser(config.model).to(device)
+    execution = setup.execution(config)
+    denoiser = execution.place(load_denoiser(config.model), device)
     assert config.out is not None
     writable(config.out.parent)
-    recipe = _recipe(config)
-    solver = _solver(config, denoiser, recipe)
+    recipe = setup.recipe(config)
+    solver = setup.solver(config, denoiser, recipe)
     loss = distillation_loss(config.loss, device)
-    seeds, targets = _teacher_set(config, denoiser, device)
+    seeds, targets = setup.teacher_set(config, denoiser, device)
     start = solver.tableau(denoiser.prediction)
-    trainer = Trainer(
-        denoiser, solver, seeds, targets, loss, recipe, MemoryPolicy(config.checkpoint_every), config.seed, device
-    )
+    trainer = Trainer(denoiser, solver, seeds, targets, loss, recipe, execution, config.seed, device)
     if config.resume:
         checkpoint = directory.restore()
         if checkpoint is not None:
@@ -121,7 +138,7 @@ def run(config: Config) -> None:
         console.print(f"resuming {directory.path} at update {trainer.step}", soft_wrap=True)
     else:
         directory.create(_plain(config))
-    selection = _samples(denoiser, SELECTION_SEEDS, config, device)
+    selection = setup.samples(denoiser, setup.SELECTION_SEEDS, config, device)
     _train(trainer, directory, config, selection)
     _finish(trainer, directory, config, selection, start)
 
@@ -134,6 +151,8 @@ def _train(trainer: Trainer, directory: RunDirectory, config: Config, selection:
         task = bar.add_task("train", total=trainer.recipe.iterations, completed=first, note="")
         for step, loss in trainer:
             bar.advance(task)
+            while trainer.notices:
+                console.print(trainer.notices.pop(0), soft_wrap=True)
             if trainer.skipped_in_a_row:
                 console.print(f"update {step}: loss or gradient not finite, skipped ({trainer.skipped} so far)")
             last = step == trainer.recipe.iterations
@@ -144,8 +163,12 @@ def _train(trainer: Trainer, directory: RunDirectory, config: Config, selection:
                     "skipped": trainer.skipped, "memory_mib": round(_memory_mib(trainer.device), 1),
                     "seconds_per_update": round((time.monotonic() - began) / (step - first), 4),
                 }  # fmt: skip
+                meter = trainer.execution.memory.meter
+                if meter is not None:
+                    row["bits_lost"] = round(meter.mean, 3)
+                    meter.reset()
                 directory.log(row)
-                for name in ("loss", "rate", "memory_mib"):
+                for name in ("loss", "rate", "memory_mib", *(["bits_lost"] if meter is not None else [])):
                     events.add_scalar(f"train/{name}", math.nan if row[name] is None else row[name], step)
                 for n, t in enumerate(trainer.solver.times().tolist()):
                     events.add_scalar(f"times/{n}", t, step)
@@ -162,7 +185,7 @@ def _finish(
     """Write the solver, measure on held-out seeds, write the table and the pictures."""
     denoiser, student, batch = trainer.denoiser, trainer.average, config.sample_batch
     tableau = student.tableau(denoiser.prediction)
-    held_out = _samples(denoiser, HELD_OUT_SEEDS, config, trainer.device)
+    held_out = setup.samples(denoiser, setup.HELD_OUT_SEEDS, config, trainer.device)
     mine = comparison.distance(
         denoiser, tableau, held_out, f"learned ({config.student})", f"{trainer.step} updates", batch
     )  # fmt: skip
@@ -216,7 +239,7 @@ def _open(config: Config) -> tuple[RunDirectory, Config]:
     for name in ("save_every", "sample_every", "log_every", "sample_batch"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
-    MemoryPolicy(config.checkpoint_every)
+    setup.execution(config)
     if config.out is None:
         stem = f"runs/{Path(config.model).stem.replace(':', '-')}-{config.student}-k{config.steps}"
         taken = [Path(stem), *(Path(f"{stem}-{n}") for n in range(2, 10_000))]
@@ -230,62 +253,19 @@ def _open(config: Config) -> tuple[RunDirectory, Config]:
         return directory, config
     stored, given, default = directory.config(), _plain(config), _plain(Config())
     for name, value in given.items():
-        if name not in RESUMABLE and value != default[name] and value != stored.get(name):
+        if name not in RESUMABLE + MEMORY and value != default[name] and value != stored.get(name):
             raise InputError(
                 f"--resume continues with {name}={stored.get(name)!r} from {directory.path}/config.json, but "
                 f"{name}={value!r} was given; leave it out, or start a new run"
             )
     kept = {name: getattr(config, name) for name in RESUMABLE}
+    kept |= {name: given[name] for name in MEMORY if given[name] != default[name]}
     try:
         stored["teacher"] = TeacherSolver(**stored["teacher"])
         stored["teacher_set"] = stored["teacher_set"] and Path(stored["teacher_set"])
         return directory, Config(**{**stored, **kept})
     except (KeyError, TypeError) as error:
         raise InputError(f"{directory.path}/config.json is not one of this version ({error})") from None
-
-
-def _recipe(config: Config) -> Recipe:
-    name = config.recipe if config.recipe != "auto" else ("quick" if config.model == "digits" else "paper")
-    given = {k: getattr(config, k) for k in ("iterations", "batch", "rate", "optimizer", "ema", "start_grid")}
-    recipe = dataclasses.replace(RECIPES[name], **{k: v for k, v in given.items() if v is not None})
-    if recipe.iterations < 1 or recipe.batch < 1 or recipe.rate <= 0 or not 0 <= recipe.ema < 1:
-        raise InputError(f"iterations and batch must be at least 1, rate above 0 and ema in [0, 1), got {recipe}")
-    return recipe
-
-
-def _solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> GeneralizedSolver:
-    start: str | Tensor = recipe.start_grid
-    if recipe.start_grid not in GRIDS:
-        try:
-            start = torch.tensor(json.loads(Path(recipe.start_grid).read_text()), dtype=torch.float64)
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(
-                f"--start-grid must be {', '.join(GRIDS)} or a JSON file of {config.steps + 1} falling times, "
-                f"got {recipe.start_grid!r} ({error})"
-            ) from None
-    return GeneralizedSolver(
-        config.steps, denoiser.schedule, config.t_eps, config.order, theory=FORMS[config.student], start=start
-    )
-
-
-def _teacher_set(config: Config, denoiser: Denoiser, device: torch.device) -> tuple[list[int], Tensor]:
-    seeds = parse_seeds(config.train_seeds)
-    if {*SELECTION_SEEDS, *HELD_OUT_SEEDS} & {*seeds}:
-        raise InputError(
-            f"training seeds must leave 40000-40063 and 50000-50511 for evaluation, got {config.train_seeds}"
-        )
-    teacher = config.teacher
-    name = f"teacher-{Path(config.model).stem.replace(':', '-')}-{teacher.solver}-{teacher.steps}-{teacher.grid}"
-    out = config.teacher_set or Path("runs") / name
-    make_teacher_set(denoiser, seeds, teacher, out, batch=config.sample_batch, device=device)
-    found, samples = load_teacher_set(out)
-    row = {seed: i for i, seed in enumerate(found)}
-    return seeds, samples[[row[seed] for seed in seeds]]
-
-
-def _samples(denoiser: Denoiser, seeds: range, config: Config, device: torch.device) -> comparison.Samples:
-    teacher = teacher_samples(denoiser, seeds, config.teacher, config.sample_batch, device)
-    return comparison.Samples.of(denoiser, seeds, teacher, device)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser, seeded
+from .execution import Execution, out_of_memory
 from .gradients import loss_backward
 from .losses.distillation import Loss
-from .memory import MemoryPolicy
 from .run_directory import load_optimizer, optimizer_tensors
 from .soap import SOAP
 from .solvers import LearnedTimes
@@ -51,6 +52,10 @@ class NotFinite(ValueError):
     """Raised when update after update has a loss or gradient that is not finite."""
 
 
+class OutOfMemory(ValueError):
+    """Raised when the cheapest way to run an update does not fit either."""
+
+
 class Trainer:
     """Fits a solver to teacher samples: Adam or SOAP, clipping of the gradient norm to 1, EMA with warm-up.
 
@@ -61,12 +66,14 @@ class Trainer:
 
     def __init__(
         self, denoiser: Denoiser, solver: LearnedTimes, seeds: list[int], targets: Tensor, loss: Loss,
-        recipe: Recipe, memory: MemoryPolicy, seed: int = 0, device: torch.device | None = None,
-        micro_batch: int | None = None,
+        recipe: Recipe, execution: Execution, seed: int = 0, device: torch.device | None = None,
     ) -> None:  # fmt: skip
         self.denoiser, self.solver, self.average = denoiser, solver, deepcopy(solver).requires_grad_(False)
-        self.seeds, self.targets, self.loss, self.recipe, self.memory = seeds, targets, loss, recipe, memory
-        self.seed, self.device, self.micro_batch = seed, device or torch.device("cpu"), micro_batch
+        self.seeds, self.targets, self.loss, self.recipe = seeds, targets, loss, recipe
+        self.seed, self.device = seed, device or torch.device("cpu")
+        self.execution, self._view = execution, execution.view(denoiser)
+        self.cheaper = execution.cheaper(denoiser, recipe.batch)  # what to try when memory runs out
+        self.notices: list[str] = []
         self.optimizer = OPTIMIZERS[recipe.optimizer](solver.parameters(), lr=recipe.rate)
         self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
 
@@ -87,16 +94,10 @@ class Trainer:
 
     def update(self) -> Tensor:
         """One update; returns the loss (a scalar on the device, not read here, so that nothing waits for it)."""
-        rows = self.rows(self.step)
-        noise, cond = seeded(self.denoiser, [self.seeds[row] for row in rows])
-        cond = cond.to(self.device, non_blocking=True) if cond is not None else None
-        noise, targets = (v.to(self.device, non_blocking=True) for v in (noise, self.targets[rows]))
-        self.optimizer.zero_grad()
-        tableau = self.solver.tableau(self.denoiser.prediction)
-        loss = loss_backward(
-            self.denoiser, noise, tableau, lambda x, part: self.loss(x, targets[part]), cond, self.memory,
-            self.micro_batch,
-        ).mean()  # fmt: skip
+        loss = self._gradient()
+        while loss is None:
+            self._go_on_with_less()
+            loss = self._gradient()
         norm = torch.nn.utils.clip_grad_norm_(self.solver.parameters(), CLIP)
         self.step += 1
         # The backward pass has already waited for the device, so reading the loss costs no further wait.
@@ -112,6 +113,39 @@ class Trainer:
             for shadow, parameter in zip(self.average.parameters(), self.solver.parameters(), strict=True):
                 shadow.lerp_(parameter, 1 - decay)
         return loss
+
+    def _gradient(self) -> Tensor | None:
+        """The mean loss of this step's batch, its gradient left in the parameters; None if memory ran out."""
+        rows = self.rows(self.step)
+        self.optimizer.zero_grad()
+        try:
+            noise, cond = seeded(self.denoiser, [self.seeds[row] for row in rows])
+            cond = cond.to(self.device, non_blocking=True) if cond is not None else None
+            noise, targets = (v.to(self.device, non_blocking=True) for v in (noise, self.targets[rows]))
+            tableau = self.solver.tableau(self.denoiser.prediction)
+            return loss_backward(
+                self._view, noise, tableau, lambda x, part: self.loss(x, targets[part]), cond,
+                self.execution.memory, self.execution.micro_batch,
+            ).mean()  # fmt: skip
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self._shortage = str(error).splitlines()[0]
+            return None
+
+    def _go_on_with_less(self) -> None:
+        """The next cheaper execution. The update starts over: its batch depends on nothing that was lost."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        following = next(self.cheaper, None)
+        if following is None:
+            raise OutOfMemory(
+                f"out of memory at update {self.step}, and there is no cheaper way than {self.execution} "
+                f"({self._shortage}); the last checkpoint is whole: go on with --resume on a larger device"
+            )
+        self.notices.append(f"update {self.step}: out of memory with {self.execution}; going on with {following}")
+        self.execution, self._view = following, following.view(self.denoiser)
 
     def _skip(self) -> None:
         self.skipped += 1

@@ -12,6 +12,7 @@ import torch
 
 from gas_engine import EDMDenoiser
 from gas_engine.networks import build_edm
+from gas_engine.testing import byte_tracker  # noqa: F401 (a fixture)
 
 GOLDEN = Path(__file__).parent / "golden"
 Arrays = dict[str, torch.Tensor]

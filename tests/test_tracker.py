@@ -89,3 +89,19 @@ def test_phases_nest_and_end_with_errors() -> None:
             raise ZeroDivisionError
         b = F.relu(a)
     assert bytes.by_phase == {"inner": a.nbytes, "outer": b.nbytes}
+
+
+def test_fixture_counts_the_test(byte_tracker: ByteTracker) -> None:
+    keep = torch.zeros(1024)
+    with phase("states"):
+        more = torch.zeros(256)
+    assert byte_tracker.live == byte_tracker.peak == keep.nbytes + more.nbytes
+    assert byte_tracker.by_phase == {"other": keep.nbytes, "states": more.nbytes}
+
+
+def test_host_memory_is_counted_beside_the_device(byte_tracker: ByteTracker) -> None:
+    with phase("host"):
+        away = torch.zeros(512)
+    assert byte_tracker.live == byte_tracker.peak == 0 and byte_tracker.host == away.nbytes
+    del away
+    assert byte_tracker.host == 0

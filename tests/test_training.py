@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -15,10 +16,11 @@ import torch
 import toy
 from twin import relative
 
-from gas_engine import GeneralizedSolver, MemoryPolicy, load_solver, train
+from gas_engine import BELMSolver, Denoiser, GeneralizedSolver, MemoryPolicy, _setup, load_solver, train
+from gas_engine.execution import Execution
 from gas_engine.losses import distillation_loss
 from gas_engine.soap import SOAP
-from gas_engine.trainer import PATIENCE, RECIPES, NotFinite, Recipe, Trainer
+from gas_engine.trainer import PATIENCE, RECIPES, NotFinite, OutOfMemory, Recipe, Trainer
 
 HERE = Path(__file__).parent
 
@@ -52,7 +54,7 @@ def test_twenty_iterations_match_reference(golden, tiny, every, monkeypatch):
         data["targets"].double(),
         distillation_loss("l1"),
         recipe,
-        MemoryPolicy(every),
+        Execution(MemoryPolicy(every)),
     )
     trainer.rows = lambda step: data["idx"][step].tolist()
     for step, loss in trainer:
@@ -63,14 +65,50 @@ def test_twenty_iterations_match_reference(golden, tiny, every, monkeypatch):
     assert trainer.step == 20 and trainer.skipped == 0
 
 
-def toy_trainer(denoiser=None, iterations=8, optimizer="adam", **options):
+def toy_trainer(denoiser=None, iterations=8, optimizer="adam", execution=None, **options):
     denoiser = denoiser or toy.mixture()
     solver = GeneralizedSolver(3, denoiser.schedule, start="quadratic")
     recipe = Recipe(iterations=iterations, batch=4, rate=1e-2, cosine=True, ema=0.9, start_grid="", optimizer=optimizer)
     targets = torch.zeros(10, *toy.SHAPE)
     return Trainer(
-        denoiser, solver, list(range(10)), targets, distillation_loss("l2"), recipe, MemoryPolicy(1), **options
+        denoiser, solver, list(range(10)), targets, distillation_loss("l2"), recipe, execution or Execution(), **options
     )
+
+
+def test_out_of_memory_falls_to_the_next_cheaper_way_and_loses_nothing():
+    """A network that fits two samples: the parameters, to rounding, of a micro-batch of two from the start."""
+    inner, calls = toy.mixture(), []
+
+    class Small(torch.nn.Module):
+        def forward(self, x, t, cond):
+            if torch.is_grad_enabled():
+                calls.append(len(x))
+                if len(x) > 2 and len(calls) > 8:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return inner(x, t, cond)
+
+    trainer = toy_trainer(Denoiser(Small(), inner.schedule, "data", toy.SHAPE))
+    for _ in trainer:
+        pass
+    wanted = toy_trainer(inner, execution=Execution(micro_batch=2))
+    for _ in wanted:
+        pass
+    assert relative(flat(trainer.solver), flat(wanted.solver)) < 1e-6 and trainer.skipped == 0 and trainer.step == 8
+    assert [n.partition(";")[0] for n in trainer.notices] == [
+        "update 2: out of memory with micro-batch all, 1 graph(s)",
+        "update 2: out of memory with micro-batch all, 1 graph(s), lean",
+    ]
+    assert trainer.notices[-1].endswith("going on with micro-batch 2, 1 graph(s), lean")
+
+
+def test_out_of_memory_with_nothing_left_to_save():
+    def never(x, t, cond):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nlong story")
+
+    trainer = toy_trainer(Denoiser(never, toy.mixture().schedule, "data", toy.SHAPE))
+    with pytest.raises(OutOfMemory, match=r"at update 0, and there is no cheaper way .* 2 GiB\).*--resume"):
+        trainer.update()
+    assert len(trainer.notices) == 4  # micro-batches of 2 and 1, the loss alone, offload
 
 
 def test_batches_are_epochs_that_depend_on_the_seed_alone():
@@ -219,8 +257,8 @@ def options(out, *more):
 def small(monkeypatch):
     """Small evaluation sets and a path to the toy model."""
     monkeypatch.chdir(HERE)
-    monkeypatch.setattr(train, "SELECTION_SEEDS", range(40_000, 40_008))
-    monkeypatch.setattr(train, "HELD_OUT_SEEDS", range(50_000, 50_016))
+    monkeypatch.setattr(_setup, "SELECTION_SEEDS", range(40_000, 40_008))
+    monkeypatch.setattr(_setup, "HELD_OUT_SEEDS", range(50_000, 50_016))
 
 
 def test_run_directory_is_complete_and_resume_is_exact(small, tmp_path):
@@ -251,6 +289,43 @@ def test_run_directory_is_complete_and_resume_is_exact(small, tmp_path):
     assert all(name in table for name in ("learned", "DDIM", "Heun", "UniPC", "iPNDM", "DEIS", "DPM-Solver++(3M)"))
 
 
+def test_reversible_student_trains_saves_and_resumes(small, tmp_path):
+    """belm in reverse: the same solver as with all states kept, and the bits that its codes held are logged."""
+    short = ["--student", "belm", "--iterations", "6", "--save-every", "3", "--log-every", "3", "--steps", "4"]
+    back, kept = tmp_path / "back", tmp_path / "kept"
+    train.main(options(back, *short, "--trajectory", "reversible", "--evaluation", "student"))
+    train.main(options(kept, *short, "--micro-batch", "3", "--lean", "--loss-alone", "--evaluation", "student"))
+    solvers = [load_solver(d / "solver.safetensors", model="mixture") for d in (back, kept)]
+    assert all(isinstance(s, BELMSolver) and s.steps == 4 for s in solvers)
+    assert relative(flat_of(solvers[0]), flat_of(solvers[1])) < 1e-3
+    rows = [json.loads(line) for line in (back / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < row["bits_lost"] < 8 for row in rows)
+    # What saves memory may be changed when going on; what was not given stays as it was.
+    for path in (kept / "checkpoints").glob("step-000006/*"):
+        path.unlink()
+    (kept / "checkpoints" / "step-000006").rmdir()
+    train.main(["--out", str(kept), "--resume", "--device", "cpu", "--micro-batch", "2", "--evaluation", "student"])
+    assert relative(flat_of(load_solver(kept / "solver.safetensors")), flat_of(solvers[1])) < 1e-3
+
+
+def test_weights_may_be_streamed_or_held_in_eight_bits(small, tmp_path):
+    """Streamed: the same solver to the bit. Eight bits: another network, and a solver for it."""
+    short = ["--model", "toy:make_perceptron", "--iterations", "3", "--evaluation", "student"]
+    places = ["resident", "streamed"]
+    if importlib.util.find_spec("torchao"):
+        places.append("int8")
+    for place in places:
+        own = ["--teacher-set", str(tmp_path / f"teacher-{place}"), "--checkpoint-blocks", "auto"]
+        train.main(options(tmp_path / place, *short, *own, "--weights", place))
+    resident, streamed, *rest = (load_solver(tmp_path / place / "solver.safetensors") for place in places)
+    assert torch.equal(flat_of(resident), flat_of(streamed))
+    assert all(relative(flat_of(held), flat_of(resident)) < 0.1 for held in rest)
+
+
+def flat_of(solver):
+    return torch.cat([p.detach().flatten() for p in solver.parameters()])
+
+
 def test_damaged_checkpoint_falls_back_to_the_one_before(small, tmp_path, capsys):
     out = tmp_path / "run"
     train.main(options(out, "--iterations", "6", "--save-every", "2"))
@@ -275,6 +350,11 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(small, tmp_path, capsys
         (["--teacher.solver", "rk45"], "rk45"),
         (["--teacher.steps", "0"], "at least 1, got 0"),
         (["--device", "tpu9"], "tpu9"),
+        (["--trajectory", "reversible"], "gs has a full history; use --student belm"),
+        (["--student", "belm", "--trajectory", "reversible", "--offload"], "leave one out"),
+        (["--student", "belm", "--order", "2"], "takes no --order, got 2"),
+        (["--carry"], "carry=True belongs to"),
+        (["--micro-batch", "0"], "micro_batch must be at least 1, got 0"),
         (["--log-every", "0"], "--log-every must be at least 1"),
         (["--model", "toy:make_broken"], "not finite"),
         (["--loss", "lpips"], "neither in the cache"),

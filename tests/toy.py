@@ -71,3 +71,31 @@ def make_late_nan() -> Denoiser:
 def noise(batch: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     return torch.randn(batch, *SHAPE, generator=generator, dtype=torch.float64).to(dtype)
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.silu(self.up(x)))
+
+
+class Perceptron(nn.Module):
+    """A small residual network with blocks and linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Residual(18) for _ in range(3))
+
+    def forward(self, x: Tensor, t: Tensor, cond: object = None) -> Tensor:
+        h = x.flatten(1) * (1 + t.to(x.dtype))
+        for layer in self.layers:
+            h = layer(h)
+        return h.view_as(x)
+
+
+def make_perceptron() -> Denoiser:
+    torch.manual_seed(0)
+    return Denoiser(Perceptron(), Schedule.vp_linear(0.1, 20.0), "data", SHAPE, name="perceptron")

@@ -5,6 +5,7 @@ from .lean import Coverage, lean
 from .policy import MemoryPolicy
 from .reversal import BitsLost
 from .tracker import ByteTracker, phase
+from .weights import quantize_weights, stream_weights
 
 __all__ = [
     "BitsLost",
@@ -15,4 +16,6 @@ __all__ = [
     "checkpoint_blocks",
     "lean",
     "phase",
+    "quantize_weights",
+    "stream_weights",
 ]

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import group_norm_silu
-from ._functions import rebuilt
+from ._joined import Joined
+from ._rebuilt import rebuilt
 from ._view import StandIn, settle
 
 
@@ -18,8 +19,11 @@ class DeferredNorm(StandIn):
 
     channel = -1
 
-    def __init__(self, x: Tensor, norm: Any, factor: Tensor | None = None, shift: Tensor | None = None) -> None:
-        self._x, self._norm, self._factor, self._shift = x, norm, factor, shift
+    def __init__(
+        self, x: Tensor | Joined, norm: Any, factor: Tensor | None = None, shift: Tensor | None = None
+    ) -> None:
+        self._x: Any = x
+        self._norm, self._factor, self._shift = norm, factor, shift
 
     @property
     def shape(self) -> torch.Size:
@@ -59,7 +63,11 @@ class DeferredGroupNorm(DeferredNorm):
 
     def activated(self, act: str) -> Tensor:
         m, scale = self._norm, None if self._factor is None else self._factor - 1
-        return group_norm_silu(self._x, m.num_groups, m.weight, m.bias, m.eps, scale, self._shift, act)
+
+        def norm(x: Tensor) -> Tensor:
+            return group_norm_silu(x, m.num_groups, m.weight, m.bias, m.eps, scale, self._shift, act)
+
+        return self._x.through(norm) if isinstance(self._x, Joined) else norm(self._x)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

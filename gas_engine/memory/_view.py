@@ -61,14 +61,19 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 
 class _Installed:
-    """A forward that remembers how it was made, so that a view of the module makes its own."""
+    """A forward that remembers how it is made, so that a view or a deep copy of the module makes its own."""
 
     def __init__(self, module: nn.Module, make: Make) -> None:
-        self.make = make
-        self.call = make(module) or type(module).forward.__get__(module)
+        self.module, self.make = module, make
+        self.call: Forward | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.call is None:
+            self.call = self.make(self.module) or type(self.module).forward.__get__(self.module)
         return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Installed:
+        return _Installed(memo.get(id(self.module), self.module), self.make)
 
 
 def install(twin: nn.Module, make: Make) -> None:
@@ -131,4 +136,10 @@ for _name in (
 
 def settle(value: Any) -> Any:
     """The value with tensors in the place of stand-ins."""
-    return tree_map(lambda v: v.settled() if isinstance(v, StandIn) else v, value)
+    if isinstance(value, Tensor):
+        return value
+    return tree_map(lambda v: v.settled() if isinstance(v, StandIn) else v, value, is_leaf=_stands_in)
+
+
+def _stands_in(value: Any) -> bool:
+    return isinstance(value, StandIn)

@@ -11,7 +11,6 @@ is as well: ordinary autograd nodes, whose saved tensors are fetched late), froz
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import register_pytree_node, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ._functions import autocast_state, join
+from ._joined import joining
+from ._rebuilt import as_autocast, autocast_state, plain_autograd
 from ._view import Forward, Make, StandIn, hooked, made, settle, view
 
 __all__ = ["Blocks", "checkpoint_blocks"]
@@ -37,7 +37,8 @@ class Blocks(dict[str, int]):
 
 
 def checkpoint_blocks(network: nn.Module, blocks: str | Sequence[str | type[nn.Module]] = "auto") -> nn.Module:
-    """A network of the same weights whose graph keeps the inputs of its blocks; `.blocks` says which were found.
+    """A network of the same weights whose graph keeps the inputs of its blocks; `.blocks` says which were found
+    (`.checkpointed` as well, for networks with blocks of their own).
 
     | `blocks` | what is rebuilt in the backward pass |
     |---|---|
@@ -49,36 +50,38 @@ def checkpoint_blocks(network: nn.Module, blocks: str | Sequence[str | type[nn.M
     A block is a member of a ModuleList, ModuleDict or Sequential with at least two layers of weights, such as a
     residual block or a transformer block; the innermost such, or the one around it where it is alone there. Where a
     U-Net's decoder joins its state with a skip connection, the joint tensor is not kept, since its parts are.
-    Output and gradients are those of the network, bit for bit; each block runs at most once more. Under no_grad the
-    blocks run as they are. Blocks with hooks inside stay as they are. Goes with `lean` in either order.
-    Raises RuntimeError for trainable weights, ValueError where no block is found.
+    Output and gradients are those of the network, bit for bit; each block runs at most once more. Under no_grad,
+    torch.func and torch.compile the blocks run as they are. Blocks with hooks inside stay as they are, and are not
+    counted. Goes with `lean` in either order.
+    Raises RuntimeError for trainable weights, dropout or batch norm in train mode, and tensors changed in place;
+    ValueError where no block is found.
 
         small = checkpoint_blocks(lean(network.requires_grad_(False).eval()))
         print(small.blocks)
     """
     chosen = [] if blocks == "none" else _blocks(network, blocks)
-    found = Blocks(Counter(type(m).__name__ for m in chosen))
-    ids = {id(m) for m in chosen}
+    ids = {id(m): type(m).__name__ for m in chosen}
+    found = Blocks(Counter(ids.values()))
     newest = _Newest(keep=blocks != "all")
 
     def rule(module: nn.Module) -> Make | None:
         inner = made(module)
         if id(module) in ids:
             return lambda m: _checkpointed(inner(m), m, newest)
-        if ids and "res_hidden_states_tuple" in _parameters(module):
-            return lambda m: _joining(inner(m), _parameters(m).index("res_hidden_states_tuple"))
-        return None
+        return joining(module) if ids else None
 
     result = view(network, rule, "checkpoint_blocks")
-    result.blocks = found  # type: ignore[assignment]
+    result.checkpointed = found  # type: ignore[assignment]
+    if not hasattr(network, "blocks"):
+        result.blocks = found  # type: ignore[assignment]
     return result
 
 
 def _blocks(network: nn.Module, wanted: str | Sequence[str | type[nn.Module]]) -> list[nn.Module]:
-    if isinstance(wanted, str) and wanted not in ("auto", "all"):
+    if isinstance(wanted, type) or (isinstance(wanted, str) and wanted not in ("auto", "all")):
         raise ValueError(f"blocks must be 'none', 'auto', 'all' or a sequence of classes, got {wanted!r}")
     if isinstance(wanted, str):
-        found = _repeated(network)
+        found = repeated_blocks(network)
         hint = "name the classes of its blocks: checkpoint_blocks(network, ['MyBlock'])"
     else:
         names = [w if isinstance(w, str) else w.__name__ for w in wanted]
@@ -100,7 +103,9 @@ def _outermost(module: nn.Module, is_block: Callable[[nn.Module], bool]) -> list
     return [b for child in module.children() for b in _outermost(child, is_block)]
 
 
-def _repeated(network: nn.Module) -> list[nn.Module]:
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks of "auto" and "all", in the order of the network's modules."""
+
     def layers(module: nn.Module) -> int:
         return sum(any(True for _ in m.parameters(recurse=False)) for m in module.modules())
 
@@ -115,15 +120,21 @@ def _repeated(network: nn.Module) -> list[nn.Module]:
 class _Saved:
     """What one operation of a block had saved, or the promise of it."""
 
-    __slots__ = ("__weakref__", "frame", "tensor")
+    __slots__ = ("__weakref__", "frame", "tensor", "version")
 
-    def __init__(self, frame: _Frame, tensor: Tensor | None) -> None:
-        self.frame, self.tensor = frame, tensor
+    def __init__(self, frame: _Frame) -> None:
+        self.frame = frame
+        self.tensor: Tensor | None = None
+
+    def keep(self, t: Tensor) -> None:
+        self.tensor, self.version = t, t._version
 
     def fetch(self) -> Tensor:
         if self.tensor is None:
             self.frame.rebuild()
         assert self.tensor is not None
+        if self.tensor._version != self.version:
+            raise RuntimeError("checkpoint_blocks: a block changed a tensor in place that its gradient needs")
         return self.tensor
 
 
@@ -148,35 +159,31 @@ class _Stop(Exception):
 class _Frame:
     """One call of one block: its arguments, which stay, and what its operations save, which is kept or rebuilt."""
 
-    def __init__(self, forward: Forward, weights: Sequence[Tensor], args: Any, kwargs: Any) -> None:
-        self.forward = forward
-        leaves, self.spec = tree_flatten((args, kwargs))
-        self.leaves = [leaf.settled() if isinstance(leaf, StandIn) else leaf for leaf in leaves]
-        self.tensors = [t for t in self.leaves if isinstance(t, Tensor)]
-        self.versions = [t._version for t in self.tensors]
+    def __init__(self, forward: Forward, weights: Sequence[Tensor], leaves: Sequence[Any], spec: TreeSpec) -> None:
+        self.forward, self.spec = forward, spec
+        self.leaves = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
+        self.wanted = [isinstance(t, Tensor) and t.requires_grad for t in leaves]
+        self.versions = _versions(self.leaves)
         self.weights = {w.untyped_storage()._cdata for w in weights}
         self.saved: list[weakref.ref[_Saved]] = []
-        device = self.tensors[0].device.type if self.tensors else "cpu"
-        self.autocast = autocast_state(device)
-
-    @property
-    def differentiable(self) -> bool:
-        return any(t.requires_grad for t in self.tensors)
+        self.autocast = autocast_state(next(t.device.type for t in leaves if isinstance(t, Tensor)))
 
     def run(self, leaves: Sequence[Any]) -> Any:
         args, kwargs = tree_unflatten(leaves, self.spec)
         return self.forward(*args, **kwargs)
 
-    def first(self, keep: bool) -> Any:
+    def first(self, leaves: Sequence[Any], keep: bool) -> Any:
         def pack(t: Tensor) -> Tensor | _Saved:
             if t.untyped_storage()._cdata in self.weights:
                 return t
-            saved = _Saved(self, t if keep else None)
+            saved = _Saved(self)
+            if keep:
+                saved.keep(t)
             self.saved.append(weakref.ref(saved))
             return saved
 
         with saved_tensors_hooks(pack, _fetch):
-            return self.run(self.leaves)
+            return self.run(leaves)
 
     def drop(self) -> None:
         for reference in self.saved:
@@ -184,7 +191,7 @@ class _Frame:
                 saved.tensor = None
 
     def rebuild(self) -> None:
-        if [t._version for t in self.tensors] != self.versions:
+        if _versions(self.leaves) != self.versions:
             raise RuntimeError("checkpoint_blocks: an input of a block was changed in place after the block had run")
         done = 0
 
@@ -193,22 +200,28 @@ class _Frame:
             if t.untyped_storage()._cdata in self.weights:
                 return t
             if (saved := self.saved[done]()) is not None:
-                saved.tensor = t
+                saved.keep(t)
             done += 1
             if done == len(self.saved):
                 raise _Stop
             return None
 
-        leaves = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in self.leaves]
+        again = [
+            t.detach().requires_grad_() if wanted else t for t, wanted in zip(self.leaves, self.wanted, strict=True)
+        ]
         try:
-            with torch.enable_grad(), torch.autocast(*self.autocast), saved_tensors_hooks(pack, _fetch):
-                self.run(leaves)
+            with torch.enable_grad(), as_autocast(self.autocast), saved_tensors_hooks(pack, _fetch):
+                self.run(again)
         except _Stop:
             return
         raise RuntimeError(
             f"checkpoint_blocks: a block saved {len(self.saved)} tensors at first and {done} when rebuilt; it must do "
-            "the same twice: call .eval()"
+            "the same twice"
         )
+
+
+def _versions(leaves: Sequence[Any]) -> list[int]:
+    return [t._version for t in leaves if isinstance(t, Tensor)]
 
 
 def _fetch(saved: Any) -> Tensor:
@@ -217,63 +230,28 @@ def _fetch(saved: Any) -> Tensor:
 
 def _checkpointed(forward: Forward, module: nn.Module, newest: _Newest) -> Forward:
     weights = [*module.parameters()]
+    moody = [m for m in module.modules() if _changes_in_training(m)]
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not plain_autograd():
             return forward(*settle(args), **settle(kwargs))
-        frame = _Frame(forward, weights, args, kwargs)
-        if not frame.differentiable:
-            return frame.run(frame.leaves)
+        leaves, spec = tree_flatten((args, kwargs))
+        leaves = [leaf.settled() if isinstance(leaf, StandIn) else leaf for leaf in leaves]
+        if not any(isinstance(t, Tensor) and t.requires_grad for t in leaves):
+            return forward(*settle(args), **settle(kwargs))
+        if any(m.training for m in moody):
+            raise RuntimeError(
+                f"checkpoint_blocks: {type(module).__name__} is in train mode, so a rebuilt block differs; call .eval()"
+            )
+        frame = _Frame(forward, weights, leaves, spec)
         if newest.keep:
             newest(frame)
-        return settle(frame.first(newest.keep))
+        return settle(frame.first(leaves, newest.keep))
 
     return call
 
 
-class _Skip(StandIn):
-    """A skip connection of a U-Net, on its way to a concatenation."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.cat and all(isinstance(t, Tensor | _Skip) for t in args[0]):
-            return _Joined([t.settled() if isinstance(t, _Skip) else t for t in args[0]], *args[1:], **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-class _Joined(StandIn):
-    """A concatenation that has not run yet; as an argument of a block it runs inside, and its parts are kept."""
-
-    def __init__(self, parts: Sequence[Tensor], dim: int = 0) -> None:
-        self.parts, self.dim = parts, dim
-
-    def make(self) -> Tensor:
-        return join(self.parts, self.dim)
-
-
-register_pytree_node(_Joined, lambda j: (list(j.parts), j.dim), lambda parts, dim: join([*parts], dim))
-
-
-def _parameters(module: nn.Module) -> list[str]:
-    return [*inspect.signature(type(module).forward).parameters][1:]
-
-
-def _joining(forward: Forward, position: int) -> Forward:
-    """An up block of diffusers: its skip connections are joined inside of its residual blocks."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            if "res_hidden_states_tuple" in kwargs:
-                kwargs = {**kwargs, "res_hidden_states_tuple": _skips(kwargs["res_hidden_states_tuple"])}
-            else:
-                args = (*args[:position], _skips(args[position]), *args[position + 1 :])
-        return forward(*args, **kwargs)
-
-    return call
-
-
-def _skips(states: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(_Skip(t) if isinstance(t, Tensor) else t for t in states)
+def _changes_in_training(m: nn.Module) -> bool:
+    """Its output in train mode is random, or changes what it does next time."""
+    rate = m.p if isinstance(m, nn.modules.dropout._DropoutNd) else m.__dict__.get("dropout")
+    return isinstance(m, nn.modules.batchnorm._BatchNorm) or (isinstance(rate, float) and rate > 0)

@@ -4,10 +4,12 @@
 |---|---|---|
 | convolution | its input | nothing |
 | group norm, then (scale, shift and) SiLU or GELU | input, normalised, scaled | the input |
+| group norm of a skip connection joined to the decoder's state | both, joined | both, as they are anyway |
 | layer norm, then scale and shift that want a gradient | input, normalised | the input |
 | RMS norm | input, also in float32, normalised | the input |
 | GEGLU, SwiGLU feed-forward | projection, activation's output | the projection |
 | batch norm in eval mode | its input | a number per channel |
+| linear layer of quantised weights | the dequantised weights | nothing |
 | average pooling by 2 | its input | nothing |
 | explicit softmax attention of diffusers | the attention matrix, several times | queries, keys, values, result |
 
@@ -25,9 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import conv_frozen, geglu, resample2d, silu_mul
-from ._functions import rebuilt
+from ._joined import Joined, joining
 from ._norms import DeferredGroupNorm, DeferredLayerNorm
-from ._view import Forward, Make, hooked, settle, view
+from ._quantised import is_quantised, quantised
+from ._rebuilt import rebuilt
+from ._view import Forward, Make, StandIn, hooked, settle, view
 
 __all__ = ["Coverage", "lean"]
 
@@ -44,10 +48,10 @@ class Coverage(dict[str, tuple[int, int]]):
 def lean(network: nn.Module) -> nn.Module:
     """A network of the same weights whose graph keeps less; `.coverage` says what was converted.
 
-    Same outputs: to the bit for convolutions, to float32 rounding (1e-6) where group norm and activation are fused;
-    gradients for the input, the time label and the conditioning. A module that is not known, or has hooks, stays as it
-    is. The result follows later changes of the weights' values, since it shares them; its `.train()` does not reach the
-    original.
+    Same outputs: to float32 rounding (1e-6) where a group norm, a gated unit or batch norm runs as one op, to the bit
+    elsewhere; gradients for the input, the time label and the conditioning. A module that is not known, or has hooks,
+    stays as it is. The result follows later changes of the weights' values, since it shares them; its `.train()` does
+    not reach the original.
     Raises RuntimeError for trainable weights: they would need what is dropped here.
 
         small = lean(network.requires_grad_(False).eval())
@@ -61,10 +65,10 @@ def lean(network: nn.Module) -> nn.Module:
         rule = next((rule for kind, rule in _RULES if kind(module)), None)
         if rule is not None and not hooked(module) and rule(copy.copy(module)) is not None:
             done[name] += 1
-            return lambda m: _settled(rule(m))
+            return rule if rule is _group_norm else lambda m: _settled(rule(m))
         if not any(True for _ in module.children()):
             left[name] += 1
-        return None
+        return joining(module)
 
     result = view(network, convert, "lean")
     result.coverage = Coverage({k: (done[k], left[k]) for k in {*done, *left}})  # type: ignore[assignment]
@@ -72,7 +76,15 @@ def lean(network: nn.Module) -> nn.Module:
 
 
 def _settled(forward: Forward | None) -> Forward | None:
-    return forward and (lambda *args, **kwargs: forward(*settle(args), **settle(kwargs)))
+    if forward is None:
+        return None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if kwargs or any(isinstance(a, StandIn) for a in args):
+            return forward(*settle(args), **settle(kwargs))
+        return forward(*args)
+
+    return call
 
 
 def _conv(m: Any) -> Forward | None:
@@ -87,7 +99,7 @@ def _conv(m: Any) -> Forward | None:
 
 
 def _group_norm(m: Any) -> Forward:
-    return lambda input: DeferredGroupNorm(input, m)
+    return lambda input: DeferredGroupNorm(input if isinstance(input, Joined) else settle(input), m)
 
 
 def _layer_norm(m: Any) -> Forward | None:
@@ -157,7 +169,8 @@ def _attention(m: Any) -> Forward | None:
     if type(m.processor) is not processors.AttnProcessor or m.upcast_attention or m.upcast_softmax:
         return None
     m.processor = processors.AttnProcessor2_0()
-    return m.forward
+    own: Forward = type(m).forward.__get__(m)
+    return own
 
 
 def _of_diffusers(m: nn.Module, name: str) -> bool:
@@ -173,6 +186,7 @@ _RULES: list[tuple[Callable[[nn.Module], bool], Callable[[Any], Forward | None]]
     (lambda m: type(m) is nn.GroupNorm, _group_norm),
     (lambda m: type(m) is nn.LayerNorm, _layer_norm),
     (lambda m: type(m) is nn.RMSNorm or _of_diffusers(m, "RMSNorm"), _rms_norm),
+    (is_quantised, quantised),
     (lambda m: isinstance(m, nn.modules.batchnorm._BatchNorm), _batch_norm),
     (lambda m: type(m) is nn.AvgPool2d, _avg_pool),
     (lambda m: _of_diffusers(m, "GEGLU"), _geglu),

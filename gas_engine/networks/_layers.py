@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..memory._functions import join
+from ..memory._joined import join, keeping_parts
 from ..ops import conv_frozen, group_norm_silu, resample2d
 
 
@@ -198,16 +199,21 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, gain=1e-5)
 
     def forward(self, x: Tensor, embedding: Tensor, encoded: Tensor | None = None) -> Tensor:
+        parts = [x] if encoded is None else [x, encoded]
         if encoded is not None:
-            x = join([x, encoded], dim=1)
+            x = join(parts)
         skip = x if self.skip is None else self.skip(x)
-        h = self.conv0(self.norm0(x, "silu"))
+        with nullcontext() if encoded is None else keeping_parts(x, parts):
+            h = self.norm0(x, "silu")
+        del x  # a joined tensor is large, and nobody else keeps it
+        h = self.conv0(h)
         label = self.affine(embedding)[:, :, None, None]
         if self.adaptive_scale:
             scale, shift = label.chunk(2, dim=1)
             h = self.norm1(h, "silu", scale, shift)
         else:
-            h = self.norm1(h + label, "silu")
+            h = h + label
+            h = self.norm1(h, "silu")
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         x = (h + skip) * self.skip_scale
         return (self._attend(x) + x) * self.skip_scale if self.heads else x

@@ -13,44 +13,39 @@ from torch import Tensor
 from . import _native as core
 from .reference import accumulation_dtype
 
-__all__ = ["backward", "backward_fake", "check", "forward", "forward_fake"]
+__all__ = ["backward", "backward_fake", "check", "forward", "forward_alone", "forward_fake", "gradients"]
 
 
 def check(x: Tensor, num_groups: int, act: str, *small: Tensor | None) -> None:
     """What must hold before a pointer is taken, also for whoever calls `torch.ops.gas_engine`."""
-    if x.dim() < 2:
-        raise ValueError(f"group_norm_silu: x must be [B, C, ...], got {list(x.shape)}")
+    shape, device = x.shape, x.device
+    if len(shape) < 2:
+        raise ValueError(f"group_norm_silu: x must be [B, C, ...], got {list(shape)}")
     if act not in core.ACTIVATIONS:
         raise ValueError(f"group_norm_silu: act must be one of {', '.join(core.ACTIVATIONS)}, got {act!r}")
-    B, C = x.shape[:2]
+    B, C = shape[0], shape[1]
     if num_groups < 1 or C % num_groups != 0:
         raise ValueError(f"group_norm_silu: num_groups must divide the channels, got {num_groups} for {C} channels")
-    names = ("weight", "bias", "scale", "shift")
-    for name, t, shape in zip(names, small, ((C,), (C,), (B, C), (B, C)), strict=True):
-        if t is not None and t.shape != shape:
-            raise ValueError(f"group_norm_silu: {name} must have shape {list(shape)}, got {list(t.shape)}")
-        if t is not None and t.device != x.device:
-            raise ValueError(f"group_norm_silu: all tensors must be on {x.device}, got {name} on {t.device}")
-    for name, t in zip(("x", *names), (x, *small), strict=True):
-        if t is not None and t.dtype not in core.DTYPES:
+    if x.dtype not in core.DTYPES:
+        raise TypeError(f"group_norm_silu: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    per_channel, per_sample = (C,), (B, C)
+    for name, t, wanted in zip(_SMALL, small, (per_channel, per_channel, per_sample, per_sample), strict=True):
+        if t is None:
+            continue
+        if t.shape != wanted:
+            raise ValueError(f"group_norm_silu: {name} must have shape {list(wanted)}, got {list(t.shape)}")
+        if t.device != device:
+            raise ValueError(f"group_norm_silu: all tensors must be on {device}, got {name} on {t.device}")
+        if t.dtype not in core.DTYPES:
             raise TypeError(f"group_norm_silu: {name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    """The layout the op works in: the input's own where it is dense."""
-    other = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if other is not None and not x.is_contiguous() and x.is_contiguous(memory_format=other):
-        return other
-    return torch.contiguous_format
+_SMALL = ("weight", "bias", "scale", "shift")
 
 
-def _rows(t: Tensor | None) -> Tensor | None:
+def _rows(t: Tensor) -> Tensor:
     """A small vector whose rows are dense: a half of `emb.chunk(2, dim=1)` may stay where it is."""
-    return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def _field(t: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if t is None else (core.DTYPES[t.dtype], t.data_ptr())
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _chunks(B: int, C: int, N: int, G: int, last: bool, backward: bool) -> tuple[int, int, int]:
@@ -65,61 +60,49 @@ def _chunks(B: int, C: int, N: int, G: int, last: bool, backward: bool) -> tuple
     return length, chunks, rows * chunks
 
 
+_KERNELS = {"forward": core.kernel("group_norm_silu"), "backward": core.kernel("group_norm_silu_backward")}
+
+
 def _launch(
-    op: str,
+    way: str,
     x: Tensor,
-    layout: torch.memory_format,
     num_groups: int,
     small: tuple[Tensor | None, ...],
     eps: float,
     act: str,
-    statistics: tuple[Tensor, Tensor],
-    *outputs: Tensor | None,
+    statistics: tuple[Tensor | None, Tensor | None],
+    out: Tensor | None,
+    *more: Tensor | None,
 ) -> None:
-    """Run the kernel on a dense x; outputs are out, or dx, g, dscale, dshift."""
-    if x.numel() == 0:
-        for t in statistics:
-            t.zero_()
-        return
-    B, C = x.shape[:2]
-    N = x.numel() // (B * C)
-    last = layout != torch.contiguous_format or N == 1  # one pixel: both layouts are one, this one has vectors
-    weight, bias, scale, shift = (_rows(t) for t in small)  # bound to names: their memory must outlive the call
+    """Run the kernel on a dense x; `more` is g, dscale, dshift in the backward pass."""
+    shape, elements = x.shape, x.numel()
+    B, C = shape[0], shape[1]
+    N = elements // (B * C)
+    last = N == 1 or not x.is_contiguous()  # one pixel: both layouts are one, this one has vectors
+    weight, bias, scale, shift = [t if t is None else _rows(t) for t in small]
     workspace, length, chunks = None, 0, 0  # the host path needs none
     if x.is_cuda:
-        length, chunks, sums = _chunks(B, C, N, num_groups, last, op.endswith("backward"))
-        workspace = statistics[0].new_empty(2 * (sums + B * num_groups))
-    core.call(
-        op,
-        x.device,
-        core.DTYPES[x.dtype],
-        x.data_ptr(),
-        *_field(weight),
-        *_field(bias),
-        *(*_field(scale), 0 if scale is None else scale.stride(0)),
-        *(*_field(shift), 0 if shift is None else shift.stride(0)),
-        core.ACTIVATIONS[act],
-        eps,
-        last,
+        length, chunks, sums = _chunks(B, C, N, num_groups, last, way == "backward")
+        workspace = x.new_empty(2 * (sums + B * num_groups), dtype=accumulation_dtype(x.dtype))
+    _KERNELS[way](
+        x,
+        *(x, x),
+        *(weight, weight),
+        *(bias, bias),
+        *(scale, scale, 0 if scale is None else scale.stride(0)),
+        *(shift, shift, 0 if shift is None else shift.stride(0)),
+        *(core.ACTIVATIONS[act], eps, last),
         *(B, C, num_groups, N),
-        *(length, chunks),
-        core.address(workspace),
-        *(t.data_ptr() for t in statistics),
-        *(core.address(t) for t in (*outputs, None, None, None)[:4]),
+        *(length, chunks, workspace),
+        *statistics,
+        out,
+        *(more or (None, None, None)),
     )
 
 
 def _statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    shape, dtype = (x.shape[0], num_groups), accumulation_dtype(x.dtype)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
-
-
-def _forward_outputs(
-    x: Tensor, num_groups: int, act: str, *small: Tensor | None
-) -> tuple[torch.memory_format, Tensor, tuple[Tensor, Tensor]]:
-    check(x, num_groups, act, *small)
-    layout = _layout(x)
-    return layout, torch.empty_like(x, memory_format=layout), _statistics(x, num_groups)
+    mean = x.new_empty((x.shape[0], num_groups), dtype=accumulation_dtype(x.dtype))
+    return mean, torch.empty_like(mean)
 
 
 def forward(
@@ -133,10 +116,36 @@ def forward(
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     small = (weight, bias, scale, shift)
-    layout, out, statistics = _forward_outputs(x, num_groups, act, *small)
-    x = x.contiguous(memory_format=layout)
-    _launch("group_norm_silu", x, layout, num_groups, small, eps, act, statistics, out)
-    return out, *statistics
+    check(x, num_groups, act, *small)
+    mean, rstd = _statistics(x, num_groups)
+    return _run_forward(x, num_groups, small, eps, act, (mean, rstd)), mean, rstd
+
+
+def forward_alone(x: Tensor, num_groups: int, *rest: Any) -> Tensor:
+    """Without the statistics, which kernels of a device pass through memory all the same."""
+    *small, eps, act = rest
+    check(x, num_groups, act, *small)
+    return _run_forward(x, num_groups, (*small,), eps, act, _statistics(x, num_groups) if x.is_cuda else (None, None))
+
+
+def _run_forward(
+    x: Tensor,
+    num_groups: int,
+    small: tuple[Tensor | None, ...],
+    eps: float,
+    act: str,
+    statistics: tuple[Tensor | None, Tensor | None],
+) -> Tensor:
+    """The forward kernel, on tensors that have been checked."""
+    x = x.contiguous(memory_format=core.layout(x))
+    out = torch.empty_like(x)
+    if x.numel() > 0:
+        _launch("forward", x, num_groups, small, eps, act, statistics, out)
+    else:
+        for t in statistics:
+            if t is not None:
+                t.zero_()
+    return out
 
 
 def forward_fake(
@@ -149,8 +158,8 @@ def forward_fake(
     eps: float,
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _, out, statistics = _forward_outputs(x, num_groups, act, weight, bias, scale, shift)
-    return out, *statistics
+    check(x, num_groups, act, weight, bias, scale, shift)
+    return torch.empty_like(x, memory_format=core.layout(x)), *_statistics(x, num_groups)
 
 
 def _gradients(
@@ -160,7 +169,7 @@ def _gradients(
     if g.shape != x.shape:
         raise ValueError(f"group_norm_silu: its cotangent must have the shape {list(x.shape)}, got {list(g.shape)}")
     return (
-        torch.empty_like(x, memory_format=_layout(x)) if wanted[0] else None,
+        torch.empty_like(x, memory_format=core.layout(x)) if wanted[0] else None,
         scale.new_empty(x.shape[:2]) if wanted[1] and scale is not None else None,
         shift.new_empty(x.shape[:2]) if wanted[2] and shift is not None else None,
     )
@@ -171,7 +180,7 @@ def _some(x: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(0) if t is None else t for t in grads)
 
 
-def _run_backward(
+def gradients(
     g: Tensor,
     x: Tensor,
     mean: Tensor,
@@ -185,25 +194,24 @@ def _run_backward(
     act: str,
     wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The backward kernel, on tensors that have been checked."""
+    """dx, dscale and dshift, each where it is wanted."""
     small = (weight, bias, scale, shift)
+    check(x, num_groups, act, *small)
     dx, dscale, dshift = grads = _gradients(g, x, scale, shift, wanted)
     if x.numel() == 0:
         for t in grads:
             if t is not None:
                 t.zero_()
         return grads
-    layout = _layout(x)
+    layout = core.layout(x)
     x, g = x.contiguous(memory_format=layout), g.to(x.dtype).contiguous(memory_format=layout)
     statistics = (mean.contiguous(), rstd.contiguous())
-    _launch("group_norm_silu_backward", x, layout, num_groups, small, eps, act, statistics, dx, g, dscale, dshift)
+    _launch("backward", x, num_groups, small, eps, act, statistics, dx, g, dscale, dshift)
     return grads
 
 
-def backward(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, num_groups: int, *rest: Any) -> tuple[Tensor, ...]:
-    *small, _, act, _ = rest
-    check(x, num_groups, act, *small)
-    return _some(x, _run_backward(g, x, mean, rstd, num_groups, *rest))
+def backward(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _some(x, gradients(g, x, *rest))
 
 
 def backward_fake(

@@ -1,7 +1,7 @@
 """Finds the native core, decides between it and the twins, and holds what every op's wrapper needs.
 
-The core (`gas_engine._native`, csrc/) does not know torch: Python owns allocation, devices and streams, and
-hands over pointers and sizes. The checks here run before any pointer is taken.
+The core (`gas_engine._native`, csrc/) does not link torch: Python owns allocation, devices and streams, and hands
+over tensors (read through DLPack) and sizes. The checks here run before any pointer is taken.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import torch  # before the core, so that both share the OpenMP run-time that tor
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["LIBRARY", "MAX_STATES", "call", "direct", "native", "register", "runs_on"]
+__all__ = ["LIBRARY", "MAX_STATES", "direct", "kernel", "native", "register", "runs_on"]
 
 MAX_STATES = 64
 LIBRARY = torch.library.Library("gas_engine", "DEF")
 
-# The order of `enum class DType` in csrc/dtypes.h.
-DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 # The order of `enum class Act` in csrc/activation.h.
 ACTIVATIONS: dict[str, int] = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
+# What dense tensors may be besides contiguous.
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def _load() -> ModuleType | None:
@@ -34,7 +35,9 @@ def _load() -> ModuleType | None:
     why = "GAS_ENGINE_NATIVE=off"
     if os.environ.get("GAS_ENGINE_NATIVE", "").lower() != "off":
         try:
-            return importlib.import_module("gas_engine._native")
+            core = importlib.import_module("gas_engine._native")
+            core.bind(Tensor, torch.nn.Parameter)
+            return core
         except ImportError as error:
             why = f"the native core is not there ({error}; build it with `pip install -e .`)"
     warnings.warn(f"gas_engine: {why}, so the slower pure-PyTorch twins of the ops run", RuntimeWarning, stacklevel=2)
@@ -45,23 +48,23 @@ native: ModuleType | None = _load()
 _CUDA = bool(native and native.build_info()["cuda"]) and torch.version.hip is None
 
 
-def runs_on(device: torch.device) -> bool:
-    """Whether the registered op serves a call on this device.
+def runs_on(x: Tensor) -> bool:
+    """Whether the registered op serves a call on this tensor's device.
 
     Else the twin does: without the core, on devices it has no kernels for (mps, xpu), and under forward-mode AD or
     torch.func.grad and jvp, which registered ops cannot follow; torch.func.vmap they can.
     """
-    if native is None or transformed():
-        return False
-    return device.type == "cpu" or device.type == "meta" or (device.type == "cuda" and _CUDA)
+    return native is not None and not transformed() and (x.is_cpu or x.is_meta or (x.is_cuda and _CUDA))
 
 
 def transformed() -> bool:
     """Whether somebody differentiates in another way than by the autograd tape."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
-    stack = torch._C._functorch.get_interpreter_stack() or ()
+    if _transform() is None:
+        return forward_ad._current_level >= 0
     vmap = torch._C._functorch.TransformType.Vmap
+    stack = torch._C._functorch.get_interpreter_stack() or ()
     return forward_ad._current_level >= 0 or any(level.key() != vmap for level in stack)
 
 
@@ -72,6 +75,8 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup: Callable[..., None] | None = None,
     vmap: Callable[..., Any] | None = None,
+    untaped: Callable[..., Any] | None = None,
+    first: bool = False,
     keys: Sequence[str] = ("CPU", "CUDA"),
 ) -> Callable[..., Any]:
     """Make `gas_engine::<schema>` a torch op: its kernel for each of `keys`, fake, derivative and vmap rule.
@@ -81,7 +86,9 @@ def register(
 
     Returns what to call. In plain eager mode that goes past the dispatcher, whose layers for registered ops cost tens
     of microseconds, more than a small kernel: straight to the kernel, or, where a gradient is wanted, through an
-    `autograd.Function` of the very same functions.
+    `autograd.Function` of the very same functions. Where all outputs but the `first` are there for the backward pass
+    only, it gives the first one. `untaped` stands for the kernel where neither dispatcher nor tape see the call: it may
+    leave out what nobody asks for.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -93,45 +100,51 @@ def register(
         torch.library.register_autograd(
             f"gas_engine::{name}",
             backward or functools.partial(_refuse, name),
-            setup_context=setup if backward else None,
+            setup_context=_first_differs(setup) if first and backward else setup if backward else None,
             lib=LIBRARY,
         )
         torch.library.register_vmap(f"gas_engine::{name}", vmap or functools.partial(one_by_one, name), lib=LIBRARY)
     op = getattr(torch.ops.gas_engine, name)
     if "Tensor[]" in schema:  # the tape does not look into lists
         return op
-    tape = None if backward is None or setup is None else _tape(name, kernel, backward, setup)
+    tape = op if backward is None or setup is None else _tape(name, kernel, backward, setup, first)
 
     def run(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _observed():
-            return op(*args)
-        wanted = False
-        for t in args:
-            if isinstance(t, Tensor):
-                if not _plain(t) or not _kernels_here(t.device):
-                    return op(*args)
-                wanted = wanted or t.requires_grad
-        if not (wanted and torch.is_grad_enabled()):
-            return kernel(*args)
-        return op(*args) if tape is None else tape.apply(*args)
+        taped = seen_by_tape(*args)
+        if taped is None:
+            return op(*args)[0] if first else op(*args)
+        return tape(*args) if taped else bare(*args)
 
+    bare = untaped or kernel
     return run
 
 
-def _tape(name: str, kernel: Callable[..., Any], backward: Callable[..., Any], setup: Callable[..., None]) -> Any:
+def _first_differs(setup: Any) -> Any:
+    """`setup` for the dispatcher, which gives all outputs: the first alone is differentiable."""
+
+    def mark(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        setup(ctx, inputs, output)
+
+    return mark
+
+
+def _tape(
+    name: str, kernel: Callable[..., Any], backward: Callable[..., Any], setup: Callable[..., None], first: bool
+) -> Any:
     def forward(ctx: Any, *args: Any) -> Any:
         output = kernel(*args)
         setup(ctx, args, output)
-        return output
+        return output[0] if first else output
 
     # Named after the op: that is what anomaly mode and graph viewers show.
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), methods)
+    return type(name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
 
 
 def batched(*tensors: Tensor) -> bool:
     """Whether one is a batch of cotangents (`grad` with is_grads_batched), which registered ops cannot follow."""
-    return not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
+    return not is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
 
 
 def _refuse(name: str, ctx: Any, *grads: Tensor) -> Any:
@@ -153,108 +166,72 @@ def one_by_one(name: str, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tu
     return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
-def call(name: str, device: torch.device, *fields: Any) -> None:
-    """Run the kernel `name` with the fields of its argument struct: here with torch's number of threads, or
-    on the device's current stream."""
-    assert native is not None
-    if device.type == "cpu":
-        getattr(native, name + "_cpu")(*fields, torch.get_num_threads())
-        return
-    with torch.cuda.device(device):
-        index, stream = torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
-        error = getattr(native, name + "_cuda")(*fields, index, stream)
-    if error:
-        raise RuntimeError(f"gas_engine: a CUDA kernel was not launched: {error}")
+def kernel(name: str) -> Callable[..., None]:
+    """What runs the core's kernel `name` on the device of its first argument, with the fields of its argument struct:
+    here with torch's number of threads, or on the device's current stream."""
+    on_cpu: Any
+    on_cuda: Any
+    on_cpu, on_cuda = (getattr(native, name + where, None) for where in ("_cpu", "_cuda"))
+
+    def run(like: Tensor, *fields: Any) -> None:
+        if like.is_cpu:
+            on_cpu(*fields, torch.get_num_threads())
+            return
+        with torch.cuda.device(like.device):
+            error = on_cuda(*fields, torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream)
+        if error:
+            raise RuntimeError(f"gas_engine: a CUDA kernel was not launched: {error}")
+
+    return run
 
 
-def address(tensor: Tensor | None) -> int:
-    """The tensor's first byte, or null."""
-    return 0 if tensor is None else tensor.data_ptr()
+def seen_by_tape(*args: Any) -> bool | None:
+    """Whether a call with these arguments is for the autograd tape to see; None where it is for the dispatcher.
 
-
-def addresses(states: Sequence[Tensor]) -> tuple[list[int], list[int] | int]:
-    """The `States` of csrc/dtypes.h."""
-    codes = [DTYPES[s.dtype] for s in states]
-    return [s.data_ptr() for s in states], codes
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def uniform(states: Sequence[Tensor], *more: Tensor) -> tuple[list[int], int] | None:
-    """Addresses (of `more`, then of the states) and dtype code, where all are plain, contiguous tensors of one
-    shape, dtype and device that only a kernel would see (no gradient, mode or transform).
-
-    None for anything else, which the checks and layouts below then serve. This is what a small call pays.
+    The dispatcher must see subclasses, pending negations, batches of cotangents (of `grad` with is_grads_batched),
+    other devices, and whatever `_observed` tells of; its layers cost more than a small kernel.
     """
-    if (type(states) is not list and type(states) is not tuple) or not 1 <= len(states) <= MAX_STATES:
+    if native is None or is_compiling() or _observed():
         return None
-    first = states[0]
-    if type(first) not in _PLAIN:
-        return None
-    shape, dtype, device = first.shape, first.dtype, first.device
-    code = DTYPES.get(dtype)
-    if code is None or not _kernels_here(device) or torch.compiler.is_compiling() or _observed():
-        return None
-    graded, on_cpu = torch.is_grad_enabled(), device.type == "cpu"
-    single = first.numel() == 1  # a pending negation is a view of every second number, contiguous only if it is one
-    found = []
-    for t in (*more, *states):
-        if (
-            type(t) not in _PLAIN
-            or t.dtype is not dtype
-            or t.shape != shape
-            or not (t.is_cpu if on_cpu else t.device == device)
-            or not t.is_contiguous()
-            or (graded and t.requires_grad)
-            or (single and t.is_neg())
-        ):
-            return None
-        try:
-            found.append(t.data_ptr())
-        except RuntimeError:  # batched cotangents have no memory of their own
-            return None
-    return found, code
+    wanted: bool | None = native.plain(*args)
+    return wanted and torch.is_grad_enabled()
 
 
-def _plain(tensor: Tensor) -> bool:
-    """Whether the tensor is its memory: no subclass, no pending negation, no batch of cotangents (of `grad` with
-    is_grads_batched, which is no transform that _observed sees)."""
-    return type(tensor) in _PLAIN and not tensor.is_neg() and not torch._C._functorch.is_legacy_batchedtensor(tensor)
+def direct(*args: Any) -> bool:
+    """Whether nothing but the native kernel would see the call."""
+    return seen_by_tape(*args) is False
 
 
-def constant(tensor: Tensor) -> bool:
-    """Whether the tensor is plain, and no gradient is wanted of it."""
-    return not (tensor.requires_grad and torch.is_grad_enabled()) and _plain(tensor)
+def uniform(states: Sequence[Tensor], more: tuple[Tensor, ...] = (), others: tuple[Tensor, ...] = ()) -> bool:
+    """Whether a call is `direct`, and the states, a list or tuple of 1 to 64, and `more` are contiguous and of one
+    shape, floating dtype and device.
 
-
-def direct(*tensors: Tensor) -> bool:
-    """Whether nothing but the native kernel would see the call: plain tensors, no gradient, mode or transform.
-
-    Then a wrapper may skip the dispatcher, whose layers for autograd cost more than a small kernel does.
+    Anything else is served by the checks and layouts below. This is what a small call pays.
     """
-    if torch.compiler.is_compiling() or _observed():
+    if native is None or is_compiling() or _observed():
         return False
-    return all([constant(t) for t in tensors]) and _kernels_here(tensors[0].device)
+    wanted: bool | None = native.uniform(states, more, others)
+    return wanted is False or (wanted is True and not torch.is_grad_enabled())
 
 
-def _kernels_here(device: torch.device) -> bool:
-    return native is not None and (device.type == "cpu" or (device.type == "cuda" and _CUDA))
+# Asked at every call, and so looked up once; where torch does not tell, the answer is yes.
+is_compiling = torch.compiler.is_compiling
+_transform = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_tracing = getattr(torch._C, "_get_tracing_state", lambda: True)
+_profiling = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 
 
 def _observed() -> bool:
     """Whether somebody must see the op itself: a dispatch mode, a functorch transform, forward-mode AD, jit.trace, the
-    profiler; true where torch does not tell."""
-    try:
-        return (
-            torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._functorch.peek_interpreter_stack() is not None
-            or forward_ad._current_level >= 0
-            or torch._C._get_tracing_state() is not None
-            or torch.autograd._profiler_enabled()
-        )
-    except AttributeError:
-        return True
+    profiler."""
+    return (
+        _dispatch_modes() > 0
+        or _transform() is not None
+        or forward_ad._current_level >= 0
+        or _tracing() is not None
+        or _profiling()
+    )
 
 
 def check_list(op: str, name: str, states: Sequence[Tensor]) -> None:
@@ -282,8 +259,14 @@ def check_states(op: str, name: str, states: Sequence[Tensor], like: Tensor | No
 
 def check_frozen(op: str, **weights: Tensor | None) -> None:
     """Refuse weights that want a gradient: an op that keeps no input has none to give."""
+    if torch.is_grad_enabled():
+        check_constant(op, **weights)
+
+
+def check_constant(op: str, **weights: Tensor | None) -> None:
+    """The same where the tape records the op, which it does with gradients switched off."""
     for name, weight in weights.items():
-        if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        if weight is not None and weight.requires_grad:
             raise RuntimeError(
                 f"{op}: {name} wants a gradient, and this op keeps nothing to make one from: freeze it with "
                 f"{name}.requires_grad_(False), or call the twin gas_engine.ops.{op}_reference"
@@ -317,11 +300,19 @@ def check_raw(op: str, states: Sequence[Tensor], *coefs: Tensor) -> None:
             )
 
 
+def layout(x: Tensor) -> torch.memory_format:
+    """The dense layout of x, contiguous if it has none (batched tensors of vmap do not tell)."""
+    other = CHANNELS_LAST.get(x.dim())
+    if other is None or x.is_contiguous() or torch._C._functorch.is_batchedtensor(x):
+        return torch.contiguous_format
+    return other if x.is_contiguous(memory_format=other) else torch.contiguous_format
+
+
 def one_layout(tensors: Sequence[Tensor]) -> tuple[list[Tensor], torch.memory_format]:
     """The tensors in one dense element order (channels_last stays so), copied only where they disagree."""
     if all([t.is_contiguous() for t in tensors]):
         return list(tensors), torch.contiguous_format
-    other = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensors[0].dim())
+    other = CHANNELS_LAST.get(tensors[0].dim())
     if other is not None and all(t.is_contiguous(memory_format=other) for t in tensors):
         return list(tensors), other
     return [t.contiguous() for t in tensors], torch.contiguous_format

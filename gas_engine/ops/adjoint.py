@@ -41,18 +41,18 @@ def adjoint_step(
         a, b = torch.tensor([0.9, 0.0]), torch.tensor([-0.1, 0.2])
         mu, g_x, da, db = adjoint_step(x, f, [g1, g2], a, b)
     """
-    found = core.uniform(g, x, f)
-    if found is None:
+    small = core.uniform(g, (x, f), (a, b))
+    if not small:
         core.check_list("adjoint_step", "(x, f)", (x, f))
         core.check_list("adjoint_step", "g", g)
     core.check_coef("adjoint_step", "a", a, len(g))
     core.check_coef("adjoint_step", "b", b, len(g))
     a, b = core.coefficients(a, x.device), core.coefficients(b, x.device)
-    if found is not None and core.constant(a) and core.constant(b):
+    if small:
         mu, g_x, da, db = map(torch.empty_like, (f, x, a, b))
-        _launch(x, f, (found[0][2:], found[1]), (da, db), (a, b), (mu, g_x))
+        _launch(x, f, g, (da, db), (a, b), (mu, g_x))
         return mu, g_x, da, db
-    if not core.runs_on(x.device) or core.batched(x, f, a, b, *g):
+    if not core.runs_on(x) or core.batched(x, f, a, b, *g):
         _check("adjoint_step", x, f, g, a, b)
         return adjoint_step_reference(x, f, list(g), a, b)
     return torch.ops.gas_engine.adjoint_step(x, f, list(g), a, b)
@@ -71,7 +71,7 @@ def adjoint_step_(x: Tensor, f: Tensor, g: Sequence[Tensor], a: Tensor, b: Tenso
     core.check_list("adjoint_step_", "g", g)
     _check("adjoint_step_", x, f, g, a, b)
     a, b = core.coefficients(a, x.device), core.coefficients(b, x.device)
-    if not core.runs_on(x.device):
+    if not core.runs_on(x):
         mu, g_x, da, db = adjoint_step_reference(x, f, list(g), a, b)
         x.copy_(g_x)
         return mu, da, db
@@ -89,7 +89,7 @@ def dots(x: Tensor, states: Sequence[Tensor]) -> Tensor:
     """
     core.check_list("dots", "(x,)", (x,))
     core.check_list("dots", "states", states)
-    if not core.runs_on(x.device) or core.batched(x, *states):
+    if not core.runs_on(x) or core.batched(x, *states):
         core.check_states("dots", "states", states, like=x)
         return dots_reference(x, list(states))
     return torch.ops.gas_engine.dots(x, list(states))
@@ -105,10 +105,10 @@ def _check(op: str, x: Tensor, f: Tensor, g: Sequence[Tensor], a: Tensor, b: Ten
 def _launch(
     x: Tensor,
     f: Tensor | None,
-    g: tuple[list[int], list[int] | int],
+    g: Sequence[Tensor],
     sums: Sequence[Tensor],
-    coefs: Sequence[Tensor] = (),
-    outs: Sequence[Tensor] = (),
+    coefs: Sequence[Tensor | None] = (None, None),
+    outs: Sequence[Tensor | None] = (None, None),
 ) -> None:
     """Run the kernel on dense tensors: it fills the sums with x (and with f, if given), and the outs."""
     n = x.numel()
@@ -116,25 +116,13 @@ def _launch(
         for s in sums:
             s.zero_()
         return
-    coefs = [c.contiguous() for c in coefs]  # bound to a name: their memory must outlive the call
-    workspace = 0  # the host path has its own
+    workspace = None  # the host path has its own
     if x.is_cuda:
         assert core.native is not None
-        words = len(g[0]) * len(sums) * core.native.REDUCTION_BLOCKS
-        scratch = torch.empty(words, dtype=torch.float64, device=x.device)
-        workspace = scratch.data_ptr()
-    core.call(
-        "adjoint",
-        x.device,
-        *(core.DTYPES[x.dtype], x.data_ptr()),
-        *((core.DTYPES[f.dtype], f.data_ptr()) if f is not None else (0, 0)),
-        g,
-        *([t.data_ptr() for t in (*coefs, *outs)] if outs else (0, 0, 0, 0)),
-        sums[0].data_ptr(),
-        sums[-1].data_ptr(),
-        workspace,
-        n,
-    )
+        words = len(g) * len(sums) * core.native.REDUCTION_BLOCKS
+        workspace = torch.empty(words, dtype=torch.float64, device=x.device)
+    a, b = [c if c is None else c.contiguous() for c in coefs]
+    _kernel(x, x, x, f, f, g, a, b, *outs, sums[0], sums[-1], workspace, n)
 
 
 def _prepare(
@@ -151,7 +139,7 @@ def _adjoint_step(x: Tensor, f: Tensor, g: list[Tensor], a: Tensor, b: Tensor) -
     (x, f, *g), layout, mu = _prepare(x, f, g, a, b)
     g_x = torch.empty_like(x, memory_format=layout)
     da, db = torch.empty_like(a), torch.empty_like(b)
-    _launch(x, f, core.addresses(g), (da, db), (a, b), (mu, g_x))
+    _launch(x, f, g, (da, db), (a, b), (mu, g_x))
     return mu, g_x, da, db
 
 
@@ -176,7 +164,7 @@ def _adjoint_step_inplace(x: Tensor, f: Tensor, g: list[Tensor], a: Tensor, b: T
         if t.data_ptr() != start and t.data_ptr() < end and start < t.data_ptr() + t.nbytes:
             raise ValueError("adjoint_step_: x is overwritten, and f or one of g overlaps its memory; clone it")
     da, db = torch.empty_like(a), torch.empty_like(b)
-    _launch(x, f, core.addresses(g), (da, db), (a, b), (mu, x))
+    _launch(x, f, g, (da, db), (a, b), (mu, x))
     return mu, da, db
 
 
@@ -190,7 +178,7 @@ def _dots(x: Tensor, states: list[Tensor]) -> Tensor:
     core.check_states("dots", "states", states, like=x)
     (x, *states), _ = core.one_layout([x, *states])
     sums = x.new_empty(len(states), dtype=torch.float64)
-    _launch(x, None, core.addresses(states), (sums,))
+    _launch(x, None, states, (sums,))
     return sums
 
 
@@ -233,6 +221,9 @@ def _backward_dots(ctx: Any, g: Tensor) -> tuple[Tensor | None, list[Tensor | No
     return d_x, [
         None if dtype is None else _lincomb()([x], g[i : i + 1]).to(dtype) for i, dtype in enumerate(ctx.dtypes)
     ]
+
+
+_kernel = core.kernel("adjoint")
 
 
 def _lincomb() -> Any:

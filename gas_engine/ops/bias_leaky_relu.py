@@ -45,18 +45,12 @@ def bias_leaky_relu(x: Tensor, bias: Tensor | None = None, slope: float = 0.2) -
     _check("bias_leaky_relu", x, bias)
     if not torch.compiler.is_compiling() and (not isinstance(slope, int | float) or not math.isfinite(slope)):
         raise ValueError(f"bias_leaky_relu: slope must be a finite number, got {slope!r}")
-    if not core.runs_on(x.device):
+    if not core.runs_on(x):
         return bias_leaky_relu_reference(x, bias, slope)
-    if bias is not None:
-        bias = bias.to(accumulation_dtype(x.dtype))
-    channels_last = _channels_last(x)
-    if core.direct(x) and (bias is None or core.direct(bias)):
-        x = _dense(x, channels_last)
-        y = torch.empty_like(x)
-        _launch(x, bias, slope, y, None, packs=True)
-        return y
-    result: tuple[Tensor, Tensor] = _op(x, bias, float(slope), channels_last)
-    return result[0]
+    if bias is not None and bias.dtype is not (wide := accumulation_dtype(x.dtype)):
+        bias = bias.to(wide)
+    result: Tensor = _op(x, bias, float(slope), core.layout(x) != torch.contiguous_format)
+    return result
 
 
 def _check(op: str, x: Tensor, bias: Tensor | None) -> None:
@@ -95,26 +89,19 @@ def bias_leaky_relu_samples(
         x = draw(generator, shape, dtype, device, requires_grad)
         bias = draw(generator, shape[1:2], dtype, device, requires_grad)
         yield Sample((x, bias))
-        if len(shape) in _FORMATS:
-            x = draw(generator, shape, dtype, device, requires_grad, _FORMATS[len(shape)])
+        if len(shape) in core.CHANNELS_LAST:
+            x = draw(generator, shape, dtype, device, requires_grad, core.CHANNELS_LAST[len(shape)])
             yield Sample((x, bias), {"slope": 0.01})
             yield Sample((x,), {"slope": -1.5})
     for shape in ((), (3,), (1134,)):
         yield Sample((draw(generator, shape, dtype, device, requires_grad),))
 
 
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def _channels_last(x: Tensor) -> bool:
-    """Whether x lies in memory with its channels side by side (batched tensors of vmap do not tell)."""
-    if x.dim() not in _FORMATS or torch._C._functorch.is_batchedtensor(x) or x.is_contiguous():
-        return False
-    return x.is_contiguous(memory_format=_FORMATS[x.dim()])
-
-
 def _dense(x: Tensor, channels_last: bool) -> Tensor:
-    return x.contiguous(memory_format=_FORMATS[x.dim()] if channels_last else torch.contiguous_format)
+    return x.contiguous(memory_format=core.CHANNELS_LAST[x.dim()] if channels_last else torch.contiguous_format)
+
+
+_kernel = core.kernel("bias_leaky_relu")
 
 
 def _launch(
@@ -135,28 +122,13 @@ def _launch(
     channels, inner = 1, n
     if x.dim() > 1:
         channels = x.shape[1]
-        inner = 1 if _channels_last(x) else n // (x.shape[0] * channels)
+        inner = n // (x.shape[0] * channels) if x.is_contiguous() else 1
     workspace = None
     if dbias is not None and x.is_cuda:
         assert core.native is not None
         workspace = torch.empty(channels * core.native.BIAS_SPLITS, dtype=torch.float64, device=x.device)
-    bias = bias.contiguous() if bias is not None else None  # bound to a name: its memory must outlive the call
-    core.call(
-        "bias_leaky_relu",
-        x.device,
-        core.DTYPES[x.dtype],
-        x.data_ptr(),
-        core.address(bias),
-        slope,
-        y.data_ptr(),
-        core.address(bits),
-        packs,
-        core.address(dbias),
-        core.address(workspace),
-        n,
-        channels,
-        inner,
-    )
+    bias = None if bias is None else bias.contiguous()
+    _kernel(x, x, x, bias, slope, y, bits, packs, dbias, workspace, n, channels, inner)
 
 
 def _prepare(
@@ -167,7 +139,7 @@ def _prepare(
     wide = accumulation_dtype(x.dtype)
     if bias is not None and bias.dtype != wide:
         raise TypeError(f"{op}: bias must be {wide}, got {bias.dtype}; call gas_engine.ops, which converts it")
-    if channels_last and x.dim() not in _FORMATS:
+    if channels_last and x.dim() not in core.CHANNELS_LAST:
         raise ValueError(f"{op}: channels_last asks for four or five dimensions, got {list(x.shape)}")
     if bits is not None and (
         bits.dtype != torch.uint8 or bits.shape != (_bytes(x),) or bits.device != x.device or not bits.is_contiguous()
@@ -187,6 +159,12 @@ def _forward(x: Tensor, bias: Tensor | None, slope: float, channels_last: bool) 
     bits = x.new_empty(_bytes(x), dtype=torch.uint8)
     _launch(x, bias, slope, y, bits, packs=True)
     return y, bits
+
+
+def _forward_alone(x: Tensor, bias: Tensor | None, slope: float, channels_last: bool) -> Tensor:
+    x, y = _prepare("bias_leaky_relu", x, bias, channels_last)
+    _launch(x, bias, slope, y, None, packs=True)
+    return y
 
 
 def _forward_fake(x: Tensor, bias: Tensor | None, slope: float, channels_last: bool) -> tuple[Tensor, Tensor]:
@@ -235,7 +213,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None]:
     return _op_masked(g, None, bits, ctx.slope, ctx.channels_last), None
 
 
-def _forward_gradients(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
+def _forward_gradients(ctx: Any, g: Tensor, *unused: Any) -> tuple[Any, ...]:
     return *_gradients(ctx, g), None, None
 
 
@@ -302,6 +280,8 @@ _op = core.register(
     _forward_gradients,
     _setup,
     _vmap_forward,
+    untaped=_forward_alone,
+    first=True,
 )
 _op_masked = core.register(
     "bias_leaky_relu_masked(Tensor g, Tensor? bias, Tensor bits, float slope, bool channels_last) -> Tensor",

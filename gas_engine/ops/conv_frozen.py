@@ -18,8 +18,6 @@ from .reference import conv_frozen_reference
 
 __all__ = ["conv_frozen"]
 
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
 
 def conv_frozen(
     x: Tensor,
@@ -81,16 +79,9 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Ten
     return torch.ops.aten.convolution(x, weight, bias, *geometry)
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    other = _FORMATS.get(x.dim())
-    if other is not None and x.is_contiguous(memory_format=other) and not x.is_contiguous():
-        return other
-    return torch.contiguous_format
-
-
 def _conv_input_gradient(g: Tensor, weight: Tensor, size: list[int], channels_last: bool, *geometry: Any) -> Tensor:
     # Of the input, aten reads the size and the layout. Where g has the room, its own memory plays that part.
-    layout = _FORMATS[g.dim()] if channels_last else torch.contiguous_format
+    layout = core.CHANNELS_LAST[g.dim()] if channels_last else torch.contiguous_format
     g = g.contiguous(memory_format=layout)
     if g.shape == torch.Size(size):
         x = g
@@ -115,7 +106,7 @@ def _strides(size: Sequence[int], channels_last: bool) -> list[int]:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, *ctx.geometry = inputs
-    ctx.size, ctx.channels_last = x.shape, _layout(x) != torch.contiguous_format
+    ctx.size, ctx.channels_last = x.shape, core.layout(x) != torch.contiguous_format
     ctx.save_for_backward(weight)
 
 

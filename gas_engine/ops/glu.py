@@ -35,7 +35,7 @@ def geglu(x: Tensor, approximate: str = "none") -> Tensor:
     if approximate not in ("none", "tanh"):
         raise ValueError(f"geglu: approximate must be 'none' or 'tanh', got {approximate!r}")
     _check_halves("geglu", x)
-    if not core.runs_on(x.device):
+    if not core.runs_on(x):
         return geglu_reference(x, approximate)
     return _glu(x, core.ACTIVATIONS["gelu" if approximate == "none" else "gelu_tanh"], False)
 
@@ -53,14 +53,14 @@ def silu_mul(gate: Tensor, value: Tensor | None = None) -> Tensor:
     """
     if value is None:
         _check_halves("silu_mul", gate)
-        if not core.runs_on(gate.device):
+        if not core.runs_on(gate):
             return silu_mul_reference(gate)
         return _glu(gate, core.ACTIVATIONS["silu"], True)
     core.check_list("silu_mul", "(gate, value)", (gate, value))
     core.check_states("silu_mul", "(gate, value)", (gate, value))
     if gate.dtype != value.dtype:
         raise TypeError(f"silu_mul: gate and value must have one dtype, got {gate.dtype} and {value.dtype}")
-    if not core.runs_on(gate.device):
+    if not core.runs_on(gate):
         return silu_mul_reference(gate, value)
     return _glu_pair(gate, value, core.ACTIVATIONS["silu"])
 
@@ -84,6 +84,9 @@ def _rows(t: Tensor) -> Tensor:
     return rows if width == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
+_kernel = core.kernel("glu")
+
+
 def _launch(
     act: int, gate: Tensor, value: Tensor, out: Tensor | None, grad: Tensor | None = None, d: tuple[Tensor, ...] = ()
 ) -> None:
@@ -95,22 +98,7 @@ def _launch(
         rows, width = 1, rows * width
     if width == 0:
         return
-    core.call(
-        "glu",
-        gate.device,
-        core.DTYPES[gate.dtype],
-        act,
-        gate.data_ptr(),
-        value.data_ptr(),
-        *strides[:2],
-        core.address(grad),
-        core.address(out),
-        *(t.data_ptr() for t in d or ()),
-        *(() if d else (0, 0)),
-        *strides[2:],
-        rows,
-        width,
-    )
+    _kernel(gate, gate, act, gate, value, *strides[:2], grad, out, *(d or (None, None)), *strides[2:], rows, width)
 
 
 def _split(x: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:

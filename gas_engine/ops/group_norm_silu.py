@@ -51,10 +51,10 @@ def group_norm_silu(
     _check_public(x, num_groups, weight, bias)
     scale, shift = _per_channel(x, "scale", scale), _per_channel(x, "shift", shift)
     small = (weight, bias, scale, shift)
-    if not core.runs_on(x.device):
+    if not core.runs_on(x):
         _group_norm.check(x, num_groups, act, *small)
         return group_norm_silu_reference(x, num_groups, weight, bias, eps, scale, shift, act)
-    out: Tensor = _op(x, num_groups, *small, eps, act)[0]
+    out: Tensor = _op(x, num_groups, *small, eps, act)
     return out
 
 
@@ -85,9 +85,7 @@ def _per_channel(x: Tensor, name: str, t: Tensor | None) -> Tensor | None:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, ctx.num_groups, weight, bias, scale, shift, ctx.eps, ctx.act = inputs
-    with torch.enable_grad():
-        core.check_frozen("group_norm_silu", weight=weight, bias=bias)
-    ctx.mark_non_differentiable(*output[1:])
+    core.check_constant("group_norm_silu", weight=weight, bias=bias)
     ctx.wanted = [t is not None and t.requires_grad for t in (x, scale, shift)]
     ctx.save_for_backward(x, *output[1:], weight, bias, scale, shift)
 
@@ -132,6 +130,8 @@ _op = core.register(
     _backward,
     _setup,
     _vmap,
+    untaped=_group_norm.forward_alone,
+    first=True,
 )
 _op_backward = core.register(
     "group_norm_silu_backward(Tensor g, Tensor x, Tensor mean, Tensor rstd, int num_groups, Tensor? weight, "
@@ -139,4 +139,5 @@ _op_backward = core.register(
     _group_norm.backward,
     _group_norm.backward_fake,
     vmap=_vmap,
+    untaped=_group_norm.gradients,
 )

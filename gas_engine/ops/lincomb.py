@@ -55,13 +55,13 @@ def lincomb(
         x_next = lincomb([x, f], torch.tensor([0.9, -0.1]))
         x_next, net_in = lincomb([x, f], coef, scale=c_in, cast=torch.bfloat16)
     """
-    found = core.uniform(states)
-    if found is None:
+    small = core.uniform(states, (), (coef,))
+    if not small:
         core.check_list("lincomb", "states", states)
     core.check_coef("lincomb", "coef", coef, len(states))
-    if found is not None and scale is None and cast is None and core.constant(coef):
+    if small and scale is None and cast is None:
         out = torch.empty_like(states[0])
-        _launch(found, core.coefficients(coef, out.device), out)
+        _launch(states, core.coefficients(coef, out.device), out)
         return out
     if scale is not None and (not isinstance(scale, Tensor) or scale.numel() != 1 or not scale.is_floating_point()):
         seen = f"{scale.dtype} {list(scale.shape)}" if isinstance(scale, Tensor) else type(scale).__name__
@@ -69,7 +69,7 @@ def lincomb(
     if cast is not None and cast not in core.DTYPES:
         raise TypeError(f"lincomb: cast must be float32, float64, bfloat16 or float16, got {cast}")
     device = states[0].device
-    if not core.runs_on(device) or core.batched(coef, *states):
+    if not core.runs_on(states[0]) or core.batched(coef, *states):
         core.check_states("lincomb", "states", states)
         return lincomb_reference(list(states), coef, scale, cast)
     coef = core.coefficients(coef, device)
@@ -77,6 +77,9 @@ def lincomb(
         return torch.ops.gas_engine.lincomb(list(states), coef)
     scale = core.coefficients(scale if scale is not None else torch.ones(1, device=device), device)
     return torch.ops.gas_engine.lincomb_cast(list(states), coef, scale, cast or states[0].dtype)
+
+
+_kernel = core.kernel("lincomb")
 
 
 def promoted(states: Sequence[Tensor]) -> torch.dtype:
@@ -97,37 +100,25 @@ def _prepare(states: Sequence[Tensor], coef: Tensor, *scale: Tensor) -> tuple[li
 
 
 def _launch(
-    states: tuple[list[int], list[int] | int],
+    states: Sequence[Tensor],
     coef: Tensor,
     out: Tensor,
     scale: Tensor | None = None,
     scaled: Tensor | None = None,
 ) -> None:
-    coef = coef.contiguous()  # bound to a name: its memory must outlive the call
-    core.call(
-        "lincomb",
-        out.device,
-        states,
-        coef.data_ptr(),
-        core.DTYPES[out.dtype],
-        out.data_ptr(),
-        core.DTYPES[scaled.dtype] if scaled is not None else 0,
-        core.address(scale),
-        core.address(scaled),
-        out.numel(),
-    )
+    _kernel(out, states, coef.contiguous(), out, out, scaled, scale, scaled, out.numel())
 
 
 def _lincomb(states: Sequence[Tensor], coef: Tensor) -> Tensor:
     states, out = _prepare(states, coef)
-    _launch(core.addresses(states), coef, out)
+    _launch(states, coef, out)
     return out
 
 
 def _lincomb_cast(states: list[Tensor], coef: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     states, out = _prepare(states, coef, scale)
     scaled = torch.empty_like(out, dtype=dtype)
-    _launch(core.addresses(states), coef, out, scale, scaled)
+    _launch(states, coef, out, scale, scaled)
     return out, scaled
 
 

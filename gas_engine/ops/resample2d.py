@@ -53,7 +53,7 @@ def resample2d(x: Tensor, taps: Sequence[float] | Tensor, up: int = 1, down: int
         raise TypeError(f"resample2d: x must be a tensor, got {type(x).__name__}")
     filter_ = normalised(taps)
     T, height, width, p = len(filter_), *out_size(x, len(filter_), up, down)
-    if not core.runs_on(x.device):
+    if not core.runs_on(x):
         return resample2d_reference(x, taps, up, down)
     if up == 2:
         filter_, p = [2 * f for f in reversed(filter_)], T - 1 - p
@@ -127,7 +127,11 @@ def _prepare(
     if up not in (1, 2) or down not in (1, 2) or out_h < 0 or out_w < 0:
         raise ValueError(f"resample2d: factors 1 or 2 and sizes wanted, got {up}, {down} and {[out_h, out_w]}")
     (x,), layout = core.one_layout([x])
-    return x, torch.empty((*x.shape[:2], out_h, out_w), dtype=x.dtype, device=x.device, memory_format=layout)
+    B, C, _, _ = x.shape
+    return x, torch.empty(B, C, out_h, out_w, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+_kernel = core.kernel("resample2d")
 
 
 def _resample2d(x: Tensor, taps: Sequence[float], up: int, down: int, pad: int, out_h: int, out_w: int) -> Tensor:
@@ -139,24 +143,8 @@ def _resample2d(x: Tensor, taps: Sequence[float], up: int, down: int, pad: int, 
         return y.zero_()
     planes, inner = (B * C, 1) if x.is_contiguous() and y.is_contiguous() else (B, C)
     numbers = array.array("d", taps)
-    core.call(
-        "resample2d",
-        x.device,
-        core.DTYPES[x.dtype],
-        x.data_ptr(),
-        y.data_ptr(),
-        numbers.buffer_info()[0],
-        len(taps),
-        up,
-        down,
-        pad,
-        planes,
-        H,
-        W,
-        out_h,
-        out_w,
-        inner,
-    )
+    taps_at = numbers.buffer_info()[0]
+    _kernel(x, x, x, y, taps_at, len(taps), up, down, pad, planes, H, W, out_h, out_w, inner)
     return y
 
 

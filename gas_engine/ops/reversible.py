@@ -69,7 +69,7 @@ def reversible_step(
             "reversible_step: not under vmap, since the number of escapes of a sample is a dynamic shape; the op is "
             "elementwise, so give it the whole batch"
         )
-    if core.runs_on(x.device):
+    if core.runs_on(x):
         x_next, code = torch.ops.gas_engine.reversible_step(x_prev, x, f, coef)
     else:
         x_next, code = reversible_step_reference(x_prev, x, f, coef)
@@ -96,7 +96,7 @@ def reversible_inverse(
     if codes.code.shape != x.shape or codes.code.dtype != torch.int8:
         seen = f"{codes.code.dtype} {list(codes.code.shape)}"
         raise ValueError(f"reversible_inverse: the codes must be int8 {list(x.shape)}, got {seen}")
-    if core.runs_on(x.device):
+    if core.runs_on(x):
         x_prev = torch.ops.gas_engine.reversible_inverse(x_next, x, f, coef, codes.code)
     else:
         x_prev = reversible_inverse_reference(x_next, x, f, coef, codes.code)
@@ -143,22 +143,11 @@ def _prepare(other: Tensor, x: Tensor, f: Tensor, coef: Tensor, *code: Tensor) -
     return dense, torch.empty_like(x, memory_format=layout)
 
 
+_kernel = core.kernel("reversible")
+
+
 def _launch(previous: Tensor, x: Tensor, f: Tensor, coef: Tensor, x_next: Tensor, code: Tensor, inverse: bool) -> None:
-    coef = coef.contiguous()  # bound to a name: its memory must outlive the call
-    core.call(
-        "reversible",
-        x.device,
-        core.DTYPES[x.dtype],
-        previous.data_ptr(),
-        x.data_ptr(),
-        core.DTYPES[f.dtype],
-        f.data_ptr(),
-        coef.data_ptr(),
-        x_next.data_ptr(),
-        code.data_ptr(),
-        x.numel(),
-        inverse,
-    )
+    _kernel(x, x, previous, x, f, f, coef.contiguous(), x_next, code, x.numel(), inverse)
 
 
 def _step(x_prev: Tensor, x: Tensor, f: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,35 @@
+"""A linear layer with quantised weights keeps those, and not what they are dequantised to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ._view import Forward
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """A linear layer whose weight is a tensor class of its own that can be dequantised (torchao's)."""
+    return type(module) is nn.Linear and hasattr(type(module.weight), "__tensor_flatten__")
+
+
+def quantised(m: Any) -> Forward:
+    return lambda input: _Linear.apply(input, m.weight, m.bias)
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b, by the weight's own kernels; dx = g W, dequantised when it is needed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return g @ ctx.weight.dequantize().to(g.dtype), None, None

@@ -1,0 +1,96 @@
+"""On networks of the published architectures, small: nothing that saves memory changes a loss or a gradient."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from twin import plain_rollout, relative
+
+from gas_engine import GeneralizedSolver, MemoryPolicy, guided
+from gas_engine.architectures import ARCHITECTURES, architecture
+from gas_engine.gradients import loss_backward
+from gas_engine.memory import ByteTracker, checkpoint_blocks, lean
+
+STEPS, BATCH = 3, 2
+EDM = ("cifar10", "ffhq64", "adm64")
+
+
+def case(name, dtype):
+    """A denoiser with guidance where the model is used with it, noise, target, condition, solver."""
+    if name not in EDM:
+        pytest.importorskip("diffusers", reason="needs diffusers: pip install diffusers")
+    torch.manual_seed(0)
+    entry = architecture(name)
+    denoiser = entry.denoiser(small=True)
+    with torch.no_grad():
+        for p in denoiser.parameters():  # zero-initialised layers would hide what is behind them
+            p.add_(0.02 * torch.randn_like(p))
+    denoiser = denoiser.to(dtype)
+    x, target = (torch.randn(BATCH, *denoiser.shape, dtype=dtype) for _ in range(2))
+    cond, null = entry.cond(BATCH, small=True), entry.null_cond(1, small=True)
+    if isinstance(cond, dict):
+        cond, null = ({k: v.to(dtype) for k, v in c.items()} if c is not None else None for c in (cond, null))
+    solver = GeneralizedSolver(STEPS, denoiser.schedule, start="quadratic")
+    wrap = (lambda d: guided(d, 3.0, null)) if entry.guided else (lambda d: d)
+    return denoiser, wrap, x, target, cond, solver
+
+
+def iteration(denoiser, x, target, cond, solver, memory=None, micro_batch=None):
+    """(losses, gradients, peak bytes, rows that the network saw) of one training iteration."""
+    solver.zero_grad()
+    rows = []
+    base = denoiser.base
+    handle = base.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    with ByteTracker() as bytes:
+        losses = loss_backward(
+            denoiser, x, solver.tableau(denoiser.prediction),
+            lambda y, part: (y - target[part]).square().flatten(1).mean(1), cond, memory, micro_batch,
+        )  # fmt: skip
+    handle.remove()
+    return losses, [p.grad.clone() for p in solver.parameters()], bytes.peak, rows
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_everything_at_once_equals_plain_autograd_of_the_stock_network(name):
+    """float64, 1e-9: lean, blocks, one graph, split guidance, offload, the loss alone, micro-batches, together."""
+    denoiser, wrap, x, target, cond, solver = case(name, torch.float64)
+    out = plain_rollout(wrap(denoiser), x, solver.tableau(denoiser.prediction), cond)
+    wanted = (out - target).square().flatten(1).mean(1)
+    solver.zero_grad()
+    wanted.mean().backward()
+    grads = torch.cat([p.grad.flatten() for p in solver.parameters()])
+    small = wrap(checkpoint_blocks(lean(denoiser)))
+    split = MemoryPolicy(1, "offload", split_guidance=True, loss_alone=True)
+    for memory, size in ((MemoryPolicy(1), None), (split, 1)):
+        losses, got, _, _ = iteration(small, x, target, cond, solver, memory, size)
+        assert relative(losses, wanted) < 1e-9
+        assert relative(torch.cat([g.flatten() for g in got]), grads) < 1e-9
+        assert all(float(g.norm()) > 0 for g in got)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_only_rebuilds_agrees_bit_for_bit(name):
+    """float32: one graph or all, checkpoints in blocks, the loss alone; and the bytes fall at every step."""
+    denoiser, wrap, x, target, cond, solver = case(name, torch.float32)
+    thin = lean(denoiser)
+    runs = {
+        "all": iteration(wrap(thin), x, target, cond, solver, MemoryPolicy(0)),
+        "one": iteration(wrap(thin), x, target, cond, solver, MemoryPolicy(1)),
+        "blocks": iteration(wrap(checkpoint_blocks(thin)), x, target, cond, solver, MemoryPolicy(1)),
+        "alone": iteration(
+            wrap(checkpoint_blocks(thin, "all")), x, target, cond, solver, MemoryPolicy(loss_alone=True)
+        ),
+    }
+    losses, grads, most, _ = runs["all"]
+    for other_losses, other_grads, _, _ in runs.values():
+        assert torch.equal(other_losses, losses)
+        assert all(torch.equal(a, b) for a, b in zip(other_grads, grads, strict=True))
+    stock = iteration(wrap(denoiser), x, target, cond, solver, MemoryPolicy(0))
+    peaks = [stock[2], most, runs["one"][2], runs["blocks"][2]]
+    assert all(less <= more for more, less in itertools.pairwise(peaks)), peaks
+    assert peaks[-1] < 0.6 * peaks[0]
+    calls = len(wrap(denoiser).terms(cond)) * BATCH
+    assert [len(runs[k][3]) for k in runs] == [STEPS, 2 * STEPS - 1, 2 * STEPS - 1, 2 * STEPS]
+    assert all(rows == calls for *_, seen in runs.values() for rows in seen)
