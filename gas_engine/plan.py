@@ -31,8 +31,8 @@ from .planner import BLOCKS, Plan, Plans, plan, show_bytes
 from .rehearsal import PHASES
 
 HEADS = {
-    "weights": "kind", "trajectory": "states", "graphs": "kept", "micro_batch": "micro", "forward_bytes": "fwd", "backward_bytes": "bwd",
-    "loss_bytes": "loss", "weight_bytes": "weights", "bytes": "peak",
+    "weights": "kind", "trajectory": "states", "graphs": "kept", "micro_batch": "micro", "forward_bytes": "fwd",
+    "loss_bytes": "loss", "backward_bytes": "bwd", "weight_bytes": "weights", "bytes": "peak",
 }  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -179,15 +179,17 @@ def plot(path: Path, plans: Plans, title: str) -> None:
                 )  # fmt: skip
     axis.axhline(plans.budget / 2**30, color="k", ls="--", lw=1)
     axis.annotate(
-        f"budget {show_bytes(plans.budget)}", (1, plans.budget / 2**30), xycoords=("axes fraction", "data"),
-        ha="right", va="bottom", fontsize=8, xytext=(-4, 2), textcoords="offset points",
+        f"budget {show_bytes(plans.budget)}", (0, plans.budget / 2**30), xycoords=("axes fraction", "data"),
+        ha="left", va="bottom", fontsize=8, xytext=(4, 2), textcoords="offset points",
     )  # fmt: skip
     chosen = _first(plans)
     if chosen is not None:
         axis.plot(chosen.passes, chosen.bytes / 2**30, "o", ms=14, mfc="none", mec="C3", mew=2, label="choice")
+    sizes = [plans.budget, *(p.bytes for p in plans)]
+    wide = max(sizes) > 8 * min(sizes)
     axis.set(
         xlabel="time of an update, in plain evaluations of the batch", ylabel="peak, GiB", title=title,
-        ylim=(0, 1.08 * max(plans.budget, *(p.bytes for p in plans)) / 2**30),
+        yscale="log" if wide else "linear", ylim=None if wide else (0, 1.08 * max(sizes) / 2**30),
     )  # fmt: skip
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     with atomic(path) as temporary:
