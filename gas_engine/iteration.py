@@ -1,0 +1,121 @@
+"""Bytes and seconds of one training iteration, for a way to run it.
+
+    bytes    = weights + inputs + max(forward, loss, backward)                 (the phases of ``rehearse``)
+    seconds  = sum over micro-batches of  (2 C - kept) F + C B + loss + transfers
+
+C = K T network calls, T = 2 where guidance is split; F and B the seconds of a call's forward and backward pass: its
+operations times a launch, plus its floating point operations over the device's rate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .costs import Probe
+from .memory import MemoryPolicy
+from .rehearsal import PHASES, Peaks
+
+Weights = Literal["resident", "streamed", "int8", "nf4"]
+WEIGHTS: tuple[Weights, ...] = ("resident", "streamed", "int8", "nf4")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A device, as far as the order of plans depends on it: operations and bytes per second, seconds per launch.
+
+    ``host``: between host and device; ``memory``: on the device, for dequantised weights.
+    """
+
+    flops: float = 5e13
+    launch: float = 1e-5
+    host: float = 2.4e10
+    memory: float = 1e12
+
+
+@dataclass(frozen=True)
+class Way:
+    """A plan without its micro-batch: peaks of micro-batches of 1 and 2."""
+
+    memory: MemoryPolicy
+    blocks: str
+    terms: int
+    one: Peaks
+    two: Peaks
+
+    def peaks(self, batch: int) -> Peaks:
+        return Peaks(*(self.one[name] + (batch - 1) * (self.two[name] - self.one[name]) for name in PHASES))
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One training iteration, as far as it is the same for all ways to run it.
+
+    ``together``: network calls of one evaluation, 2 with guidance, else 1; they run as one call unless split.
+    ``loss_bytes``: of the loss's own weights. ``evaluation_seconds``: measured, of a plain evaluation of the batch.
+    """
+
+    probe: Probe
+    steps: int
+    batch: int
+    lean: bool
+    weights: tuple[Weights, ...]
+    together: int
+    loss_flops: int
+    loss_bytes: int
+    speed: Speed
+    evaluation_seconds: float | None
+
+    @cached_property
+    def input_bytes(self) -> int:
+        """Noise and targets (float32), and conditions, of the whole batch."""
+        leaves = tree_leaves(self.probe.cond_of(1))
+        per_sample = 8 * math.prod(self.probe.shape) + sum(c.nbytes for c in leaves if isinstance(c, Tensor))
+        return per_sample * self.batch
+
+    def weight_bytes(self, weights: Weights) -> int:
+        """Resident: all of them. Streamed: the two largest layers. Quantised: matrices at a byte, or half of one, and
+        scales (float32, one for each row, or for each 64 numbers), and the largest layer while it is used."""
+        probe = self.probe
+        if weights == "resident":
+            return probe.weights + self.loss_bytes
+        if weights == "streamed":
+            return sum(sorted(probe.layers)[-2:]) + self.loss_bytes
+        numbers, others = probe.matrix_numbers, probe.weights - probe.matrix_bytes
+        packed = numbers + 4 * probe.matrix_rows if weights == "int8" else numbers // 2 + 4 * (numbers // 64)
+        return packed + others + max(probe.layers) + self.loss_bytes
+
+    def forward_seconds(self, blocks: str, batch: int) -> float:
+        cost = self.probe.cost(self.lean, blocks, batch)
+        return cost.operations * self.speed.launch + cost.forward_flops / self.speed.flops
+
+    def seconds(self, way: Way, weights: Weights, micro: int) -> float:
+        """Of one iteration, by the formula at the top of this file."""
+        full, rest = divmod(self.batch, micro)
+        return sum(
+            times * self._micro_seconds(way, weights, size) for times, size in ((full, micro), (1, rest)) if size
+        )
+
+    def _micro_seconds(self, way: Way, weights: Weights, micro: int) -> float:
+        speed, calls = self.speed, self.steps * way.terms
+        batch = micro * self.together // way.terms
+        cost = self.probe.cost(self.lean, way.blocks, batch)
+        forward = self.forward_seconds(way.blocks, batch)
+        backward = cost.backward_operations * speed.launch + cost.backward_flops / speed.flops
+        # Weights travel while the layer before is computed; they are unpacked in between.
+        travel = self.probe.weights / speed.host if weights == "streamed" else 0.0
+        unpack = self.probe.matrix_bytes / speed.memory if weights in ("int8", "nf4") else 0.0
+        kept = way.memory.kept(calls)
+        seconds = 0.0
+        if way.blocks == "auto" and kept > 1:  # a call's last block is rebuilt too where another call came after it
+            older = self.probe.cost(self.lean, "all", batch)
+            seconds += (kept - 1) * (older.backward_flops - cost.backward_flops) / speed.flops
+        seconds += (2 * calls - kept) * (max(forward, travel) + unpack) + calls * (max(backward, travel) + unpack)
+        if way.memory.trajectory == "offload":
+            seconds += 2 * (self.steps + 1) * 4 * math.prod(self.probe.shape) * micro / speed.host
+        return seconds + micro * self.loss_flops / speed.flops

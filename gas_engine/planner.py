@@ -1,0 +1,268 @@
+"""From a budget in bytes to a way of running one training iteration: what is kept, rebuilt, offloaded, split.
+
+The ways to run it are few (blocks, split guidance, kept graphs, trajectory, weights); each takes the largest
+micro-batch that fits, since bytes are affine in it. Predicted times order them; ``iteration`` has the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from .costs import Loss, Probe, loss_against_zeros, view
+from .denoiser import Denoiser
+from .guidance import GuidedDenoiser, guided
+from .iteration import WEIGHTS, Iteration, Speed, Way, Weights
+from .memory import MemoryPolicy
+from .rehearsal import PHASES, Peaks, rehearse
+from .solvers import GeneralizedSolver
+from .tableau import Tableau
+
+BLOCKS = ("none", "auto", "all")
+_UNITS = {
+    "b": 1,
+    **{f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)},
+    **{f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)},
+}
+
+
+def parse_bytes(text: str) -> int:
+    """``"8GiB"``, ``"500 MB"`` -> bytes. Raises ValueError for anything without a unit, such as a ratio."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    unit = match and _UNITS.get(match[2].lower())
+    if match is None or not unit or float(match[1]) == 0:
+        raise ValueError(f"a memory budget is a number of bytes with its unit, such as 8GiB or 500MB, got {text!r}")
+    return int(float(match[1]) * unit)
+
+
+def show_bytes(size: float) -> str:
+    """In MiB or GiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run an iteration: ``denoiser(d)``, ``memory`` and ``micro_batch`` are what it takes.
+
+    ``peaks``: bytes at most in each phase; ``weight_bytes``, ``input_bytes`` (noise, targets, conditions of the whole
+    batch) live all the time; ``bytes`` is the peak of all. ``calls``: network calls of an iteration, backward passes
+    not counted. ``passes``: predicted time in plain evaluations of the whole batch, ``seconds`` where one such was
+    measured.
+
+        plan = plan(denoiser, steps=10, batch=24, budget="8GiB").choice
+        losses = loss_backward(plan.denoiser(denoiser), x, tableau, loss, cond, plan.memory, plan.micro_batch)
+    """
+
+    micro_batch: int
+    memory: MemoryPolicy
+    lean: bool
+    blocks: str
+    weights: Weights
+    peaks: Peaks
+    weight_bytes: int
+    input_bytes: int
+    calls: int
+    passes: float
+    seconds: float | None
+    feasible: bool
+    _plans: Plans = field(repr=False, compare=False)
+
+    @property
+    def bytes(self) -> int:
+        return self.peaks.largest + self.weight_bytes + self.input_bytes
+
+    def denoiser(self, denoiser: Denoiser) -> Denoiser:
+        """The view of the denoiser that this plan trains with; the weights are shared.
+
+        Raises ValueError for weights that are not resident: they have to be quantised or streamed before.
+        """
+        if self.weights != "resident":
+            raise ValueError(
+                f"the plan needs {self.weights} weights, which this view cannot give; quantise or stream the network "
+                "first and plan again with what it is then, or plan with weights=('resident',)"
+            )
+        return view(denoiser, self.lean, self.blocks)
+
+    def cheaper(self, fraction: float = 0.85) -> Plan:
+        """The fastest plan that needs at most this fraction of the bytes that are not weights.
+
+        For the moment after an out-of-memory error. Raises ValueError if there is none.
+        """
+        fixed = self.weight_bytes
+        return self._plans.within(fixed + int(fraction * (self.bytes - fixed))).choice
+
+
+class Plans(Sequence[Plan]):
+    """Plans by predicted time, of each way to run the one with the largest micro-batch that fits (else 1).
+
+    ``choice`` is the first feasible one. Raises ValueError there if no plan fits, with the smallest that there is.
+    """
+
+    def __init__(self, iteration: Iteration, ways: list[Way], budget: int) -> None:
+        self.iteration, self.ways, self.budget = iteration, ways, budget
+        self.plans = sorted(
+            (self._plan(way, weights, budget) for weights in iteration.weights for way in ways),
+            key=lambda plan: (plan.passes, WEIGHTS.index(plan.weights), plan.bytes),
+        )
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.plans[index]
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    @cached_property
+    def smallest(self) -> Plan:
+        """The one with the fewest bytes, at a micro-batch of one."""
+        alone = (self._plan(way, weights, 0) for weights in self.iteration.weights for way in self.ways)
+        return min(alone, key=lambda plan: plan.bytes)
+
+    @property
+    def choice(self) -> Plan:
+        found = next((plan for plan in self.plans if plan.feasible), None)
+        if found is None:
+            least = self.smallest
+            others = [w for w in WEIGHTS if w not in self.iteration.weights]
+            heavy = least.weight_bytes > least.peaks.largest and others
+            raise ValueError(
+                f"no plan fits into {show_bytes(self.budget)}: the smallest needs {show_bytes(least.bytes)} "
+                f"({show_bytes(least.weight_bytes)} of {least.weights} weights, {show_bytes(least.input_bytes)} of "
+                f"inputs, {show_bytes(least.peaks.largest)} for one sample at a time with blocks={least.blocks!r}); "
+                + (f"allow {' or '.join(others)} weights, or " if heavy else "")
+                + "give a larger budget, a smaller batch or another dtype"
+            )
+        return found
+
+    def within(self, budget: int) -> Plans:
+        """The same ways for another budget; nothing is measured again."""
+        return Plans(self.iteration, self.ways, budget)
+
+    def groups(self) -> list[Plan]:
+        """For each weights, blocks, guidance and trajectory: the fastest that fits, else the smallest."""
+        best: dict[Any, Plan] = {}
+        for plan in self.plans:
+            key = (plan.weights, plan.blocks, plan.memory.split_guidance, plan.memory.trajectory)
+            held = best.get(key)
+            if held is None or (not held.feasible and (plan.feasible or plan.bytes < held.bytes)):
+                best[key] = plan
+        return sorted(best.values(), key=lambda plan: (not plan.feasible, plan.passes, plan.bytes))
+
+    def _plan(self, way: Way, weights: Weights, budget: int) -> Plan:
+        it = self.iteration
+        weight_bytes, one, two = it.weight_bytes(weights), way.one, way.two
+        room, most = budget - weight_bytes - it.input_bytes, it.batch
+        for name in PHASES:
+            slope = two[name] - one[name]
+            fits = 1 + (room - one[name]) // slope if slope > 0 else it.batch * (one[name] <= room)
+            most = min(most, fits)
+        # As many micro-batches as it takes, of even sizes.
+        micro = math.ceil(it.batch / math.ceil(it.batch / max(1, most)))
+        calls = it.steps * way.terms
+        passes = it.seconds(way, weights, micro) / it.forward_seconds("none", it.together * it.batch)
+        seconds = None if it.evaluation_seconds is None else passes * it.evaluation_seconds
+        return Plan(
+            micro, way.memory, it.lean, way.blocks, weights, way.peaks(micro), weight_bytes, it.input_bytes,
+            (2 * calls - way.memory.kept(calls)) * math.ceil(it.batch / micro), passes, seconds, most >= 1, self,
+        )  # fmt: skip
+
+
+def plan(
+    denoiser: Denoiser,
+    steps: int,
+    batch: int,
+    budget: int | str,
+    *,
+    cond: Any = None,
+    loss: str | Loss = "l1",
+    dtype: torch.dtype | None = None,
+    lean: bool = True,
+    blocks: Sequence[str] = BLOCKS,
+    weights: Sequence[Weights] = ("resident",),
+    tableau: Tableau | None = None,
+    evaluation_seconds: float | None = None,
+    speed: Speed | None = None,
+    probe: Probe | None = None,
+    on_probe: Callable[[str], None] | None = None,
+) -> Plans:
+    """Ways to run one training iteration of ``steps`` evaluations in ``budget`` bytes, fastest first.
+
+    Nothing of the network is computed: it runs in fake tensors, and may itself be made of them. ``cond``: the condition
+    of one sample or more; ``loss``: "l1", "l2", "lpips", or ``loss(samples, rows) -> [b]`` as ``loss_backward`` takes
+    it, run once on zeros; ``dtype``: of the network's weights, if not their own. ``weights``: what may be done with
+    them; only "resident" is for ``Plan.denoiser`` to give. ``tableau``: the solver, a GeneralizedSolver of full order
+    unless given. ``evaluation_seconds``: measured, of one evaluation of the whole batch. ``probe``: measurements of
+    the same denoiser to go on with. ``on_probe`` hears what is measured next.
+
+    Bytes are tensors': a CUDA context and the allocator's rounding come on top.
+    Raises ValueError for numbers below 1, unknown names, a budget without a unit.
+
+        plans = plan(denoiser, steps=10, batch=24, budget="8GiB", cond=labels)
+        print(plans.choice)
+    """
+    if steps < 1 or batch < 1:
+        raise ValueError(f"steps and batch must be at least 1, got steps={steps}, batch={batch}")
+    for name, given, known in (("blocks", blocks, BLOCKS), ("weights", weights, WEIGHTS)):
+        if not given or any(g not in known for g in given):
+            raise ValueError(f"{name} must be some of {', '.join(known)}, got {given!r}")
+    size = parse_bytes(budget) if isinstance(budget, str) else int(budget)
+    tell = on_probe or (lambda what: None)
+    base: Denoiser = denoiser
+    guide: Callable[[Denoiser], Denoiser] = _as_it_is
+    if isinstance(denoiser, GuidedDenoiser):
+        base, scale, null = denoiser.base, denoiser.scale, denoiser.null
+        null = tree_map(lambda n: torch.zeros_like(n, device="cpu"), null)
+        guide = lambda network: guided(network, scale, null)  # noqa: E731
+    if cond is None and base.classes:
+        cond = torch.zeros(1, dtype=torch.int64)
+    tell("the network in fake tensors")
+    probe = probe or Probe(base, cond, dtype)
+    tableau = tableau or GeneralizedSolver(steps, base.schedule, base.t_eps).tableau(base.prediction)
+    if tableau.steps != steps:
+        raise ValueError(f"the tableau has {tableau.steps} steps, not {steps}")
+    tell("the loss")
+    measured, loss_bytes = loss_against_zeros(loss, probe) if isinstance(loss, str) else (loss, 0)
+    (peak_1, loss_flops), (peak_2, _) = (probe.loss_cost(measured, n) for n in (1, 2))
+    ways = []
+    for kind in blocks:
+        if not probe.known(lean, kind):
+            tell(f"a call, blocks={kind}")
+        try:
+            probe.cost(lean, kind, 1), probe.cost(lean, kind, 2)
+        except ValueError:  # a network without blocks
+            if kind == "none":
+                raise
+            continue
+        for memory in _policies(steps, guide is not _as_it_is):
+            peaks = [
+                rehearse(probe, tableau, n, memory, lean, kind, loss_peak, guide)
+                for n, loss_peak in ((1, peak_1), (2, peak_2))
+            ]
+            ways.append(Way(memory, kind, 2 if memory.split_guidance else 1, *peaks))
+    iteration = Iteration(
+        probe, steps, batch, lean, tuple(weights), 1 if guide is _as_it_is else 2, loss_flops, loss_bytes,
+        speed or Speed(), evaluation_seconds,
+    )  # fmt: skip
+    return Plans(iteration, ways, size)
+
+
+def _as_it_is(denoiser: Denoiser) -> Denoiser:
+    return denoiser
+
+
+def _policies(steps: int, guided: bool) -> Iterable[MemoryPolicy]:
+    """Numbers of kept graphs by doubling: what lies between them differs little in time."""
+    for split in (False, True) if guided else (False,):
+        calls = steps * (1 + split)
+        some = [1 << i for i in range(calls.bit_length()) if 1 << i < calls]
+        for kept in [*some, 0]:
+            yield MemoryPolicy(kept, split_guidance=split)
+        alone = MemoryPolicy(1, split_guidance=split, loss_alone=True)
+        yield alone
+        yield replace(alone, trajectory="offload")

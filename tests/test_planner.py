@@ -1,0 +1,248 @@
+"""Plans: predicted bytes against those of the real training gradient, choices under a budget, clear words."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gas_engine import Denoiser, GeneralizedSolver, MemoryPolicy, Schedule, load_denoiser
+from gas_engine.architectures import ARCHITECTURES, architecture
+from gas_engine.costs import Probe, view
+from gas_engine.gradients import loss_backward
+from gas_engine.guidance import guided
+from gas_engine.iteration import Speed
+from gas_engine.memory import ByteTracker
+from gas_engine.planner import Plans, parse_bytes, plan, show_bytes
+from gas_engine.rehearsal import rehearse
+
+STEPS = 3
+# lean, blocks, micro-batch, policy
+WAYS = [
+    (False, "none", 1, MemoryPolicy(1)),
+    (True, "none", 3, MemoryPolicy(2)),
+    (True, "auto", 3, MemoryPolicy(0)),
+    (True, "all", 1, MemoryPolicy(1, loss_alone=True)),
+    (True, "none", 3, MemoryPolicy(1, trajectory="offload")),
+    (True, "none", 3, MemoryPolicy(1, split_guidance=True)),
+    (True, "auto", 1, MemoryPolicy(3, split_guidance=True)),
+]
+
+
+def l1(x: Tensor, rows: slice) -> Tensor:
+    return (x - 0.5).abs().flatten(1).mean(1)
+
+
+def heavy(x: Tensor, rows: slice) -> Tensor:
+    """A graph of 64 times its input: what LPIPS is to a small picture."""
+    return F.interpolate(x, scale_factor=8.0).square().flatten(1).mean(1)
+
+
+@functools.cache
+def probed(name: str, dtype: torch.dtype | None = None) -> tuple[Denoiser, Probe]:
+    if name not in ("cifar10", "ffhq64", "adm64"):
+        pytest.importorskip("diffusers", reason="needs diffusers: pip install diffusers")
+    torch.manual_seed(0)
+    denoiser = architecture(name).denoiser(small=True)
+    return denoiser.to(dtype) if dtype else denoiser, Probe(denoiser, architecture(name).cond(1, small=True), dtype)
+
+
+def both(name, lean, blocks, batch, memory, loss=l1, dtype=None):
+    """Predicted and measured peak of an iteration of a micro-batch and one more sample."""
+    entry = architecture(name)
+    denoiser, probe = probed(name, dtype)
+
+    def guide(network: Denoiser) -> Denoiser:
+        return guided(network, 3.0, entry.null_cond(1, small=True)) if entry.guided else network
+
+    solver = GeneralizedSolver(STEPS, entry.schedule, 1e-3)
+    peak = probe.loss_cost(loss, batch)[0]
+    predicted = rehearse(
+        probe, solver.tableau(entry.prediction), batch, memory, lean, blocks, peak, guide
+    ).largest  # fmt: skip
+    x, cond = torch.randn(batch + 1, *entry.small_shape), entry.cond(batch + 1, small=True)
+    network = view(guide(denoiser), lean, blocks)
+    with ByteTracker() as bytes:
+        loss_backward(network, x, solver.tableau(entry.prediction), loss, cond, memory, batch)
+    return predicted, bytes.peak
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_predicted_peaks_are_those_of_the_real_iteration(name: str) -> None:
+    """Fake tensors at batches 1 and 2 foretell, within 2 %, what real ones of 1 and 3 take, whatever the policy."""
+    for lean, blocks, batch, memory in WAYS:
+        if memory.split_guidance and not architecture(name).guided:
+            continue
+        predicted, measured = both(name, lean, blocks, batch, memory)
+        assert predicted == pytest.approx(measured, rel=0.02), (lean, blocks, batch, memory)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_large_loss(alone: bool) -> None:
+    predicted, measured = both("cifar10", True, "auto", 3, MemoryPolicy(1, loss_alone=alone), heavy)
+    assert predicted == pytest.approx(measured, rel=0.02)
+
+
+def test_half_precision() -> None:
+    """States stay float32, the network's graph halves."""
+    predicted, measured = both("sd3", True, "none", 3, MemoryPolicy(1), dtype=torch.bfloat16)
+    assert predicted == pytest.approx(measured, rel=0.02)
+    assert predicted < 0.7 * both("sd3", True, "none", 3, MemoryPolicy(1))[0]
+
+
+def test_work_of_a_call() -> None:
+    """DDPM++ at 32 x 32 takes 21.2 G multiplications; its frozen backward pass as much; blocks at most that again."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        denoiser = architecture("cifar10").denoiser()
+    probe = Probe(denoiser)
+    assert probe.weights == 4 * sum(p.numel() for p in denoiser.parameters())
+    plain, blocks = probe.cost(True, "none", 1), probe.cost(True, "all", 1)
+    assert plain.forward_flops == blocks.forward_flops == pytest.approx(2 * 21.2e9, rel=0.02)
+    assert 0.95 < plain.backward_flops / plain.forward_flops < 1.1
+    assert 1.2 < blocks.backward_flops / plain.backward_flops < 2
+    assert blocks.kept < 0.5 * plain.kept
+    assert probe.cost(True, "none", 5).kept == pytest.approx(5 * plain.kept, rel=0.01)
+
+
+def test_a_denoiser_with_weights_is_left_as_it_is() -> None:
+    denoiser = load_denoiser("digits")
+    before = {name: (id(t), t._version) for name, t in denoiser.state_dict(keep_vars=True).items()}
+    plans = plan(denoiser, 4, 24, "1GiB")
+    assert {name: (id(t), t._version) for name, t in denoiser.state_dict(keep_vars=True).items()} == before
+    chosen = plans.choice
+    assert (chosen.micro_batch, chosen.memory, chosen.blocks) == (24, MemoryPolicy(0), "none")
+    assert chosen.weight_bytes == sum(p.nbytes for p in denoiser.parameters())
+    assert chosen.input_bytes == 24 * (2 * 64 * 4 + 8)
+
+
+def test_a_function_that_closes_over_its_network() -> None:
+    network = nn.Sequential(nn.Conv2d(2, 64, 1), nn.SiLU(), nn.Conv2d(64, 2, 1)).requires_grad_(False)
+    denoiser = Denoiser(lambda x, t, cond: network(x * t.to(x.dtype)), Schedule.flow(), "flow", (2, 8, 8))
+    probe = Probe(denoiser)
+    with ByteTracker() as bytes:
+        x = torch.zeros(1, 2, 8, 8, requires_grad=True)
+        y = denoiser(x, torch.tensor(0.5, dtype=torch.float64, requires_grad=True))
+    assert probe.cost(True, "none", 1).kept == pytest.approx(bytes.live - x.nbytes, abs=64) and y.requires_grad
+    assert all(type(p) is nn.Parameter for p in network.parameters())
+
+
+@functools.cache
+def plans_of(name: str) -> Plans:
+    entry = architecture(name)
+    denoiser, probe = probed(name)
+    if entry.guided:
+        denoiser = guided(denoiser, 3.0, entry.null_cond(1, small=True))
+    return plan(denoiser, 4, 6, "1GiB", cond=entry.cond(1, small=True), probe=probe, loss=l1)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "dit-xl2"])
+def test_the_choice_fits_and_runs(name: str) -> None:
+    """At every budget: its real iteration stays within it, and a smaller budget never makes a faster plan."""
+    if ARCHITECTURES[name].wrapper is not None:
+        pytest.importorskip("diffusers", reason="needs diffusers: pip install diffusers")
+    entry, plans = architecture(name), plans_of(name)
+    denoiser, _ = probed(name)
+    if entry.guided:
+        denoiser = guided(denoiser, 3.0, entry.null_cond(1, small=True))
+    x, cond = torch.randn(6, *entry.small_shape), entry.cond(6, small=True)
+    solver = GeneralizedSolver(4, entry.schedule, 1e-3)
+    least, most = plans.smallest.bytes, plans.choice.bytes
+    assert plans.choice.memory == MemoryPolicy(0) and plans.choice.micro_batch == 6
+    passes, seen = plans.choice.passes, set()
+    for budget in torch.linspace(least, most, 8).ceil().long().tolist():
+        chosen = plans.within(budget + 64).choice
+        assert chosen.bytes <= budget + 64
+        with ByteTracker() as bytes:
+            loss_backward(
+                chosen.denoiser(denoiser), x, solver.tableau(entry.prediction), l1, cond, chosen.memory,
+                chosen.micro_batch,
+            )  # fmt: skip
+        room = budget - chosen.weight_bytes - chosen.input_bytes
+        assert bytes.peak <= 1.02 * room, chosen
+        seen.add((chosen.micro_batch, chosen.blocks, chosen.memory))
+    assert len(seen) > 3
+    times = [plans.within(budget).choice.passes for budget in range(most, least, (least - most) // 20)]
+    assert times == sorted(times) and times[0] == passes
+
+
+def test_cheaper_ends_at_the_smallest() -> None:
+    chosen, bytes = plans_of("cifar10").choice, []
+    with pytest.raises(ValueError, match=r"no plan fits into .* the smallest needs .* one sample at a time"):
+        while True:
+            bytes.append(chosen.bytes)
+            chosen = chosen.cheaper()
+    assert len(bytes) > 3 and bytes == sorted(bytes, reverse=True)
+    assert bytes[-1] < 1.5 * plans_of("cifar10").smallest.bytes
+
+
+def test_a_large_loss_wants_to_be_alone() -> None:
+    _, probe = probed("cifar10")
+    plans = plan(probed("cifar10")[0], 4, 6, "1GiB", probe=probe, loss=heavy, blocks=("none",))
+    alone = [p for p in plans.within(0) if p.memory.loss_alone and p.memory.trajectory == "keep"]
+    beside = [p for p in plans.within(0) if p.memory == MemoryPolicy(1)]
+    assert alone[0].bytes < beside[0].bytes
+    assert plans.within(alone[0].bytes).choice.memory.loss_alone
+
+
+def test_time_of_an_update() -> None:
+    """Without launches, in evaluations: K forward, K - k rebuilt, K backward at their share of the operations."""
+    denoiser, probe = probed("cifar10")
+    cost = probe.cost(True, "none", 1)
+    ratio = cost.backward_flops / cost.forward_flops
+    options = {"probe": probe, "speed": Speed(launch=0.0), "evaluation_seconds": 0.5}
+    for found in plan(denoiser, 4, 6, "1GiB", blocks=("none",), loss=l1, **options):
+        kept = found.memory.kept(4)
+        assert found.micro_batch == 6 and found.calls == 4 + 4 - kept
+        if found.memory.trajectory == "keep":
+            assert found.passes == pytest.approx(4 + (4 - kept) + 4 * ratio, rel=1e-3)
+        assert found.seconds == 0.5 * found.passes
+
+
+def test_bytes_of_weights() -> None:
+    """Two layers of 64 x 64, one of 32 x 64, and biases; scales by row for int8, by 64 numbers for nf4."""
+    network = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 32)).requires_grad_(False)
+    denoiser = Denoiser(lambda x, t, cond: F.pad(network(x), (0, 32)), Schedule.flow(), "flow", (64,))
+    kinds = ("resident", "streamed", "int8", "nf4")
+    plans = plan(denoiser, 2, 2, "1GiB", weights=kinds, blocks=("none",), loss=lambda x, rows: x.square().mean(1))
+    found = {p.weights: p.weight_bytes for p in plans}
+    large, rows, numbers = 4 * (64 * 64 + 64), 160, 160 * 64
+    assert found["resident"] == 4 * (numbers + rows)
+    assert found["streamed"] == 2 * large
+    assert found["int8"] == numbers + 4 * rows + 4 * rows + large
+    assert found["nf4"] == numbers // 2 + 4 * (numbers // 64) + 4 * rows + large
+    assert plans[0].weights == "resident"
+    with pytest.raises(ValueError, match="int8 weights, which this view cannot give"):
+        next(p for p in plans if p.weights == "int8").denoiser(denoiser)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GiB", 8 * 2**30), ("1.5 gb", 1_500_000_000), ("100MiB", 100 * 2**20), ("7B", 7)]
+)
+def test_bytes_with_units(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["0.8", "80%", "8", "GiB", "-1GiB", "0GiB", "8 potatoes", ""])
+def test_a_budget_needs_its_unit(text: str) -> None:
+    with pytest.raises(ValueError, match="such as 8GiB or 500MB, got"):
+        parse_bytes(text)
+
+
+def test_clear_words() -> None:
+    assert (show_bytes(2**31), show_bytes(2**20)) == ("2.00 GiB", "1.0 MiB")
+    denoiser, probe = probed("cifar10")
+    with pytest.raises(ValueError, match="steps and batch must be at least 1, got steps=0"):
+        plan(denoiser, 0, 1, "1GiB")
+    with pytest.raises(ValueError, match="weights must be some of resident, streamed"):
+        plan(denoiser, 1, 1, "1GiB", weights=("fp4",), probe=probe)
+    with pytest.raises(ValueError, match="blocks must be some of none, auto, all"):
+        plan(denoiser, 1, 1, "1GiB", blocks=("some",), probe=probe)
+    with pytest.raises(ValueError, match="the tableau has 2 steps, not 3"):
+        tableau = GeneralizedSolver(2, denoiser.schedule, 1e-3).tableau("data")
+        plan(denoiser, 3, 1, "1GiB", tableau=tableau, probe=probe)
+    with pytest.raises(ValueError, match="shape of its states"):
+        Probe(Denoiser(lambda x, t, cond: x, Schedule.flow(), "flow", None))
