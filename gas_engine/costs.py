@@ -22,18 +22,13 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from .denoiser import Denoiser
+from .execution import Execution
 from .losses.distillation import _prepared, distillation_loss
-from .memory import ByteTracker, checkpoint_blocks, lean, phase
+from .memory import ByteTracker, phase
+from .memory.blocks import repeated_blocks
 from .schedule import Schedule
 
 Loss = Callable[[Tensor, slice], Tensor]
-
-
-def view(denoiser: Denoiser, lean_ops: bool = True, blocks: str = "none") -> Denoiser:
-    """The denoiser as the plan runs it; the weights are shared."""
-    if lean_ops:
-        denoiser = lean(denoiser)  # type: ignore[assignment]
-    return denoiser if blocks == "none" else checkpoint_blocks(denoiser, blocks)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -90,8 +85,11 @@ class Probe:
         self.device = next((t.device for t in tensors if not isinstance(t, FakeTensor)), torch.device("cpu"))
         sizes = {id(p): p.nbytes for p in self.denoiser.parameters()}
         self.weights = sum(sizes.values())
-        self.layers = [sum(p.nbytes for p in m.parameters(recurse=False)) for m in self.denoiser.modules()]
-        matrices = {id(p): p for p in self.denoiser.parameters() if p.ndim > 1 and p.is_floating_point()}.values()
+        blocks = repeated_blocks(self.denoiser)
+        self.blocks = sorted(sum(p.nbytes for p in block.parameters()) for block in blocks)
+        linear = [m.weight for m in self.denoiser.modules() if type(m) is nn.Linear]
+        self.layers = [w.nbytes for w in linear]
+        matrices = {id(p): p for p in linear}.values()
         self.matrix_numbers, self.matrix_bytes = sum(p.numel() for p in matrices), sum(p.nbytes for p in matrices)
         self.matrix_rows = sum(len(p) for p in matrices)
         self._views: dict[tuple[bool, str], Denoiser] = {}
@@ -103,7 +101,7 @@ class Probe:
 
     def view(self, lean_ops: bool, blocks: str) -> Denoiser:
         if (lean_ops, blocks) not in self._views:
-            self._views[lean_ops, blocks] = view(self.denoiser, lean_ops, blocks)
+            self._views[lean_ops, blocks] = Execution(lean=lean_ops, blocks=blocks).view(self.denoiser)
         return self._views[lean_ops, blocks]
 
     def known(self, lean_ops: bool, blocks: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -11,8 +12,9 @@ from torch import nn
 from .denoiser import Denoiser
 from .memory import MemoryPolicy, checkpoint_blocks, lean, quantize_weights, stream_weights
 
+Weights = Literal["resident", "streamed", "int8", "nf4"]
 BLOCKS = ("none", "auto", "all")
-WEIGHTS = ("resident", "int8", "streamed")
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Execution:
     ``memory``: the policy of the rollout. ``micro_batch``: samples at a time, None for all. ``lean``: the network's
     graph keeps only what an input gradient needs. ``blocks``: "none", "auto" or "all" of its blocks are rebuilt in the
     backward pass. ``weights``: "resident", "int8" (linear layers in eight bits, an approximation), or "streamed" from
-    host memory block by block, which rebuilds the blocks as well.
+    host memory block by block, which rebuilds the blocks as well; "nf4" (four bits) can be planned, and not run yet.
 
         execution = Execution(MemoryPolicy(1), micro_batch=4, lean=True, blocks="auto")
         loss_backward(execution.view(denoiser), x, tableau, loss, cond, execution.memory, execution.micro_batch)
@@ -32,7 +34,7 @@ class Execution:
     micro_batch: int | None = None
     lean: bool = False
     blocks: str = "none"
-    weights: str = "resident"
+    weights: Weights = "resident"
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
@@ -49,6 +51,8 @@ class Execution:
         if self.weights == "resident":
             return denoiser.to(device)
         _check_viewable(denoiser)
+        if self.weights == "nf4":
+            raise ValueError("four-bit weights (nf4) can be planned but not run yet; use int8 or streamed weights")
         if self.weights == "streamed":
             placed: nn.Module = stream_weights(denoiser.requires_grad_(False), device)
         else:

@@ -12,17 +12,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .costs import Probe
+from .execution import Weights
 from .memory import MemoryPolicy
 from .rehearsal import PHASES, Peaks
-
-Weights = Literal["resident", "streamed", "int8", "nf4"]
-WEIGHTS: tuple[Weights, ...] = ("resident", "streamed", "int8", "nf4")
 
 
 @dataclass(frozen=True)
@@ -79,16 +76,18 @@ class Iteration:
         return per_sample * self.batch
 
     def weight_bytes(self, weights: Weights) -> int:
-        """Resident: all of them. Streamed: the two largest layers. Quantised: matrices at a byte, or half of one, and
-        scales (float32, one for each row, or for each 64 numbers), and the largest layer while it is used."""
+        """Resident: all of them. Streamed: what is in no block, and the two largest blocks. Quantised: the matrices of
+        linear layers at a byte, or half of one, and scales (one for each row, or float32 for each 64 numbers), and the
+        largest such layer while it is used."""
         probe = self.probe
         if weights == "resident":
             return probe.weights + self.loss_bytes
         if weights == "streamed":
-            return sum(sorted(probe.layers)[-2:]) + self.loss_bytes
+            return probe.weights - sum(probe.blocks) + sum(probe.blocks[-2:]) + self.loss_bytes
         numbers, others = probe.matrix_numbers, probe.weights - probe.matrix_bytes
-        packed = numbers + 4 * probe.matrix_rows if weights == "int8" else numbers // 2 + 4 * (numbers // 64)
-        return packed + others + max(probe.layers) + self.loss_bytes
+        scale = probe.matrix_bytes // max(numbers, 1)
+        packed = numbers + scale * probe.matrix_rows if weights == "int8" else numbers // 2 + 4 * (numbers // 64)
+        return packed + others + max(probe.layers, default=0) + self.loss_bytes
 
     def forward_seconds(self, blocks: str, batch: int) -> float:
         cost = self.probe.cost(self.lean, blocks, batch)

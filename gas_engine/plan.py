@@ -23,11 +23,11 @@ from ._cli import InputError, command, console, progress, writable
 from .adapters import load_denoiser
 from .architectures import ARCHITECTURES
 from .denoiser import Denoiser
+from .execution import BLOCKS, WEIGHTS, Weights
 from .files import atomic
 from .guidance import guided
-from .iteration import WEIGHTS, Weights
 from .memory import MemoryPolicy
-from .planner import BLOCKS, Plan, Plans, plan, show_bytes
+from .planner import Plan, Plans, plan, show_bytes
 from .rehearsal import PHASES
 
 HEADS = {

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from .costs import Loss, Probe, loss_against_zeros, view
+from .costs import Loss, Probe, loss_against_zeros
 from .denoiser import Denoiser
+from .execution import BLOCKS, WEIGHTS, Execution, Weights, viewable
 from .guidance import GuidedDenoiser, guided
-from .iteration import WEIGHTS, Iteration, Speed, Way, Weights
+from .iteration import Iteration, Speed, Way
 from .memory import MemoryPolicy
 from .rehearsal import PHASES, Peaks, rehearse
 from .solvers import GeneralizedSolver
 from .tableau import Tableau
 
-BLOCKS = ("none", "auto", "all")
 _UNITS = {
     "b": 1,
     **{f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)},
@@ -49,15 +49,15 @@ def show_bytes(size: float) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to run an iteration: ``denoiser(d)``, ``memory`` and ``micro_batch`` are what it takes.
+    """One way to run an iteration, and what it takes: ``execution`` is what to do.
 
     ``peaks``: bytes at most in each phase; ``weight_bytes``, ``input_bytes`` (noise, targets, conditions of the whole
     batch) live all the time; ``bytes`` is the peak of all. ``calls``: network calls of an iteration, backward passes
     not counted. ``passes``: predicted time in plain evaluations of the whole batch, ``seconds`` where one such was
     measured.
 
-        plan = plan(denoiser, steps=10, batch=24, budget="8GiB").choice
-        losses = loss_backward(plan.denoiser(denoiser), x, tableau, loss, cond, plan.memory, plan.micro_batch)
+        way = plan(denoiser, steps=10, batch=24, budget="8GiB").choice.execution
+        losses = loss_backward(way.view(denoiser), x, tableau, loss, cond, way.memory, way.micro_batch)
     """
 
     micro_batch: int
@@ -78,17 +78,10 @@ class Plan:
     def bytes(self) -> int:
         return self.peaks.largest + self.weight_bytes + self.input_bytes
 
-    def denoiser(self, denoiser: Denoiser) -> Denoiser:
-        """The view of the denoiser that this plan trains with; the weights are shared.
-
-        Raises ValueError for weights that are not resident: they have to be quantised or streamed before.
-        """
-        if self.weights != "resident":
-            raise ValueError(
-                f"the plan needs {self.weights} weights, which this view cannot give; quantise or stream the network "
-                "first and plan again with what it is then, or plan with weights=('resident',)"
-            )
-        return view(denoiser, self.lean, self.blocks)
+    @property
+    def execution(self) -> Execution:
+        """What runs the iteration so."""
+        return Execution(self.memory, self.micro_batch, self.lean, self.blocks, self.weights)
 
     def cheaper(self, fraction: float = 0.85) -> Plan:
         """The fastest plan that needs at most this fraction of the bytes that are not weights.
@@ -108,7 +101,7 @@ class Plans(Sequence[Plan]):
     def __init__(self, iteration: Iteration, ways: list[Way], budget: int) -> None:
         self.iteration, self.ways, self.budget = iteration, ways, budget
         self.plans = sorted(
-            (self._plan(way, weights, budget) for weights in iteration.weights for way in ways),
+            (self._plan(way, weights, budget) for weights, way in self._combinations()),
             key=lambda plan: (plan.passes, WEIGHTS.index(plan.weights), plan.bytes),
         )
 
@@ -121,7 +114,7 @@ class Plans(Sequence[Plan]):
     @cached_property
     def smallest(self) -> Plan:
         """The one with the fewest bytes, at a micro-batch of one."""
-        alone = (self._plan(way, weights, 0) for weights in self.iteration.weights for way in self.ways)
+        alone = (self._plan(way, weights, 0) for weights, way in self._combinations())
         return min(alone, key=lambda plan: plan.bytes)
 
     @property
@@ -153,6 +146,11 @@ class Plans(Sequence[Plan]):
             if held is None or (not held.feasible and (plan.feasible or plan.bytes < held.bytes)):
                 best[key] = plan
         return sorted(best.values(), key=lambda plan: (not plan.feasible, plan.passes, plan.bytes))
+
+    def _combinations(self) -> Iterable[tuple[Weights, Way]]:
+        for weights in self.iteration.weights:
+            # A graph would keep streamed weights; blocks that are rebuilt let them go.
+            yield from ((weights, way) for way in self.ways if weights != "streamed" or way.blocks != "none")
 
     def _plan(self, way: Way, weights: Weights, budget: int) -> Plan:
         it = self.iteration
@@ -196,7 +194,7 @@ def plan(
     Nothing of the network is computed: it runs in fake tensors, and may itself be made of them. ``cond``: the condition
     of one sample or more; ``loss``: "l1", "l2", "lpips", or ``loss(samples, rows) -> [b]`` as ``loss_backward`` takes
     it, run once on zeros; ``dtype``: of the network's weights, if not their own. ``weights``: what may be done with
-    them; only "resident" is for ``Plan.denoiser`` to give. ``tableau``: the solver, a GeneralizedSolver of full order
+    them. ``tableau``: the solver, a GeneralizedSolver of full order
     unless given. ``evaluation_seconds``: measured, of one evaluation of the whole batch. ``probe``: measurements of
     the same denoiser to go on with. ``on_probe`` hears what is measured next.
 
@@ -221,6 +219,8 @@ def plan(
         guide = lambda network: guided(network, scale, null)  # noqa: E731
     if cond is None and base.classes:
         cond = torch.zeros(1, dtype=torch.int64)
+    if not viewable(base):  # nothing can take the place of its network
+        lean, blocks, weights = False, ("none",), ("resident",)
     tell("the network in fake tensors")
     probe = probe or Probe(base, cond, dtype)
     tableau = tableau or GeneralizedSolver(steps, base.schedule, base.t_eps).tableau(base.prediction)

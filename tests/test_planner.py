@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gas_engine import Denoiser, GeneralizedSolver, MemoryPolicy, Schedule, load_denoiser
 from gas_engine.architectures import ARCHITECTURES, architecture
-from gas_engine.costs import Probe, view
+from gas_engine.costs import Probe
+from gas_engine.execution import Execution
 from gas_engine.gradients import loss_backward
 from gas_engine.guidance import guided
 from gas_engine.iteration import Speed
@@ -65,7 +66,7 @@ def both(name, lean, blocks, batch, memory, loss=l1, dtype=None):
         probe, solver.tableau(entry.prediction), batch, memory, lean, blocks, peak, guide
     ).largest  # fmt: skip
     x, cond = torch.randn(batch + 1, *entry.small_shape), entry.cond(batch + 1, small=True)
-    network = view(guide(denoiser), lean, blocks)
+    network = Execution(lean=lean, blocks=blocks).view(guide(denoiser))
     with ByteTracker() as bytes:
         loss_backward(network, x, solver.tableau(entry.prediction), loss, cond, memory, batch)
     return predicted, bytes.peak
@@ -126,7 +127,7 @@ def test_a_function_that_closes_over_its_network() -> None:
     with ByteTracker() as bytes:
         x = torch.zeros(1, 2, 8, 8, requires_grad=True)
         y = denoiser(x, torch.tensor(0.5, dtype=torch.float64, requires_grad=True))
-    assert probe.cost(True, "none", 1).kept == pytest.approx(bytes.live - x.nbytes, abs=64) and y.requires_grad
+    assert probe.cost(False, "none", 1).kept == pytest.approx(bytes.live - x.nbytes, abs=64) and y.requires_grad
     assert all(type(p) is nn.Parameter for p in network.parameters())
 
 
@@ -158,7 +159,7 @@ def test_the_choice_fits_and_runs(name: str) -> None:
         assert chosen.bytes <= budget + 64
         with ByteTracker() as bytes:
             loss_backward(
-                chosen.denoiser(denoiser), x, solver.tableau(entry.prediction), l1, cond, chosen.memory,
+                chosen.execution.view(denoiser), x, solver.tableau(entry.prediction), l1, cond, chosen.memory,
                 chosen.micro_batch,
             )  # fmt: skip
         room = budget - chosen.weight_bytes - chosen.input_bytes
@@ -202,21 +203,50 @@ def test_time_of_an_update() -> None:
         assert found.seconds == 0.5 * found.passes
 
 
+class Wide(nn.Module):
+    """Three blocks of two layers, 32 x 64 and 64 x 32, between linear layers of 64 x 64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.layers = nn.ModuleList(Pair() for _ in range(3))
+
+    def forward(self, x: Tensor, t: Tensor, cond: object = None) -> Tensor:
+        h = self.first(x)
+        for layer in self.layers:
+            h = layer(h)
+        return self.last(h)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 32), nn.Linear(32, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x))
+
+
 def test_bytes_of_weights() -> None:
-    """Two layers of 64 x 64, one of 32 x 64, and biases; scales by row for int8, by 64 numbers for nf4."""
-    network = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 32)).requires_grad_(False)
-    denoiser = Denoiser(lambda x, t, cond: F.pad(network(x), (0, 32)), Schedule.flow(), "flow", (64,))
+    """Scales by row for int8, by 64 numbers for nf4; two blocks, and what is in none, for streamed weights."""
+    denoiser = Denoiser(Wide(), Schedule.flow(), "flow", (64,)).requires_grad_(False)
     kinds = ("resident", "streamed", "int8", "nf4")
-    plans = plan(denoiser, 2, 2, "1GiB", weights=kinds, blocks=("none",), loss=lambda x, rows: x.square().mean(1))
+    plans = plan(denoiser, 2, 2, "1GiB", weights=kinds, loss=lambda x, rows: x.square().mean(1))
     found = {p.weights: p.weight_bytes for p in plans}
-    large, rows, numbers = 4 * (64 * 64 + 64), 160, 160 * 64
-    assert found["resident"] == 4 * (numbers + rows)
-    assert found["streamed"] == 2 * large
-    assert found["int8"] == numbers + 4 * rows + 4 * rows + large
-    assert found["nf4"] == numbers // 2 + 4 * (numbers // 64) + 4 * rows + large
+    ends, block = 2 * (64 * 64 + 64), 2 * 64 * 32 + 96
+    rows, numbers = 128 + 3 * 96, 2 * 64 * 64 + 3 * 2 * 64 * 32
+    assert found["resident"] == 4 * (ends + 3 * block) == 4 * (numbers + rows)
+    assert found["streamed"] == 4 * (ends + 2 * block)
+    assert found["int8"] == numbers + 4 * rows + 4 * rows + 4 * 64 * 64
+    assert found["nf4"] == numbers // 2 + 4 * (numbers // 64) + 4 * rows + 4 * 64 * 64
     assert plans[0].weights == "resident"
-    with pytest.raises(ValueError, match="int8 weights, which this view cannot give"):
-        next(p for p in plans if p.weights == "int8").denoiser(denoiser)
+    assert all(p.blocks != "none" for p in plans if p.weights == "streamed")
+    way = next(p for p in plans if p.weights == "streamed").execution
+    with pytest.raises(ValueError, match="can be planned but not run yet"):
+        next(p for p in plans if p.weights == "nf4").execution.place(denoiser, "cpu")
+    x, tableau = torch.randn(2, 64), GeneralizedSolver(2, denoiser.schedule).tableau("flow")
+    placed = way.place(denoiser, "cpu")
+    assert bool(loss_backward(way.view(placed), x, tableau, l1, None, way.memory, way.micro_batch).isfinite().all())
 
 
 @pytest.mark.parametrize(
