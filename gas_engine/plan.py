@@ -117,7 +117,7 @@ def row(chosen: Plan, plans: Plans) -> dict[str, Any]:
 
 def table(plans: Plans, title: str) -> Table:
     """The best plan of each kind; times in plain evaluations of the whole batch."""
-    caption = "bytes in GiB; time in plain evaluations of the batch; → choice, ✗ too large"
+    caption = "GiB; time in plain evaluations of the batch; → choice, ✗ too large"
     shown, best = Table(title=title, caption=caption, box=None, pad_edge=False), _first(plans)
     rows = [(p, row(p, plans)) for p in plans.groups()]
     skipped = {"seconds"} if plans.iteration.evaluation_seconds is None else set()
@@ -191,6 +191,7 @@ def plot(path: Path, plans: Plans, title: str) -> None:
         xlabel="time of an update, in plain evaluations of the batch", ylabel="peak, GiB", title=title,
         yscale="log" if wide else "linear", ylim=None if wide else (0, 1.08 * max(sizes) / 2**30),
     )  # fmt: skip
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=110)
