@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from . import comparison
-from ._cli import InputError, parse_seeds
+from ._cli import InputError, console, parse_seeds, progress
 from .denoiser import Denoiser
-from .execution import Execution
+from .execution import BLOCKS, Execution
 from .memory import BitsLost, MemoryPolicy
+from .planner import Plans, plan, show_bytes
 from .solvers import GRIDS, BELMSolver, GeneralizedSolver, LearnedTimes
 from .teacher import load_teacher_set, make_teacher_set, teacher_samples
 from .trainer import RECIPES, Recipe
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 SELECTION_SEEDS = range(40_000, 40_064)
 HELD_OUT_SEEDS = range(50_000, 50_512)
+# What a memory budget chooses.
+CHOSEN = ("trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks", "loss_alone")
 FORMS: dict[str, bool | str] = {"gs": True, "s4s": False, "linear": "linear"}
 
 
@@ -58,7 +61,7 @@ def solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> LearnedTimes:
 
 
 def execution(config: Config) -> Execution:
-    """How updates run, as the options say."""
+    """How updates run, as the options say; a budget says it instead."""
     where = "offload" if config.offload else config.trajectory
     if config.offload and config.trajectory == "reversible":
         raise InputError("--offload and --trajectory reversible are two places for the states; leave one out")
@@ -67,9 +70,34 @@ def execution(config: Config) -> Execution:
             f"--trajectory reversible needs a student whose states can be walked back to, and {config.student} has a "
             "full history; use --student belm, or --trajectory offload"
         )
+    given = [name for name in CHOSEN if getattr(config, name) != type(config).__dataclass_fields__[name].default]
+    if config.memory_budget is not None and given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"--memory-budget chooses {options}, which was given as well; leave out one or the other")
     meter = BitsLost() if where == "reversible" and not config.carry else None
     memory = MemoryPolicy(config.checkpoint_every, where, config.carry, loss_alone=config.loss_alone, meter=meter)
-    return Execution(memory, config.micro_batch, config.lean, config.checkpoint_blocks, config.weights)
+    micro_batch = None if config.micro_batch == "auto" else config.micro_batch
+    return Execution(memory, micro_batch, config.lean, config.checkpoint_blocks, config.weights)
+
+
+def plans(config: Config, model: Denoiser, recipe: Recipe, solver: LearnedTimes, device: torch.device) -> Plans | None:
+    """Ways to run an update within the budget, the choice said in a line; None without a budget."""
+    if config.memory_budget is None:
+        return None
+    with progress() as bar:
+        task = bar.add_task("plan", total=2 + len(BLOCKS), note="")
+        found = plan(
+            model, config.steps, recipe.batch, config.memory_budget, loss=config.loss, weights=(config.weights,),
+            tableau=solver.tableau(model.prediction), on_probe=lambda what: bar.update(task, advance=1, note=what),
+        )  # fmt: skip
+        bar.update(task, completed=2 + len(BLOCKS), note="")
+    chosen = found.choice
+    console.print(
+        f"plan      {chosen.execution}: {show_bytes(chosen.bytes)} of {show_bytes(found.budget)}, "
+        f"{chosen.calls} network calls an update",
+        soft_wrap=True,
+    )
+    return found
 
 
 def teacher_set(config: Config, denoiser: Denoiser, device: torch.device) -> tuple[list[int], Tensor]:

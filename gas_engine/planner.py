@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -90,6 +90,16 @@ class Plan:
         """
         fixed = self.weight_bytes
         return self._plans.within(fixed + int(fraction * (self.bytes - fixed))).choice
+
+    def cheaper_ones(self) -> Iterator[Plan]:
+        """``cheaper``, again and again."""
+        plan = self
+        while True:
+            try:
+                plan = plan.cheaper()
+            except ValueError:
+                return
+            yield plan
 
 
 class Plans(Sequence[Plan]):

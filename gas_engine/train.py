@@ -26,6 +26,7 @@ from .adapters import load_denoiser
 from .denoiser import Denoiser
 from .files import atomic
 from .losses import distillation_loss
+from .plan import as_csv
 from .rollout import rollout
 from .run_directory import RunDirectory
 from .solvers import grid, save_solver
@@ -37,8 +38,8 @@ from .trainer import Trainer
 RESUMABLE = ("out", "resume", "device", "evaluation", "sample_batch")
 # What a resumed run goes on with unless it is given anew: the result is the same to rounding.
 MEMORY = (
-    "checkpoint_every", "trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks", "loss_alone",
-    "weights",
+    "memory_budget", "checkpoint_every", "trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks",
+    "loss_alone", "weights",
 )  # fmt: skip
 
 
@@ -56,6 +57,8 @@ class Config:
     """Highest order; K unless given."""
     loss: Literal["l1", "l2", "lpips"] = "l1"
     """Distance to the teacher's samples."""
+    memory_budget: str | None = None
+    """Bytes of the device for tensors, such as 8GiB: chooses all of the following for the least predicted time."""
     checkpoint_every: int = 1
     """At most this many network graphs are alive; 0 keeps all."""
     trajectory: Literal["keep", "offload", "reversible"] = "keep"
@@ -64,8 +67,8 @@ class Config:
     """Short for --trajectory offload."""
     carry: bool = False
     """A reversible trajectory of float64 states instead of residual codes."""
-    micro_batch: int | None = None
-    """Samples at a time within an update, with the same gradient; all of them unless given."""
+    micro_batch: int | Literal["auto"] = "auto"
+    """Samples at a time within an update, with the same gradient; auto is all of them, or what the budget allows."""
     lean: bool = False
     """Keep less in the network's graph (the EDM networks do so anyway)."""
     checkpoint_blocks: Literal["none", "auto", "all"] = "none"
@@ -120,16 +123,19 @@ def run(config: Config) -> None:
     """Train, or go on training, and compare."""
     directory, config = _open(config)
     device = pick_device(config.device)
-    execution = setup.execution(config)
-    denoiser = execution.place(load_denoiser(config.model), device)
+    model, recipe = load_denoiser(config.model), setup.recipe(config)
+    solver = setup.solver(config, model, recipe)
+    plans = setup.plans(config, model, recipe, solver, device)
+    execution = setup.execution(config) if plans is None else plans.choice.execution
+    denoiser = execution.place(model, device)
     assert config.out is not None
     writable(config.out.parent)
-    recipe = setup.recipe(config)
-    solver = setup.solver(config, denoiser, recipe)
     loss = distillation_loss(config.loss, device)
     seeds, targets = setup.teacher_set(config, denoiser, device)
     start = solver.tableau(denoiser.prediction)
     trainer = Trainer(denoiser, solver, seeds, targets, loss, recipe, execution, config.seed, device)
+    if plans is not None:
+        trainer.cheaper = (plan.execution for plan in plans.choice.cheaper_ones())
     if config.resume:
         checkpoint = directory.restore()
         if checkpoint is not None:
@@ -138,6 +144,8 @@ def run(config: Config) -> None:
         console.print(f"resuming {directory.path} at update {trainer.step}", soft_wrap=True)
     else:
         directory.create(_plain(config))
+    if plans is not None:
+        _write(directory.path / "plan.csv", as_csv(plans))
     selection = setup.samples(denoiser, setup.SELECTION_SEEDS, config, device)
     _train(trainer, directory, config, selection)
     _finish(trainer, directory, config, selection, start)

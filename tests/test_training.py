@@ -308,6 +308,19 @@ def test_reversible_student_trains_saves_and_resumes(small, tmp_path):
     assert relative(flat_of(load_solver(kept / "solver.safetensors")), flat_of(solvers[1])) < 1e-3
 
 
+def test_a_budget_chooses_how_updates_run(small, tmp_path, capsys):
+    """The same solver, to rounding, in a few kilobytes as in as many as it likes; the plan is said and written."""
+    short = ["--model", "toy:make_perceptron", "--iterations", "3", "--evaluation", "student", "--steps", "3"]
+    for name, budget in (("wide", "1GiB"), ("narrow", "19KiB")):
+        train.main(options(tmp_path / name, *short, "--memory-budget", budget))
+        said = capsys.readouterr().out
+        assert ("plan      micro-batch 4, all graph(s)" in said) == (name == "wide")
+        table = (tmp_path / name / "plan.csv").read_text()
+        assert table.startswith("weights,blocks") and len(table.splitlines()) > 5
+    wide, narrow = (load_solver(tmp_path / name / "solver.safetensors") for name in ("wide", "narrow"))
+    assert relative(flat_of(narrow), flat_of(wide)) < 1e-4
+
+
 def test_weights_may_be_streamed_or_held_in_eight_bits(small, tmp_path):
     """Streamed: the same solver to the bit. Eight bits: another network, and a solver for it."""
     short = ["--model", "toy:make_perceptron", "--iterations", "3", "--evaluation", "student"]
@@ -353,6 +366,9 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(small, tmp_path, capsys
         (["--trajectory", "reversible"], "gs has a full history; use --student belm"),
         (["--student", "belm", "--trajectory", "reversible", "--offload"], "leave one out"),
         (["--student", "belm", "--order", "2"], "takes no --order, got 2"),
+        (["--memory-budget", "80%"], "a number of bytes with its unit, such as 8GiB or 500MB, got '80%'"),
+        (["--memory-budget", "1KiB"], "no plan fits into"),
+        (["--memory-budget", "1GiB", "--lean", "--micro-batch", "2"], "chooses --micro-batch, --lean, which was given"),
         (["--carry"], "carry=True belongs to"),
         (["--micro-batch", "0"], "micro_batch must be at least 1, got 0"),
         (["--log-every", "0"], "--log-every must be at least 1"),
