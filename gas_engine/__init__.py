@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .adapters import load_denoiser
 from .denoiser import Denoiser, EDMDenoiser
+from .gradients import loss_backward
 from .guidance import guided
 from .memory import MemoryPolicy
 from .rollout import rollout
@@ -27,6 +28,7 @@ __all__ = [
     "guided",
     "load_denoiser",
     "load_solver",
+    "loss_backward",
     "rollout",
     "save_solver",
 ]

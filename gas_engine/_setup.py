@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from . import comparison
 from ._cli import InputError, console, parse_seeds, progress
-from .denoiser import Denoiser
+from .denoiser import Denoiser, seeded
 from .execution import BLOCKS, Execution
 from .memory import BitsLost, MemoryPolicy
 from .planner import Plans, plan, show_bytes
@@ -98,6 +99,22 @@ def plans(config: Config, model: Denoiser, recipe: Recipe, solver: LearnedTimes,
         soft_wrap=True,
     )
     return found
+
+
+def evaluation_seconds(denoiser: Denoiser, batch: int, device: torch.device) -> float:
+    """Seconds of an evaluation of the batch without gradients, from one of a few samples; the first does not count."""
+    few = min(batch, 4)
+    noise, cond = seeded(denoiser, range(few))
+    noise, cond = noise.to(device), None if cond is None else cond.to(device)
+    t = torch.full((), 0.5, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for _ in range(2):
+            begun = time.perf_counter()
+            denoiser(noise, t, cond)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - begun
+    return seconds * batch / few
 
 
 def teacher_set(config: Config, denoiser: Denoiser, device: torch.device) -> tuple[list[int], Tensor]:

@@ -26,14 +26,12 @@ from torch.utils._pytree import tree_leaves
 
 from .denoiser import Denoiser
 from .memory import MemoryPolicy, phase
+from .memory.blocks import changes_in_training
 from .memory.offload import Offloaded
 from .memory.reversal import Reversible
 from .memory.trajectory import Coefficients, Kept
 from .ops import MAX_STATES, lincomb
 from .tableau import Tableau
-
-# Modules whose output in train mode is random, or changes what they do next time.
-_MOODY = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 OnStep = Callable[[int, Tensor], None]
 Trajectory = Kept | Offloaded | Reversible
@@ -56,12 +54,13 @@ def rollout(
     sees each new state, for progress bars and pictures, and must not change it.
 
     Memory: without gradients, the states and outputs that later steps still use. With gradients, the states x[0..K]
-    and at most k = ``memory.checkpoint_every`` network graphs, for K - k more evaluations in the backward pass.
+    and at most k = ``memory.checkpoint_every`` network graphs, for K - k more evaluations in the backward pass; see
+    ``MemoryPolicy`` for the other places where states may live.
 
     A second backward pass through the same result (``retain_graph``) first runs the K evaluations again.
 
-    Raises ValueError for an x that does not fit the denoiser, RuntimeError for weights or a ``cond`` that want a
-    gradient.
+    Raises ValueError for an x that does not fit the denoiser or a reversible policy on another tableau than a band of
+    two, RuntimeError for weights or a ``cond`` that want a gradient and for a reversible walk that does not come back.
 
         tableau = classical.unipc(denoiser.schedule, times)
         images = rollout(denoiser, noise, tableau, cond=labels)
@@ -288,7 +287,7 @@ def _check_constants(denoiser: Denoiser, cond: Any) -> None:
             "network.requires_grad_(False), or sample under torch.no_grad()"
         )
     modules = denoiser.modules() if isinstance(denoiser, nn.Module) else ()
-    moody = next((m for m in modules if m.training and (isinstance(m, _MOODY) or getattr(m, "dropout", False))), None)
+    moody = next((m for m in modules if m.training and changes_in_training(m)), None)
     if moody is not None:
         raise RuntimeError(f"{type(moody).__name__} is in train mode, so a rebuilt evaluation differs; call .eval()")
     if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(cond)):

@@ -128,6 +128,9 @@ def run(config: Config) -> None:
     plans = setup.plans(config, model, recipe, solver, device)
     execution = setup.execution(config) if plans is None else plans.choice.execution
     denoiser = execution.place(model, device)
+    if plans is not None:
+        seconds = plans.choice.passes * setup.evaluation_seconds(denoiser, recipe.batch, device)
+        console.print(f"          about {seconds:.2g} s an update, as one evaluation was timed")
     assert config.out is not None
     writable(config.out.parent)
     loss = distillation_loss(config.loss, device)

@@ -16,6 +16,7 @@ from .denoiser import Denoiser, seeded
 from .execution import Execution, out_of_memory
 from .gradients import loss_backward
 from .losses.distillation import Loss
+from .memory import phase
 from .run_directory import load_optimizer, optimizer_tensors
 from .soap import SOAP
 from .solvers import LearnedTimes
@@ -105,13 +106,14 @@ class Trainer:
             self._skip()
             return loss
         self.skipped_in_a_row = 0
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate_at(self.step - 1)
-        self.optimizer.step()
-        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for shadow, parameter in zip(self.average.parameters(), self.solver.parameters(), strict=True):
-                shadow.lerp_(parameter, 1 - decay)
+        with phase("optimiser"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.recipe.rate_at(self.step - 1)
+            self.optimizer.step()
+            decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                for shadow, parameter in zip(self.average.parameters(), self.solver.parameters(), strict=True):
+                    shadow.lerp_(parameter, 1 - decay)
         return loss
 
     def _gradient(self) -> Tensor | None:

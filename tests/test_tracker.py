@@ -105,3 +105,19 @@ def test_host_memory_is_counted_beside_the_device(byte_tracker: ByteTracker) -> 
     assert byte_tracker.live == byte_tracker.peak == 0 and byte_tracker.host == away.nbytes
     del away
     assert byte_tracker.host == 0
+
+
+def test_phases_of_a_training_update() -> None:
+    """States, network graph, loss graph and optimiser are told apart; what backward passes allocate belongs to them."""
+    from test_training import toy_trainer
+
+    trainer = toy_trainer()
+    with ByteTracker() as bytes:
+        trainer.update()
+        at_peak = dict(bytes.by_phase)
+        bytes.reset_peak()
+        keep = bytes.by_phase
+    state = 4 * 4 * 18
+    assert at_peak["network"] > 4 * state and at_peak["states"] > state and at_peak["loss"] > 0
+    moments = sum(s[name].nbytes for s in trainer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+    assert moments <= keep["optimiser"] < 1.2 * moments

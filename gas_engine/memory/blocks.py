@@ -230,7 +230,7 @@ def _fetch(saved: Any) -> Tensor:
 
 def _checkpointed(forward: Forward, module: nn.Module, newest: _Newest) -> Forward:
     weights = [*module.parameters()]
-    moody = [m for m in module.modules() if _changes_in_training(m)]
+    moody = [m for m in module.modules() if changes_in_training(m)]
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not plain_autograd():
@@ -251,7 +251,7 @@ def _checkpointed(forward: Forward, module: nn.Module, newest: _Newest) -> Forwa
     return call
 
 
-def _changes_in_training(m: nn.Module) -> bool:
+def changes_in_training(m: nn.Module) -> bool:
     """Its output in train mode is random, or changes what it does next time."""
     rate = m.p if isinstance(m, nn.modules.dropout._DropoutNd) else m.__dict__.get("dropout")
     return isinstance(m, nn.modules.batchnorm._BatchNorm) or (isinstance(rate, float) and rate > 0)
