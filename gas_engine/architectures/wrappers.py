@@ -7,6 +7,7 @@ network's own dtype on the way in. Shape legend: B batch, C channels, H W height
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -173,8 +174,13 @@ def network_label(schedule: Schedule, t: Tensor) -> Tensor:
 
 
 def _diffusers(name: str) -> type[nn.Module]:
+    quiet = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what its optional dependencies say of each other
     try:
         import diffusers
+
+        return getattr(diffusers, name)
     except ImportError:
         raise ValueError(f"{name} comes from diffusers, which is not installed: `pip install diffusers`") from None
-    return getattr(diffusers, name)
+    finally:
+        logging.disable(quiet)
