@@ -35,8 +35,12 @@ def model(entry: Architecture, small: bool, device: str, dtype: torch.dtype) -> 
     with torch.device(device):
         denoiser = entry.denoiser(small).to(dtype)
         cond, null = entry.cond(BATCH, small), entry.null_cond(1, small)
-    cond, null = (tree_map(lambda c: c.to(dtype) if c.is_floating_point() else c, v) for v in (cond, null))
+    cond, null = (tree_map(lambda c: _to(c, dtype), v) for v in (cond, null))
     return guided(denoiser, 5.0, null) if entry.guided else denoiser, cond
+
+
+def _to(leaf: Any, dtype: torch.dtype) -> Any:
+    return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def gradient(denoiser: Denoiser, execution: Execution, x: Tensor, cond: Any) -> tuple[Tensor, float]:
@@ -99,8 +103,8 @@ def bench_card(
             torch.cuda.set_per_process_memory_fraction(1.0)
     error: float | str = ""
     if weights == "resident":
-        exact, cond = placed.base.float(), tree_map(lambda c: c.float() if c.is_floating_point() else c, cond)
-        reference = guided(exact, 5.0, tree_map(lambda c: c.float().to(device), entry.null_cond(1, smoke)))
+        exact, cond = placed.base.float(), tree_map(lambda c: _to(c, torch.float32), cond)
+        reference = guided(exact, 5.0, tree_map(lambda c: _to(c, torch.float32).to(device), entry.null_cond(1, smoke)))
         wanted, _ = gradient(reference, Execution(), x, cond)
         error = float(f"{float((got - wanted).norm() / wanted.norm()):.2g}")
     bench_record(
