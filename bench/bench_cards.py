@@ -62,7 +62,8 @@ def predicted(entry: Architecture, small: bool, dtype: torch.dtype, gib: int, we
     cond = entry.cond(1, small)
     if entry.guided:
         denoiser = guided(denoiser, 5.0, entry.null_cond(1, small))
-    return plan(denoiser, STEPS, BATCH, gib * GIB, cond=cond, dtype=dtype, weights=(weights,)).choice
+    # A capped allocator counts its own rounding and the libraries' workspaces too.
+    return plan(denoiser, STEPS, BATCH, int(gib * GIB / 1.03), cond=cond, dtype=dtype, weights=(weights,)).choice
 
 
 @pytest.mark.parametrize(("name", "gib", "weights"), CARDS, ids=lambda v: str(v))
@@ -78,7 +79,7 @@ def bench_card(
         "name": entry.title, "card_gib": gib, "weights": weights, "dtype": "bfloat16", "steps": STEPS, "batch": BATCH,
         "guided": entry.guided, "plan": str(chosen.execution), "predicted_gib": round(chosen.bytes / GIB, 3),
     }  # fmt: skip
-    assert chosen.bytes <= gib * GIB
+    assert chosen.bytes <= gib * GIB / 1.03
     benchmark.pedantic(lambda: None, rounds=1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not smoke:

@@ -16,7 +16,7 @@ from ._cli import InputError, console, parse_seeds, progress
 from .denoiser import Denoiser, seeded
 from .execution import BLOCKS, Execution
 from .memory import BitsLost, MemoryPolicy
-from .planner import Plans, plan, show_bytes
+from .planner import Plans, parse_bytes, plan, show_bytes
 from .solvers import GRIDS, BELMSolver, GeneralizedSolver, LearnedTimes
 from .teacher import load_teacher_set, make_teacher_set, teacher_samples
 from .trainer import RECIPES, Recipe
@@ -81,21 +81,30 @@ def execution(config: Config) -> Execution:
     return Execution(memory, micro_batch, config.lean, config.checkpoint_blocks, config.weights)
 
 
-def plans(config: Config, model: Denoiser, recipe: Recipe, solver: LearnedTimes, device: torch.device) -> Plans | None:
-    """Ways to run an update within the budget, the choice said in a line; None without a budget."""
+def plans(
+    config: Config, model: Denoiser, placed: Denoiser, recipe: Recipe, solver: LearnedTimes, device: torch.device
+) -> Plans | None:
+    """Ways to run an update within the budget, the choice said in a line; None without a budget.
+
+    One evaluation of the placed model is timed for predictions in seconds; the choice does not hang on it, so that a
+    resumed run makes the same.
+    """
     if config.memory_budget is None:
         return None
+    parse_bytes(config.memory_budget)
+    seconds = evaluation_seconds(placed, recipe.batch, device)
     with progress() as bar:
         task = bar.add_task("plan", total=2 + len(BLOCKS), note="")
         found = plan(
             model, config.steps, recipe.batch, config.memory_budget, loss=config.loss, weights=(config.weights,),
-            tableau=solver.tableau(model.prediction), on_probe=lambda what: bar.update(task, advance=1, note=what),
+            tableau=solver.tableau(model.prediction), evaluation_seconds=seconds,
+            on_probe=lambda what: bar.update(task, advance=1, note=what),
         )  # fmt: skip
         bar.update(task, completed=2 + len(BLOCKS), note="")
     chosen = found.choice
     console.print(
         f"plan      {chosen.execution}: {show_bytes(chosen.bytes)} of {show_bytes(found.budget)}, "
-        f"{chosen.calls} network calls an update",
+        f"{chosen.calls} network calls and about {chosen.seconds:.2g} s an update",
         soft_wrap=True,
     )
     return found
@@ -126,6 +135,7 @@ def teacher_set(config: Config, denoiser: Denoiser, device: torch.device) -> tup
         )
     teacher = config.teacher
     name = f"teacher-{Path(config.model).stem.replace(':', '-')}-{teacher.solver}-{teacher.steps}-{teacher.grid}"
+    name += "-int8" if config.weights == "int8" else ""
     out = config.teacher_set or Path("runs") / name
     make_teacher_set(denoiser, seeds, teacher, out, batch=config.sample_batch, device=device)
     found, samples = load_teacher_set(out)

@@ -83,10 +83,10 @@ class Probe:
         with self.mode:
             self.denoiser = _in_fake_tensors(denoiser, tensors, dtype)
         self.device = next((t.device for t in tensors if not isinstance(t, FakeTensor)), torch.device("cpu"))
-        sizes = {id(p): p.nbytes for p in self.denoiser.parameters()}
+        sizes = {id(p): p.nbytes for p in (*self.denoiser.parameters(), *self.denoiser.buffers())}
         self.weights = sum(sizes.values())
         blocks = repeated_blocks(self.denoiser)
-        self.blocks = sorted(sum(p.nbytes for p in block.parameters()) for block in blocks)
+        self.blocks = sorted(sum(p.nbytes for p in (*b.parameters(), *b.buffers())) for b in blocks)
         linear = [m.weight for m in self.denoiser.modules() if type(m) is nn.Linear]
         self.layers = [w.nbytes for w in linear]
         matrices = {id(p): p for p in linear}.values()

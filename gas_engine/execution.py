@@ -56,7 +56,7 @@ class Execution:
         if self.weights == "streamed":
             placed: nn.Module = stream_weights(denoiser.requires_grad_(False), device)
         else:
-            placed = quantize_weights(denoiser.requires_grad_(False)).to(device)
+            placed = quantize_weights(denoiser.requires_grad_(False), device)
         assert isinstance(placed, Denoiser)
         return placed
 
@@ -112,10 +112,16 @@ class Execution:
 
 def _check_viewable(denoiser: Denoiser) -> None:
     if not viewable(denoiser):
-        raise ValueError(
-            f"the function of {denoiser.name} closes over its network, so no view of the network can take its place; "
-            "make the function an nn.Module that holds the network, or derive from Denoiser"
-        )
+        raise ValueError(hidden(denoiser))
+
+
+def hidden(denoiser: Denoiser) -> str:
+    """Why no view of this network can be made, and what to do."""
+    return (
+        f"the function of {denoiser.name} closes over its network, so no view of the network (lean, blocks, streamed "
+        "or int8 weights) can take its place; make the function an nn.Module that holds the network, or derive from "
+        "Denoiser"
+    )
 
 
 def viewable(denoiser: Denoiser) -> bool:
@@ -125,7 +131,8 @@ def viewable(denoiser: Denoiser) -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had no memory left."""
+    """Whether a device or the host had no memory left: torch's allocators, the driver, the libraries' workspaces."""
+    words = ("out of memory", "can't allocate memory", "alloc_failed", "not_enough_workspace")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
     )

@@ -42,8 +42,8 @@ def loss_backward(
     """
     batch = len(x)
     size = batch if micro_batch is None else micro_batch
-    if size < 1:
-        raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
+    if batch == 0 or size < 1:
+        raise ValueError(f"batch and micro_batch must be at least 1, got {batch} and {micro_batch}")
     tableau = tableau if tableau.prediction is None else tableau.fold(denoiser.prediction)
     # The solver's own graph is walked once, with what all micro-batches gave to the tableau.
     wanted = [name for name in Numbers if getattr(tableau, name).requires_grad]

@@ -34,16 +34,16 @@ class GuidedDenoiser(Denoiser):
 
     def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         (scale, _), (rest, null) = self.terms(cond)
-        both = self.base(torch.cat([x, x]), t, tree_map(lambda c, n: torch.cat([c, n]), cond, null))
+        both = self.base(torch.cat([x, x]), t, tree_map(lambda c, n: _two(c, n, len(x)), cond, null))
         return lincomb(both.chunk(2), torch.tensor([scale, rest], dtype=torch.float64, device=x.device))
 
 
 def guided(denoiser: Denoiser, scale: float, null: Any) -> Denoiser:
     """Classifier-free guidance: F = scale net(x, t, cond) + (1 - scale) net(x, t, null) (arXiv 2207.12598).
 
-    ``null`` has the structure of ``cond`` (a tensor, or dicts and lists of them), with a batch of one or the whole
-    one. One network call of twice the batch; ``MemoryPolicy(split_guidance=True)`` makes it two, one after the other.
-    Scale 1 returns the denoiser itself. Raises ValueError for a null that does not fit the condition.
+    ``null`` has the structure of ``cond`` (a tensor, or dicts and lists of them), with a batch of one. One network call
+    of twice the batch; ``MemoryPolicy(split_guidance=True)`` makes it two, one after the other. Scale 1 returns the
+    denoiser itself. Raises ValueError for a null that does not fit the condition.
 
         denoiser = guided(denoiser, 7.5, null=empty_prompt)
     """
@@ -58,6 +58,15 @@ def _like(null: Any, cond: Any) -> Any:
             f"guidance needs a null condition of the same kind as the condition, got {type(null).__name__} beside "
             f"{type(cond).__name__}"
         )
-    if null.shape[1:] != cond.shape[1:] or null.shape[:1] not in (cond.shape[:1], (1,)):
-        raise ValueError(f"the null condition has shape {list(null.shape)}, the condition {list(cond.shape)}")
+    if null.shape[1:] != cond.shape[1:] or len(null) != 1:
+        raise ValueError(
+            f"the null condition has shape {list(null.shape)}, but beside a condition of {list(cond.shape)} it must be "
+            f"{[1, *cond.shape[1:]]}"
+        )
     return null.to(cond.device).expand_as(cond)
+
+
+def _two(cond: Any, null: Any, batch: int) -> Any:
+    if not isinstance(cond, Tensor):
+        return None
+    return torch.cat([t.expand(batch, *t.shape[1:]) for t in (cond, null)])

@@ -76,14 +76,14 @@ class Iteration:
         return per_sample * self.batch
 
     def weight_bytes(self, weights: Weights) -> int:
-        """Resident: all of them. Streamed: what is in no block, and the two largest blocks. Quantised: the matrices of
-        linear layers at a byte, or half of one, and scales (one for each row, or float32 for each 64 numbers), and the
-        largest such layer while it is used."""
+        """Resident: all of them, buffers too. Streamed: what is in no block, and the three largest blocks. Quantised:
+        the matrices of linear layers at a byte, or half of one, with scales (one for each row, or float32 for each 64
+        numbers), and the largest such layer while it is used."""
         probe = self.probe
         if weights == "resident":
             return probe.weights + self.loss_bytes
         if weights == "streamed":
-            return probe.weights - sum(probe.blocks) + sum(probe.blocks[-2:]) + self.loss_bytes
+            return probe.weights - sum(probe.blocks) + sum(probe.blocks[-3:]) + self.loss_bytes
         numbers, others = probe.matrix_numbers, probe.weights - probe.matrix_bytes
         scale = probe.matrix_bytes // max(numbers, 1)
         packed = numbers + scale * probe.matrix_rows if weights == "int8" else numbers // 2 + 4 * (numbers // 64)

@@ -67,7 +67,7 @@ def run(config: Config) -> Plans:
     """Measure, print, write; raises ValueError if no plan fits, after that."""
     bundled = ARCHITECTURES.get(config.model)
     with FakeTensorMode(allow_non_fake_inputs=True) if bundled else nullcontext():
-        denoiser = bundled.denoiser() if bundled else load_denoiser(config.model)
+        denoiser = bundled.denoiser() if bundled else _load(config.model)
     dtype = DTYPES.get(config.dtype, bundled.dtype if bundled else None)
     cond = bundled.cond(1) if bundled else _classes(denoiser)
     if config.guidance:
@@ -87,7 +87,7 @@ def run(config: Config) -> Plans:
         bar.update(task, completed=2 + len(BLOCKS), note="")
     title = f"{bundled.title if bundled else denoiser.name}, batch {config.batch}, K = {config.steps}"
     title += f"{', guidance' if config.guidance else ''}, {show_bytes(plans.budget)}"
-    console.print(table(plans, title))
+    console.print(table(plans, title), width=max(console.width, 110), crop=False, soft_wrap=False)
     directory = writable(config.out)
     _write(directory / "plan.csv", as_csv(plans))
     plot(directory / "plan.png", plans, title)
@@ -196,6 +196,14 @@ def plot(path: Path, plans: Plans, title: str) -> None:
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=110)
     plt.close(figure)
+
+
+def _load(name: str) -> Denoiser:
+    try:
+        return load_denoiser(name)
+    except ValueError as error:
+        known = f"; bundled without weights: {', '.join(ARCHITECTURES)}" if "unknown model" in str(error) else ""
+        raise InputError(f"{error}{known}") from None
 
 
 def _classes(denoiser: Denoiser) -> Tensor | None:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from .costs import Loss, Probe, loss_against_zeros
 from .denoiser import Denoiser
-from .execution import BLOCKS, WEIGHTS, Execution, Weights, viewable
+from .execution import BLOCKS, WEIGHTS, Execution, Weights, hidden, viewable
 from .guidance import GuidedDenoiser, guided
 from .iteration import Iteration, Speed, Way
 from .memory import MemoryPolicy
@@ -44,7 +44,8 @@ def parse_bytes(text: str) -> int:
 
 def show_bytes(size: float) -> str:
     """In MiB or GiB."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB")) if size >= u), (2**10, "KiB"))
+    return f"{size / unit:.{2 if name == 'GiB' else 1}f} {name}"
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def plan(
     for name, given, known in (("blocks", blocks, BLOCKS), ("weights", weights, WEIGHTS)):
         if not given or any(g not in known for g in given):
             raise ValueError(f"{name} must be some of {', '.join(known)}, got {given!r}")
-    size = parse_bytes(budget) if isinstance(budget, str) else int(budget)
+    size = parse_bytes(str(budget)) if not isinstance(budget, int) else budget
     tell = on_probe or (lambda what: None)
     base: Denoiser = denoiser
     guide: Callable[[Denoiser], Denoiser] = _as_it_is
@@ -230,7 +231,9 @@ def plan(
     if cond is None and base.classes:
         cond = torch.zeros(1, dtype=torch.int64)
     if not viewable(base):  # nothing can take the place of its network
-        lean, blocks, weights = False, ("none",), ("resident",)
+        if tuple(weights) != ("resident",):
+            raise ValueError(hidden(base))
+        lean, blocks = False, ("none",)
     tell("the network in fake tensors")
     probe = probe or Probe(base, cond, dtype)
     tableau = tableau or GeneralizedSolver(steps, base.schedule, base.t_eps).tableau(base.prediction)
@@ -255,6 +258,8 @@ def plan(
                 for n, loss_peak in ((1, peak_1), (2, peak_2))
             ]
             ways.append(Way(memory, kind, 2 if memory.split_guidance else 1, *peaks))
+    if all(w == "streamed" for w in weights) and all(way.blocks == "none" for way in ways):
+        raise ValueError(f"no block was found in {base.name}, so its weights cannot be streamed")
     iteration = Iteration(
         probe, steps, batch, lean, tuple(weights), 1 if guide is _as_it_is else 2, loss_flops, loss_bytes,
         speed or Speed(), evaluation_seconds,

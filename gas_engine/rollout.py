@@ -125,7 +125,7 @@ class _Network:
             if j * len(self.conds) + i < first_kept:
                 outputs.append(self(x, self.t_net[j], cond))
             else:
-                self.graphs[j, i] = graph = self.graph(j, i, x)
+                self.graphs[j, i] = graph = self.new_graph(j, i, x)
                 outputs.append(graph.output.detach())
         return self.sum(outputs)
 
@@ -134,8 +134,10 @@ class _Network:
 
     def graph(self, j: int, i: int, x: Tensor) -> _Graph:
         """Call i of evaluation j with a graph: the one that was kept, or a new one."""
-        if (j, i) in self.graphs:
-            return self.graphs.pop((j, i))
+        return self.graphs.pop((j, i), None) or self.new_graph(j, i, x)
+
+    def new_graph(self, j: int, i: int, x: Tensor) -> _Graph:
+        """Call i of evaluation j, made now."""
         # The first state is noise: nothing but its told time needs a derivative there, unless x itself wants one.
         leaf = x.detach().requires_grad_(j > 0 or self.x_wanted)
         t = self.t_net[j].detach().requires_grad_(self.t_wanted)
@@ -169,7 +171,7 @@ class _Network:
         key = (x.shape, x.dtype, x.device, self.autocast)
         if key in _REPEATS.setdefault(self.denoiser, set()):
             return
-        rebuilt = self.sum([self.graph(0, i, x).output.detach() for i in range(len(self.conds))])
+        rebuilt = self.sum([self.new_graph(0, i, x).output.detach() for i in range(len(self.conds))])
         if not torch.equal(rebuilt, output):
             worst = float((rebuilt - output).abs().max())
             raise RuntimeError(
@@ -223,6 +225,9 @@ class _Rollout(torch.autograd.Function):
         result = _forward(network, ctx.walk, len(A), on_step, memory.trajectory == "reversible")
         # Only a trajectory that keeps x[0] anyway can be walked a second time.
         ctx.again = states if memory.trajectory == "keep" else None
+        # The trajectories that hold the caller's own x to the end.
+        ctx.start = start if memory.trajectory == "keep" or len(A) == 1 else None
+        ctx.version = x._version
         ctx.save_for_backward(*([result] if memory.trajectory == "reversible" else []))
         return result
 
@@ -231,6 +236,8 @@ class _Rollout(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         network, states, steps = ctx.network, ctx.walk, ctx.steps
         result = next(iter(ctx.saved_tensors), None)
+        if ctx.start is not None and ctx.start._version != ctx.version:
+            raise RuntimeError("the initial state was changed in place between rollout and its backward pass")
         if states is None:
             if ctx.again is None:
                 raise RuntimeError(

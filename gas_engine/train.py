@@ -7,11 +7,13 @@ checkpoints, the solver itself, and at the end a table against every classical s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import resource
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +60,7 @@ class Config:
     loss: Literal["l1", "l2", "lpips"] = "l1"
     """Distance to the teacher's samples."""
     memory_budget: str | None = None
-    """Bytes of the device for tensors, such as 8GiB: chooses all of the following for the least predicted time."""
+    """Bytes of the device for tensors, such as 8GiB: chooses what follows, down to --loss-alone, for the least time."""
     checkpoint_every: int = 1
     """At most this many network graphs are alive; 0 keeps all."""
     trajectory: Literal["keep", "offload", "reversible"] = "keep"
@@ -119,18 +121,17 @@ class Config:
     """auto, cpu, cuda, cuda:0, ..."""
 
 
-def run(config: Config) -> None:
-    """Train, or go on training, and compare."""
-    directory, config = _open(config)
+def run(config: Config, given: Collection[str] = ()) -> None:
+    """Train, or go on training, and compare. ``given``: options that were given, be it with their default."""
+    directory, config = _open(config, given)
     device = pick_device(config.device)
     model, recipe = load_denoiser(config.model), setup.recipe(config)
     solver = setup.solver(config, model, recipe)
-    plans = setup.plans(config, model, recipe, solver, device)
-    execution = setup.execution(config) if plans is None else plans.choice.execution
+    execution = setup.execution(config)
     denoiser = execution.place(model, device)
+    plans = setup.plans(config, model, denoiser, recipe, solver, device)
     if plans is not None:
-        seconds = plans.choice.passes * setup.evaluation_seconds(denoiser, recipe.batch, device)
-        console.print(f"          about {seconds:.2g} s an update, as one evaluation was timed")
+        execution = plans.choice.execution
     assert config.out is not None
     writable(config.out.parent)
     loss = distillation_loss(config.loss, device)
@@ -245,7 +246,7 @@ def _compare_pictures(
     pictures.image_rows(path, drawn, title + "".join(f" against {best.l1:.4f}" for best in others))
 
 
-def _open(config: Config) -> tuple[RunDirectory, Config]:
+def _open(config: Config, options: Collection[str]) -> tuple[RunDirectory, Config]:
     """The run directory and the configuration that counts: the stored one if resuming."""
     for name in ("save_every", "sample_every", "log_every", "sample_batch"):
         if getattr(config, name) < 1:
@@ -263,14 +264,18 @@ def _open(config: Config) -> tuple[RunDirectory, Config]:
             directory.create({})  # refuses, before any work is done
         return directory, config
     stored, given, default = directory.config(), _plain(config), _plain(Config())
+    anew = {name for name in MEMORY if name in options or given[name] != default[name]}
+    if anew & {*setup.CHOSEN, "checkpoint_every"} and "memory_budget" not in anew:
+        stored["memory_budget"] = None  # what it chose is chosen by hand now
     for name, value in given.items():
-        if name not in RESUMABLE + MEMORY and value != default[name] and value != stored.get(name):
+        free = name in RESUMABLE or (name in MEMORY and "int8" not in (value, stored.get(name)))
+        if not free and value != default[name] and value != stored.get(name):
             raise InputError(
                 f"--resume continues with {name}={stored.get(name)!r} from {directory.path}/config.json, but "
                 f"{name}={value!r} was given; leave it out, or start a new run"
             )
     kept = {name: getattr(config, name) for name in RESUMABLE}
-    kept |= {name: given[name] for name in MEMORY if given[name] != default[name]}
+    kept |= {name: given[name] for name in anew}
     try:
         stored["teacher"] = TeacherSolver(**stored["teacher"])
         stored["teacher_set"] = stored["teacher_set"] and Path(stored["teacher_set"])
@@ -317,7 +322,9 @@ def _write(path: Path, text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``gas-engine train``."""
-    command("train", Config, run, argv)
+    words = sys.argv[1:] if argv is None else argv
+    given = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    command("train", Config, functools.partial(run, given=given), argv)
 
 
 if __name__ == "__main__":

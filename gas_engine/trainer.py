@@ -16,7 +16,7 @@ from .denoiser import Denoiser, seeded
 from .execution import Execution, out_of_memory
 from .gradients import loss_backward
 from .losses.distillation import Loss
-from .memory import phase
+from .memory import offload, phase
 from .run_directory import load_optimizer, optimizer_tensors
 from .soap import SOAP
 from .solvers import LearnedTimes
@@ -138,6 +138,7 @@ class Trainer:
     def _go_on_with_less(self) -> None:
         """The next cheaper execution. The update starts over: its batch depends on nothing that was lost."""
         gc.collect()
+        offload.release()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         following = next(self.cheaper, None)

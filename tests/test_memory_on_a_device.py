@@ -79,6 +79,19 @@ def test_streamed_weights():
     assert all(p.device.type == "cpu" for p in denoiser.parameters())
 
 
+def test_locked_pages_are_given_back():
+    """Built, dropped and built again: no page of the first stays registered, or the copies would bring old weights."""
+    execution = Execution(weights="streamed")
+    for seed in range(4):
+        torch.manual_seed(seed)
+        denoiser = architecture("cifar10").denoiser(True)
+        wanted = denoiser(torch.ones(1, *denoiser.shape), torch.tensor(0.5, dtype=torch.float64))
+        placed = execution.place(denoiser, "cuda")
+        got = placed(torch.ones(1, *denoiser.shape, device="cuda"), torch.tensor(0.5, dtype=torch.float64).cuda())
+        assert relative(got.cpu(), wanted) < 1e-4
+        del denoiser, placed
+
+
 def test_offload_leaves_the_device():
     shape = (3, 512, 512)
 
@@ -108,4 +121,4 @@ def test_planned_bytes_are_those_of_the_allocator(execution):
     with ByteTracker() as bytes:
         iteration(denoiser, execution, batch=4)
     predicted = found.peaks.largest
-    assert 1 / 1.15 <= predicted / bytes.cuda_peak <= 1.15, (predicted, bytes.cuda_peak)
+    assert 1.0 <= predicted / bytes.cuda_peak <= 1.15, (predicted, bytes.cuda_peak)

@@ -72,7 +72,7 @@ def test_nothing_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         planned(tmp_path, "--memory-budget", "100KiB", "--steps", "2", "--batch", "2")
     assert error.value.code == 2
     words = capsys.readouterr()
-    assert "no plan fits into 0.1 MiB: the smallest needs" in words.err and "allow streamed or int8" in words.err
+    assert "no plan fits into 100.0 KiB: the smallest needs" in words.err and "allow streamed or int8" in words.err
     assert words.err.count("\n") == 1 and words.out.count("✗") > 2
     assert (tmp_path / "plan.csv").is_file() and (tmp_path / "plan.png").is_file()
 

@@ -100,7 +100,7 @@ def test_work_of_a_call() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         denoiser = architecture("cifar10").denoiser()
     probe = Probe(denoiser)
-    assert probe.weights == 4 * sum(p.numel() for p in denoiser.parameters())
+    assert probe.weights == sum(v.nbytes for v in denoiser.state_dict().values())
     plain, blocks = probe.cost(True, "none", 1), probe.cost(True, "all", 1)
     assert plain.forward_flops == blocks.forward_flops == pytest.approx(2 * 21.2e9, rel=0.02)
     assert 0.95 < plain.backward_flops / plain.forward_flops < 1.1
@@ -116,7 +116,7 @@ def test_a_denoiser_with_weights_is_left_as_it_is() -> None:
     assert {name: (id(t), t._version) for name, t in denoiser.state_dict(keep_vars=True).items()} == before
     chosen = plans.choice
     assert (chosen.micro_batch, chosen.memory, chosen.blocks) == (24, MemoryPolicy(0), "none")
-    assert chosen.weight_bytes == sum(p.nbytes for p in denoiser.parameters())
+    assert chosen.weight_bytes == sum(v.nbytes for v in denoiser.state_dict().values())
     assert chosen.input_bytes == 24 * (2 * 64 * 4 + 8)
 
 
@@ -204,12 +204,12 @@ def test_time_of_an_update() -> None:
 
 
 class Wide(nn.Module):
-    """Three blocks of two layers, 32 x 64 and 64 x 32, between linear layers of 64 x 64."""
+    """Four blocks of two layers, 32 x 64 and 64 x 32, between linear layers of 64 x 64."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
-        self.layers = nn.ModuleList(Pair() for _ in range(3))
+        self.layers = nn.ModuleList(Pair() for _ in range(4))
 
     def forward(self, x: Tensor, t: Tensor, cond: object = None) -> Tensor:
         h = self.first(x)
@@ -228,15 +228,15 @@ class Pair(nn.Module):
 
 
 def test_bytes_of_weights() -> None:
-    """Scales by row for int8, by 64 numbers for nf4; two blocks, and what is in none, for streamed weights."""
+    """Scales by row for int8, by 64 numbers for nf4; three blocks, and what is in none, for streamed weights."""
     denoiser = Denoiser(Wide(), Schedule.flow(), "flow", (64,)).requires_grad_(False)
     kinds = ("resident", "streamed", "int8", "nf4")
     plans = plan(denoiser, 2, 2, "1GiB", weights=kinds, loss=lambda x, rows: x.square().mean(1))
     found = {p.weights: p.weight_bytes for p in plans}
     ends, block = 2 * (64 * 64 + 64), 2 * 64 * 32 + 96
-    rows, numbers = 128 + 3 * 96, 2 * 64 * 64 + 3 * 2 * 64 * 32
-    assert found["resident"] == 4 * (ends + 3 * block) == 4 * (numbers + rows)
-    assert found["streamed"] == 4 * (ends + 2 * block)
+    rows, numbers = 128 + 4 * 96, 2 * 64 * 64 + 4 * 2 * 64 * 32
+    assert found["resident"] == 4 * (ends + 4 * block) == 4 * (numbers + rows)
+    assert found["streamed"] == 4 * (ends + 3 * block)
     assert found["int8"] == numbers + 4 * rows + 4 * rows + 4 * 64 * 64
     assert found["nf4"] == numbers // 2 + 4 * (numbers // 64) + 4 * rows + 4 * 64 * 64
     assert plans[0].weights == "resident"
@@ -247,6 +247,27 @@ def test_bytes_of_weights() -> None:
     x, tableau = torch.randn(2, 64), GeneralizedSolver(2, denoiser.schedule).tableau("flow")
     placed = way.place(denoiser, "cpu")
     assert bool(loss_backward(way.view(placed), x, tableau, l1, None, way.memory, way.micro_batch).isfinite().all())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_weights_and_buffers_are_counted(name: str) -> None:
+    """What the tracker sees when the network is made is what the planner calls its weights."""
+    if ARCHITECTURES[name].wrapper is not None:
+        pytest.importorskip("diffusers", reason="needs diffusers: pip install diffusers")
+    held = {v.untyped_storage().data_ptr(): v.nbytes for v in probed(name)[0].state_dict(keep_vars=True).values()}
+    own = {id(b): b.nbytes for b in probed(name)[0].buffers() if b.untyped_storage().data_ptr() not in held}
+    assert probed(name)[1].weights == sum(held.values()) + sum(own.values())
+
+
+def test_weights_that_cannot_be_moved_are_refused() -> None:
+    network = nn.Linear(4, 4).requires_grad_(False)
+    closure = Denoiser(lambda x, t, cond: network(x), Schedule.flow(), "flow", (4,))
+    with pytest.raises(ValueError, match="closes over its network"):
+        plan(closure, 2, 2, "1GiB", weights=("int8",), loss=lambda x, rows: x.mean(1))
+    whole = Denoiser(nn.Linear(4, 4).requires_grad_(False), Schedule.flow(), "flow", (4,))
+    whole.function.forward = lambda x, t, cond: x * t.to(x.dtype)
+    with pytest.raises(ValueError, match="no block was found in custom, so its weights cannot be streamed"):
+        plan(whole, 2, 2, "1GiB", weights=("streamed",), loss=lambda x, rows: x.mean(1))
 
 
 @pytest.mark.parametrize(

@@ -149,8 +149,9 @@ def test_a_network_that_does_not_repeat_is_refused():
         return x * (1 + 1e-6 * next(count))
 
     denoiser = Denoiser(drifting, VP, "data", SHAPE)
-    solver, reversible = BELMSolver(3, VP), MemoryPolicy(trajectory="reversible")
-    for _ in range(2):  # and again, since it was not found to repeat
+    solver = BELMSolver(3, VP)
+    for every in (0, 1, 0):  # and again, since it was not found to repeat
+        reversible = MemoryPolicy(every, "reversible")
         with pytest.raises(RuntimeError, match="repeat to the bit, and two calls of it differ by up to"):
             rollout(denoiser, noise(2, torch.float32), solver.tableau(), memory=reversible)
 
@@ -176,6 +177,25 @@ def test_a_dense_tableau_is_refused():
     leaf = Tableau(euler.A.clone().requires_grad_(), euler.B, euler.t_net)
     with pytest.raises(ValueError, match=r"A\[n,n-1\] != 0, and it is 0 at n = \[1, 2\]"):
         rollout(mixture(), noise(), leaf, memory=reversible)
+
+
+@pytest.mark.parametrize("where", ["keep", "offload", "reversible"])
+def test_states_of_any_layout(where):
+    denoiser, solver, x = mixture(), nudged(BELMSolver(3, VP)), noise(4)
+    wanted = gradients(denoiser, solver, x, None, None, plain_rollout)
+    for other in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+        assert same(gradients(denoiser, solver, other, None, MemoryPolicy(1, where)), wanted, 1e-12)
+
+
+@pytest.mark.parametrize(("where", "steps"), [("keep", 3), ("keep", 1), ("reversible", 1)])
+def test_noise_changed_before_any_walk_back_is_refused(where, steps):
+    x = noise()
+    out = rollout(mixture(), x, BELMSolver(steps, VP).tableau(), memory=MemoryPolicy(1, where)).sum()
+    if where == "keep":
+        out.backward(retain_graph=True)
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        out.backward()
 
 
 @pytest.mark.parametrize("where", ["offload", "reversible"])
@@ -322,9 +342,21 @@ def test_micro_batches_and_the_loss_cost_no_more_than_they_must():
     assert together > alone + 30 and alone < max(bytes.peak / x.nbytes + states, cheap), (together, alone, cheap)
 
 
+def test_conditions_of_one_belong_to_all():
+    """A condition and a null of one sample, with guidance, joint or split, and micro-batches."""
+    denoiser, x, one = mixture(classes=5), noise(4), torch.tensor([3])
+    model, solver = guided(denoiser, 2.0, torch.tensor([1])), nudged(GeneralizedSolver(3, VP))
+    wanted = iteration(model, solver, x, x, one.expand(4), None, None)
+    for memory in (MemoryPolicy(), MemoryPolicy(split_guidance=True)):
+        for size in (None, 1, 3):
+            assert same(iteration(model, solver, x, x, one, memory, size), wanted, 1e-12)
+
+
 def test_micro_batch_refuses_nonsense():
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+    with pytest.raises(ValueError, match="at least 1, got 2 and 0"):
         iteration(mixture(), BELMSolver(2, VP), noise(), noise(), None, None, 0)
+    with pytest.raises(ValueError, match="at least 1, got 0 and None"):
+        iteration(mixture(), BELMSolver(2, VP), noise(0), noise(0), None, None, None)
     with pytest.raises(ValueError, match=r"a condition of shape \[3\] beside a batch of 2"):
         iteration(mixture(), BELMSolver(2, VP), noise(), noise(), torch.zeros(3), None, 1)
 
@@ -335,6 +367,7 @@ def test_guidance_is_the_weighted_sum_of_two_calls():
     wanted = 2.5 * denoiser(x, t, cond) - 1.5 * denoiser(x, t, torch.tensor([0, 0]))
     assert relative(got, wanted) < 1e-14
     assert guided(denoiser, 1.0, None) is denoiser
-    for null, words in ((None, "NoneType beside Tensor"), (torch.zeros(3), r"shape \[3\], the condition \[2\]")):
+    refused = r"shape \[3\], but beside a condition of \[2\] it must be \[1\]"
+    for null, words in ((None, "NoneType beside Tensor"), (torch.zeros(3), refused)):
         with pytest.raises(ValueError, match=words):
             guided(denoiser, 2.0, null)(x, t, cond)

@@ -321,6 +321,24 @@ def test_a_budget_chooses_how_updates_run(small, tmp_path, capsys):
     assert relative(flat_of(narrow), flat_of(wide)) < 1e-4
 
 
+def test_options_of_memory_may_be_given_anew_when_resuming(small, tmp_path, capsys):
+    """Also back to their defaults; a stored budget gives way to what is chosen by hand; other weights are no memory."""
+    out = tmp_path / "run"
+    short = ["--model", "toy:make_perceptron", "--iterations", "1", "--evaluation", "student"]
+    train.main(options(out, *short, "--memory-budget", "1GiB"))
+    asked = train.Config(out=out, resume=True)
+    assert train._open(asked, ())[1].memory_budget == "1GiB"
+    by_hand = train._open(asked, {"checkpoint_every"})[1]
+    assert by_hand.memory_budget is None and by_hand.checkpoint_every == 1
+    stored = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**stored, "memory_budget": None, "checkpoint_every": 0}))
+    assert train._open(asked, ())[1].checkpoint_every == 0
+    assert train._open(asked, {"checkpoint_every"})[1].checkpoint_every == 1
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(out), "--resume", "--weights", "int8"])
+    assert "continues with weights='resident'" in capsys.readouterr().err
+
+
 def test_weights_may_be_streamed_or_held_in_eight_bits(small, tmp_path):
     """Streamed: the same solver to the bit. Eight bits: another network, and a solver for it."""
     short = ["--model", "toy:make_perceptron", "--iterations", "3", "--evaluation", "student"]

@@ -20,10 +20,11 @@ from ._view import Make, StandIn, made
 
 
 def join(parts: Sequence[Tensor], dim: int = 1) -> Tensor:
-    """`torch.cat`, whose parts get gradients with a memory of their own.
+    """`torch.cat`, whose parts after the first get gradients with a memory of their own.
 
     PyTorch hands out views of the joint gradient, so that in a U-Net's backward pass every gradient of a skip
-    connection, which waits until the encoder's turn, keeps the decoder's half alive with it.
+    connection, which waits until the encoder's turn, keeps the decoder's half alive with it. The first part is the
+    decoder's own state, whose gradient is used at once.
     """
     out: Tensor = _Join.apply(dim, *parts)
     return out
@@ -43,8 +44,8 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        pieces = zip(g.split(ctx.sizes, ctx.dim), ctx.needs_input_grad[1:], strict=True)
-        return None, *(piece.clone() if wanted else None for piece, wanted in pieces)
+        first, *others = zip(g.split(ctx.sizes, ctx.dim), ctx.needs_input_grad[1:], strict=True)
+        return None, first[0] if first[1] else None, *(piece.clone() if wanted else None for piece, wanted in others)
 
 
 def keeping_parts(whole: Tensor, parts: Sequence[Tensor], dim: int = 1) -> AbstractContextManager[Any]:

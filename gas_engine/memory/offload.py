@@ -1,7 +1,8 @@
 """`Offloaded`: states, outputs and cotangents in page-locked host memory; the device holds the newest of each.
 
 A row of the tableau reads its older states in slices: a slice of each is brought over, combined, and forgotten. What
-is computed is elementwise, so the slices give the very bits of the whole. Copies to the host run on a stream of their
+is computed of states is elementwise, so the slices give the very bits of the whole; inner products are summed slice by
+slice, which moves their last digits. Copies to the host run on a stream of their
 own beside the next evaluation. The buffers belong to the engine and serve the next rollout again.
 """
 
@@ -34,19 +35,24 @@ class _Pool:
         self.free: dict[tuple, list[Tensor]] = {}
 
     def take(self, like: Tensor) -> Tensor:
-        key = (like.numel(), like.dtype, like.device.type, type(like))  # fake tensors keep to themselves
+        key = (like.numel(), like.dtype, like.device, type(like))  # fake tensors keep to themselves
         if self.free.get(key):
             return self.free[key].pop()
         with phase("host"):
             return torch.empty(like.numel(), dtype=like.dtype, pin_memory=like.device.type == "cuda")
 
-    def give(self, buffers: dict[Any, Tensor], device: str) -> None:
+    def give(self, buffers: dict[Any, Tensor], device: torch.device) -> None:
         for buffer in buffers.values():
             self.free.setdefault((buffer.numel(), buffer.dtype, device, type(buffer)), []).append(buffer)
         buffers.clear()
 
 
 _POOL = _Pool()
+
+
+def release() -> None:
+    """Give the free host buffers back to the system, for states of another size."""
+    _POOL.free.clear()
 
 
 class Offloaded:
@@ -56,9 +62,9 @@ class Offloaded:
         self.numbers, self.dtype, self.shape, self.device = numbers, x.dtype, x.shape, x.device
         self.host: dict[tuple[str, int], Tensor] = {}
         self.newest: dict[tuple[str, int], Tensor] = {}
-        self._finalizer = weakref.finalize(self, _POOL.give, self.host, x.device.type)
+        self._finalizer = weakref.finalize(self, _POOL.give, self.host, x.device)
         self._last_output = last_use(numbers.output_terms)
-        self._send("x", 0, x.detach())
+        self._send("x", 0, x.detach().contiguous())
 
     def input(self, j: int) -> Tensor:
         """The network's input at x[j]."""
@@ -150,7 +156,7 @@ class Offloaded:
     def _free(self, kind: str, n: int) -> None:
         self.newest.pop((kind, n), None)
         if (kind, n) in self.host:
-            _POOL.give({0: self.host.pop((kind, n))}, self.device.type)
+            _POOL.give({0: self.host.pop((kind, n))}, self.device)
 
     def _wait(self) -> None:
         """Later reads of host buffers come after the copies into them."""

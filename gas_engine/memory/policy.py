@@ -42,7 +42,7 @@ class MemoryPolicy:
     meter: BitsLost | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.checkpoint_every, int) or self.checkpoint_every < 0:
+        if type(self.checkpoint_every) is not int or self.checkpoint_every < 0:
             raise ValueError(
                 f"checkpoint_every must be 0 (keep all) or a positive integer, got {self.checkpoint_every!r}"
             )

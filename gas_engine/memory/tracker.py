@@ -45,8 +45,8 @@ class ByteTracker(TorchDispatchMode):
 
     `live`, `peak`: bytes now and at most; `host`: bytes offloaded now. `by_phase`, `by_module`: who had made what was
     alive at the peak, by `phase` and by the innermost module whose forward made it (its name in `root`, or its class;
-    "" outside of any, as in a backward pass). A view of older memory,
-    such as the transpose of a weight, is no new byte. Storages that exist when the tracker starts are not counted.
+    "" outside of any, as in a backward pass). A view of older memory, such as the transpose of a weight, is no new
+    byte. Storages that exist when the tracker starts are not counted.
     `cuda_peak`: bytes that CUDA's caching allocator had given out at most, above what it had at the start; 0 without a
     device.
 

@@ -81,7 +81,6 @@ class Kept:
     def __init__(self, numbers: Coefficients, x: Tensor, forget: bool = False) -> None:
         self.numbers, self.dtype, self.forget = numbers, x.dtype, forget
         self.states, self.outputs = {0: x.detach()}, dict[int, Tensor]()
-        self.version = x._version
         self._shown: tuple[int, Tensor] | None = None
         self._last_output = last_use(numbers.output_terms)
         self._last_state = last_use(numbers.state_terms) if forget else []
@@ -115,8 +114,6 @@ class Kept:
 
     def turn(self, grad: Tensor, result: Tensor | None) -> None:
         """Begin the way back with g[K]."""
-        if self.states[0]._version != self.version:
-            raise RuntimeError("the initial state was changed in place between rollout and its backward pass")
         # From here on slot n holds g[n] instead of x[n], for every n that the loop has passed.
         self.states[self.numbers.steps] = grad.contiguous()
 

@@ -9,6 +9,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,7 +32,7 @@ def stream_weights(network: nn.Module, device: torch.device | str) -> nn.Module:
     to the device once. Same outputs and gradients bit for bit. A graph would keep the weights that it needs, so make
     ``checkpoint_blocks`` of the result: the backward pass then brings each block once more.
 
-    Memory on the device: weights outside of blocks, the block that runs, and the next one on its way.
+    Memory on the device: weights outside of blocks and three blocks: the one that runs, the one before, the next.
     Raises RuntimeError for trainable weights, ValueError where no block is found.
 
         small = checkpoint_blocks(stream_weights(network.requires_grad_(False), "cuda"))
@@ -56,19 +59,20 @@ def stream_weights(network: nn.Module, device: torch.device | str) -> nn.Module:
 
     result = view(network, rule, "stream_weights")
     originals = dict(network.named_modules())
-    for name, module in result.named_modules():
-        if id(originals[name]) in inside:
-            continue
-        for tensors in (module._parameters, module._buffers):
-            for key, value in tensors.items():
-                if value is not None:
-                    tensors[key] = _moved(value, device)
+    _move([m for name, m in result.named_modules() if id(originals[name]) not in inside], device)
     return result
 
 
-def _moved(value: Tensor, device: torch.device) -> Any:
-    moved = value.detach().to(device)
-    return nn.Parameter(moved, requires_grad=False) if isinstance(value, nn.Parameter) else moved
+def _move(modules: Iterable[nn.Module], device: torch.device | str) -> None:
+    """Give the modules of a view tensors of their own on the device; `.to` would move those of the original."""
+    for module in modules:
+        for tensors in (module._parameters, module._buffers):
+            for key, value in tensors.items():
+                if value is not None:
+                    moved = value.detach().to(device)
+                    tensors[key] = (
+                        nn.Parameter(moved, requires_grad=False) if isinstance(value, nn.Parameter) else moved
+                    )
 
 
 class _Conveyor:
@@ -80,6 +84,7 @@ class _Conveyor:
         self.last: tuple[_Streamed | None, _Streamed | None] = (None, None)
         self.follows: dict[tuple[_Streamed | None, _Streamed | None], _Streamed] = {}
         self.ahead: tuple[_Streamed, list[Tensor]] | None = None
+        self.before: torch.cuda.Event | None = None  # all that was asked of the device before the last block
 
     def bring(self, block: _Streamed) -> list[Tensor]:
         ahead, self.ahead = self.ahead, None
@@ -89,9 +94,14 @@ class _Conveyor:
         self.last = (self.last[1], block)
         if self.stream is None:
             return here
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)
         for value in here:
-            value.record_stream(torch.cuda.current_stream(self.device))
+            value.record_stream(current)
+        # A host that runs far ahead of the device would send for block after block.
+        if self.before is not None:
+            self.before.synchronize()
+        self.before = current.record_event()
         if (following := self.follows.get(self.last)) is not None:
             self.ahead = (following, self.copy(following))
         return here
@@ -129,13 +139,20 @@ class _Streamed:
 
 
 def _lock(value: Tensor) -> None:
-    """Page-lock a host tensor in place, so that copies from it need not wait; where the system refuses, they do."""
-    if value.device.type == "cpu" and value.numel() and not value.is_pinned():
-        torch.cuda.cudart().cudaHostRegister(value.data_ptr(), value.nbytes, 0)
+    """Page-lock a host tensor in place until it dies, so that copies from it need not wait; where the system refuses
+    (files mapped read-only, a limit on locked memory), they do."""
+    if value.device.type != "cpu" or not value.numel() or value.is_pinned():
+        return
+    storage, runtime = value.untyped_storage(), torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0)) == 0:
+        weakref.finalize(storage, runtime.cudaHostUnregister, storage.data_ptr())
+        return
+    with contextlib.suppress(RuntimeError):  # the refusal would be told at the next launch, and nowhere else
+        torch.zeros(1, device="cuda").add_(1)
 
 
-def quantize_weights(network: nn.Module) -> nn.Module:
-    """A view whose linear layers hold int8 weights with a scale for each row (torchao, weights only).
+def quantize_weights(network: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+    """A view whose linear layers hold int8 weights with a scale for each row (torchao, weights only), on ``device``.
 
     An approximation of the network: about 0.8 % of an output. ``lean`` of the result keeps no dequantised weight in the
     graph. Memory: a byte a weight and a scale a row, beside the original, which may then be dropped.
@@ -149,4 +166,6 @@ def quantize_weights(network: nn.Module) -> nn.Module:
         raise ValueError(f"int8 weights need torchao ({error}): pip install torchao") from None
     result = view(network, lambda module: None, "quantize_weights")
     quantize_(result, Int8WeightOnlyConfig())
+    if device is not None:
+        _move(result.modules(), device)
     return result
