@@ -98,7 +98,6 @@ def bench_peak_of_an_iteration(bench_record: Callable[..., None], benchmark: Any
         "lean, all graphs": Execution(MemoryPolicy(0), lean=True),
         "lean, one graph": Execution(lean=True),
         "lean, one graph, blocks": Execution(lean=True, blocks="auto"),
-        "lean, one graph, blocks, the loss alone": Execution(MemoryPolicy(loss_alone=True), lean=True, blocks="auto"),
     }
     solver = GeneralizedSolver(2 if smoke else 10, denoiser.schedule)
     peaks = {}

@@ -228,7 +228,7 @@ class _Rollout(torch.autograd.Function):
         # The trajectories that hold the caller's own x to the end.
         ctx.start = start if memory.trajectory == "keep" or len(A) == 1 else None
         ctx.version = x._version
-        ctx.save_for_backward(*([result] if memory.trajectory == "reversible" else []))
+        ctx.save_for_backward(*([result] if memory.trajectory == "reversible" and not memory.carry else []))
         return result
 
     @staticmethod

@@ -50,8 +50,8 @@ def lean(network: nn.Module) -> nn.Module:
 
     Same outputs: to float32 rounding (1e-6) where a group norm, a gated unit or batch norm runs as one op, to the bit
     elsewhere; gradients for the input, the time label and the conditioning. A module that is not known, or has hooks,
-    stays as it is. The result follows later changes of the weights' values, since it shares them; its `.train()` does
-    not reach the original.
+    stays as it is. The result follows later changes of the weights' values, since it shares them, and its `.to()` moves
+    or casts them for both; its `.train()` does not reach the original.
     Raises RuntimeError for trainable weights: they would need what is dropped here.
 
         small = lean(network.requires_grad_(False).eval())

@@ -66,7 +66,8 @@ def stream_weights(network: nn.Module, device: torch.device | str) -> nn.Module:
 def _move(modules: Iterable[nn.Module], device: torch.device | str) -> None:
     """Give the modules of a view tensors of their own on the device; `.to` would move those of the original."""
     for module in modules:
-        for tensors in (module._parameters, module._buffers):
+        both: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for tensors in both:
             for key, value in tensors.items():
                 if value is not None:
                     moved = value.detach().to(device)
