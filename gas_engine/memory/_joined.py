@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import register_pytree_node
 
+from ..ops.group_norm_silu import spare
 from ._rebuilt import plain_autograd
 from ._view import Make, StandIn, made
 
@@ -64,7 +65,7 @@ class _KeepingParts(saved_tensors_hooks):
                 return saved
             if versions != [p._version for p in saved]:
                 raise RuntimeError("a skip connection was changed in place after it had been used")
-            return torch.cat(saved, dim)
+            return spare(torch.cat(saved, dim))
 
         super().__init__(lambda t: parts if _looks(t) == looks else t, unpack)
 

@@ -156,6 +156,14 @@ class _Stop(Exception):
     pass
 
 
+_rebuilding = [False]
+
+
+def rebuilding() -> bool:
+    """Whether a block runs for what its operations save alone, and stops before it returns a value."""
+    return _rebuilding[-1]
+
+
 class _Frame:
     """One call of one block: its arguments, which stay, and what its operations save, which is kept or rebuilt."""
 
@@ -209,11 +217,14 @@ class _Frame:
         again = [
             t.detach().requires_grad_() if wanted else t for t, wanted in zip(self.leaves, self.wanted, strict=True)
         ]
+        _rebuilding.append(True)
         try:
             with torch.enable_grad(), as_autocast(self.autocast), saved_tensors_hooks(pack, _fetch):
                 self.run(again)
         except _Stop:
             return
+        finally:
+            _rebuilding.pop()
         raise RuntimeError(
             f"checkpoint_blocks: a block saved {len(self.saved)} tensors at first and {done} when rebuilt; it must do "
             "the same twice"

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..memory._joined import join, keeping_parts
+from ..memory.blocks import rebuilding
 from ..ops import conv_frozen, group_norm_silu, resample2d
 
 
@@ -202,7 +203,9 @@ class UNetBlock(nn.Module):
         parts = [x] if encoded is None else [x, encoded]
         if encoded is not None:
             x = join(parts)
-        skip = x if self.skip is None else self.skip(x)
+        skip: Tensor | None = x if self.skip is None else self.skip(x)
+        if self.skip is not None and not self.heads and rebuilding():
+            skip = None  # it would wait for a sum behind which nothing is saved
         with nullcontext() if encoded is None else keeping_parts(x, parts):
             h = self.norm0(x, "silu")
         del x  # a joined tensor is large, and nobody else keeps it
@@ -215,6 +218,9 @@ class UNetBlock(nn.Module):
             h = h + label
             h = self.norm1(h, "silu")
         h = self.conv1(F.dropout(h, self.dropout, self.training))
+        if skip is None:
+            assert self.skip is not None
+            skip = self.skip(join(parts))
         x = (h + skip) * self.skip_scale
         return (self._attend(x) + x) * self.skip_scale if self.heads else x
 

@@ -163,13 +163,13 @@ def forward_fake(
 
 
 def _gradients(
-    g: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, wanted: list[bool]
+    g: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, wanted: list[bool], over: bool = False
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dscale and dshift, empty, where they are wanted."""
+    """dx, dscale and dshift, empty, where they are wanted; `over`: dx takes the memory of x."""
     if g.shape != x.shape:
         raise ValueError(f"group_norm_silu: its cotangent must have the shape {list(x.shape)}, got {list(g.shape)}")
     return (
-        torch.empty_like(x, memory_format=core.layout(x)) if wanted[0] else None,
+        None if not wanted[0] else x if over else torch.empty_like(x, memory_format=core.layout(x)),
         scale.new_empty(x.shape[:2]) if wanted[1] and scale is not None else None,
         shift.new_empty(x.shape[:2]) if wanted[2] and shift is not None else None,
     )
@@ -193,11 +193,17 @@ def gradients(
     eps: float,
     act: str,
     wanted: list[bool],
+    over: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dscale and dshift, each where it is wanted."""
+    """dx, dscale and dshift, each where it is wanted.
+
+    `over` writes dx over a dense x: the last pass reads an element of x and g before it writes that of dx.
+    """
     small = (weight, bias, scale, shift)
     check(x, num_groups, act, *small)
-    dx, dscale, dshift = grads = _gradients(g, x, scale, shift, wanted)
+    dx, dscale, dshift = grads = _gradients(g, x, scale, shift, wanted, over)
+    if isinstance(x, torch._subclasses.FakeTensor):
+        return grads
     if x.numel() == 0:
         for t in grads:
             if t is not None:

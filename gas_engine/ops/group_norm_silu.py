@@ -92,9 +92,31 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, g: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     x, mean, rstd, *small = ctx.saved_tensors
-    grads = _op_backward(g, x, mean, rstd, ctx.num_groups, *small, ctx.eps, ctx.act, ctx.wanted)
+    args: tuple[Any, ...] = (g, x, mean, rstd, ctx.num_groups, *small, ctx.eps, ctx.act, ctx.wanted)
+    if _is_spare(x, g):
+        return _spread(_group_norm.gradients(*args, True))  # type: ignore[call-arg]
+    grads = _op_backward(*args)
     dx, dscale, dshift = (t if wanted else None for t, wanted in zip(grads, ctx.wanted, strict=True))
+    return _spread((dx, dscale, dshift))
+
+
+def _spread(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    dx, dscale, dshift = grads
     return dx, None, None, None, dscale, dshift, None, None
+
+
+def spare(x: Tensor) -> Tensor:
+    """Say of a tensor, unpacked for one backward step alone, that its memory may take the gradient."""
+    x.untyped_storage()._spare = True  # type: ignore[attr-defined]  # autograd hands out another tensor of it
+    return x
+
+
+def _is_spare(x: Tensor, g: Tensor) -> bool:
+    if not getattr(x.untyped_storage(), "_spare", False) or torch.is_grad_enabled() or core.is_compiling():
+        return False
+    plain = all(type(t) is Tensor or isinstance(t, torch._subclasses.FakeTensor) for t in (x, g))
+    dense = x.is_contiguous(memory_format=core.layout(x))
+    return plain and dense and core.runs_on(x) and not core.batched(g) and x.dtype == g.dtype
 
 
 def _merged(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:

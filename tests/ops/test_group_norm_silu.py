@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -395,3 +396,31 @@ def test_bare_op_checks_too() -> None:
         op(X, 2, S[0].clone().requires_grad_(), None, None, None, 1e-5, "silu")
     with pytest.raises(ValueError, match="got 'relu'"):
         op(X, 2, None, None, None, None, 1e-5, "relu")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 8, 5, 7), (3, 64, 33, 31), (1, 512, 32, 32)])
+def test_gradient_over_a_joined_input_is_the_same_to_the_bit(device, layout, shape):
+    """Where the input is joined anew for the backward pass alone, its memory takes the gradient."""
+    from gas_engine.memory import ByteTracker
+    from gas_engine.memory._joined import join, keeping_parts
+
+    half = (shape[0], shape[1] // 2, *shape[2:])
+    parts = [torch.randn(half, device=device).to(memory_format=layout) for _ in range(2)]
+    scale, shift = (torch.randn(shape[:2], device=device, requires_grad=True) for _ in range(2))
+    results = []
+    for kept in (False, True):
+        leaves = [p.clone().requires_grad_() for p in parts]
+        inner = [p * 1.0 for p in leaves]
+        whole = join(inner)
+        with keeping_parts(whole, inner) if kept else contextlib.nullcontext():
+            y = ops.group_norm_silu(whole, 4, scale=scale, shift=shift)
+        del whole
+        g = torch.sin(torch.arange(y.numel(), device=device)).view_as(y).to(memory_format=layout)
+        with ByteTracker() as bytes:
+            grads = torch.autograd.grad(y, [*leaves, scale, shift], g)
+        results.append((grads, bytes.peak))
+    (wanted, stock), (got, spared) = results
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert spared <= stock + 64  # the input again, and no other
