@@ -35,8 +35,13 @@ def atomic(path: Path | str) -> Iterator[Path]:
 
 def write_json(path: Path | str, value: Any) -> None:
     """Write JSON atomically."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write text atomically."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.write_text(text)
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor], facts: Any = None) -> str:

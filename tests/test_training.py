@@ -16,11 +16,14 @@ import torch
 import toy
 from twin import relative
 
-from gas_engine import BELMSolver, Denoiser, GeneralizedSolver, MemoryPolicy, _setup, load_solver, train
+from gas_engine import BELMSolver, Denoiser, GeneralizedSolver, MemoryPolicy, load_solver, train
 from gas_engine.execution import Execution
 from gas_engine.losses import distillation_loss
-from gas_engine.soap import SOAP
-from gas_engine.trainer import PATIENCE, RECIPES, NotFinite, OutOfMemory, Recipe, Trainer
+from gas_engine.training import setup
+from gas_engine.training.opening import opened
+from gas_engine.training.recipe import RECIPES, Recipe
+from gas_engine.training.soap import SOAP
+from gas_engine.training.trainer import PATIENCE, NotFinite, OutOfMemory, Trainer
 
 HERE = Path(__file__).parent
 
@@ -42,7 +45,7 @@ def test_twenty_iterations_match_reference(golden, tiny, every, monkeypatch):
     solver = GeneralizedSolver(4, denoiser.schedule, 1e-3)
     recipe = Recipe(iterations=20, batch=8, rate=1e-3, cosine=False, ema=0.999, start_grid="uniform")
     noise, grads = data["noise"].double(), []
-    monkeypatch.setattr("gas_engine.trainer.seeded", lambda denoiser, rows: (noise[rows], None))
+    monkeypatch.setattr("gas_engine.training.trainer.seeded", lambda denoiser, rows: (noise[rows], None))
     original = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(
         torch.nn.utils, "clip_grad_norm_", lambda p, n: (grads.append(flat(solver, True)), original(p, n))[1]
@@ -257,8 +260,8 @@ def options(out, *more):
 def small(monkeypatch):
     """Small evaluation sets and a path to the toy model."""
     monkeypatch.chdir(HERE)
-    monkeypatch.setattr(_setup, "SELECTION_SEEDS", range(40_000, 40_008))
-    monkeypatch.setattr(_setup, "HELD_OUT_SEEDS", range(50_000, 50_016))
+    monkeypatch.setattr(setup, "SELECTION_SEEDS", range(40_000, 40_008))
+    monkeypatch.setattr(setup, "HELD_OUT_SEEDS", range(50_000, 50_016))
 
 
 def test_run_directory_is_complete_and_resume_is_exact(small, tmp_path):
@@ -327,13 +330,13 @@ def test_options_of_memory_may_be_given_anew_when_resuming(small, tmp_path, caps
     short = ["--model", "toy:make_perceptron", "--iterations", "1", "--evaluation", "student"]
     train.main(options(out, *short, "--memory-budget", "1GiB"))
     asked = train.Config(out=out, resume=True)
-    assert train._open(asked, ())[1].memory_budget == "1GiB"
-    by_hand = train._open(asked, {"checkpoint_every"})[1]
+    assert opened(asked, ())[1].memory_budget == "1GiB"
+    by_hand = opened(asked, {"checkpoint_every"})[1]
     assert by_hand.memory_budget is None and by_hand.checkpoint_every == 1
     stored = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**stored, "memory_budget": None, "checkpoint_every": 0}))
-    assert train._open(asked, ())[1].checkpoint_every == 0
-    assert train._open(asked, {"checkpoint_every"})[1].checkpoint_every == 1
+    assert opened(asked, ())[1].checkpoint_every == 0
+    assert opened(asked, {"checkpoint_every"})[1].checkpoint_every == 1
     with pytest.raises(SystemExit):
         train.main(["--out", str(out), "--resume", "--weights", "int8"])
     assert "continues with weights='resident'" in capsys.readouterr().err
@@ -471,8 +474,8 @@ def test_killed_run_resumes(tmp_path):
     newest = max(int(p.name.removeprefix("step-")) for p in out.glob("checkpoints/step-*"))
     (out / "config.json").write_text(json.dumps({**config, "iterations": newest + 2}))
     code = (
-        "import sys; from gas_engine import train\n"
-        "train.SELECTION_SEEDS = range(40000, 40008); train.main(sys.argv[1:])"
+        "import sys; from gas_engine import train; from gas_engine.training import setup\n"
+        "setup.SELECTION_SEEDS = range(40000, 40008); train.main(sys.argv[1:])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "--out", str(out), "--resume"], cwd=HERE, capture_output=True, text=True,

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ._cli import InputError, writable
-from .files import atomic, sha256, write_json
+from .._cli import InputError, writable
+from ..files import atomic, sha256, write_json
 
 
 class RunDirectory:

@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 import gc
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser, seeded
-from .execution import Execution, out_of_memory
-from .gradients import loss_backward
-from .losses.distillation import Loss
-from .memory import offload, phase
-from .run_directory import load_optimizer, optimizer_tensors
-from .soap import SOAP
-from .solvers import LearnedTimes
+from ..denoiser import Denoiser, seeded
+from ..execution import Execution, out_of_memory
+from ..gradients import loss_backward
+from ..losses.distillation import Loss
+from ..memory import offload, phase
+from ..solvers import LearnedTimes
+from .directory import load_optimizer, optimizer_tensors
+from .recipe import OPTIMIZERS, Recipe
 
 PATIENCE = 20
 CLIP = 1.0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How parameters are updated (arXiv 2510.17699, section 5, for the values of ``paper``)."""
-
-    iterations: int
-    batch: int
-    rate: float
-    cosine: bool
-    ema: float
-    start_grid: str
-    optimizer: str = "adam"
-
-    def rate_at(self, step: int) -> float:
-        """Learning rate of update ``step``, counted from 0."""
-        return self.rate * (0.5 + 0.5 * math.cos(math.pi * step / self.iterations)) if self.cosine else self.rate
-
-
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "soap": SOAP}
-RECIPES = {
-    "quick": Recipe(800, batch=24, rate=1e-2, cosine=True, ema=0.99, start_grid="quadratic", optimizer="soap"),
-    "paper": Recipe(iterations=10_000, batch=24, rate=1e-3, cosine=False, ema=0.999, start_grid="uniform"),
-}
 
 
 class NotFinite(ValueError):

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import comparison
-from ._cli import InputError, console, parse_seeds, progress
-from .denoiser import Denoiser, seeded
-from .execution import BLOCKS, Execution
-from .memory import BitsLost, MemoryPolicy
-from .planner import Plans, parse_bytes, plan, show_bytes
-from .solvers import GRIDS, BELMSolver, GeneralizedSolver, LearnedTimes
-from .teacher import load_teacher_set, make_teacher_set, teacher_samples
-from .trainer import RECIPES, Recipe
+from .. import comparison
+from .._cli import InputError, console, parse_seeds, progress
+from ..denoiser import Denoiser, seeded
+from ..execution import BLOCKS, Execution
+from ..memory import BitsLost, MemoryPolicy
+from ..planner import Plans, parse_bytes, plan, show_bytes
+from ..solvers import GRIDS, BELMSolver, GeneralizedSolver, LearnedTimes
+from ..teacher import load_teacher_set, make_teacher_set, teacher_samples
+from .recipe import RECIPES, Recipe
 
 if TYPE_CHECKING:
-    from .train import Config
+    from .options import Config
 
 SELECTION_SEEDS = range(40_000, 40_064)
 HELD_OUT_SEEDS = range(50_000, 50_512)

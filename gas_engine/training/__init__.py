@@ -1,0 +1,1 @@
+"""A training run: options, iteration, loop, directory, results."""

@@ -1,0 +1,59 @@
+"""Where a run begins: its directory, and the options that count, which a resumed run has on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+
+from .._cli import InputError
+from ..teacher import TeacherSolver
+from .directory import RunDirectory
+from .options import Config, plain
+from .setup import CHOSEN, execution
+
+# What a resumed run may be given anew.
+RESUMABLE = ("out", "resume", "device", "evaluation", "sample_batch")
+# What a resumed run goes on with unless it is given anew: the result is the same to rounding.
+MEMORY = (
+    "memory_budget", "checkpoint_every", "trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks",
+    "loss_alone", "weights",
+)  # fmt: skip
+
+
+def opened(config: Config, options: Collection[str]) -> tuple[RunDirectory, Config]:
+    """The run directory and the configuration that counts: the stored one if resuming."""
+    for name in ("save_every", "sample_every", "log_every", "sample_batch"):
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    execution(config)
+    if config.out is None:
+        stem = f"runs/{Path(config.model).stem.replace(':', '-')}-{config.student}-k{config.steps}"
+        taken = [Path(stem), *(Path(f"{stem}-{n}") for n in range(2, 10_000))]
+        free = next(i for i, path in enumerate(taken) if not RunDirectory(path).exists())
+        config = dataclasses.replace(config, out=taken[max(0, free - 1) if config.resume else free])
+    assert config.out is not None
+    directory = RunDirectory(config.out)
+    if not config.resume:
+        if directory.exists():
+            directory.create({})  # refuses, before any work is done
+        return directory, config
+    stored, given, default = directory.config(), plain(config), plain(Config())
+    anew = {name for name in MEMORY if name in options or given[name] != default[name]}
+    if anew & {*CHOSEN, "checkpoint_every"} and "memory_budget" not in anew:
+        stored["memory_budget"] = None  # what it chose is chosen by hand now
+    for name, value in given.items():
+        free = name in RESUMABLE or (name in MEMORY and "int8" not in (value, stored.get(name)))
+        if not free and value != default[name] and value != stored.get(name):
+            raise InputError(
+                f"--resume continues with {name}={stored.get(name)!r} from {directory.path}/config.json, but "
+                f"{name}={value!r} was given; leave it out, or start a new run"
+            )
+    kept = {name: getattr(config, name) for name in RESUMABLE}
+    kept |= {name: given[name] for name in anew}
+    try:
+        stored["teacher"] = TeacherSolver(**stored["teacher"])
+        stored["teacher_set"] = stored["teacher_set"] and Path(stored["teacher_set"])
+        return directory, Config(**{**stored, **kept})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{directory.path}/config.json is not one of this version ({error})") from None

@@ -1,0 +1,79 @@
+"""What a finished run leaves: the solver, a table beside every classical solver, and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from .. import comparison, pictures
+from .._cli import console, progress
+from ..denoiser import Denoiser
+from ..files import write_text
+from ..solvers import grid, save_solver
+from ..tableau import Tableau
+from . import setup
+from .directory import RunDirectory
+from .options import Config
+from .trainer import Trainer
+
+
+def finish(
+    trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples, start: Tableau
+) -> None:
+    """Write the solver, measure on held-out seeds, write the table and the pictures."""
+    denoiser, student, batch = trainer.denoiser, trainer.average, config.sample_batch
+    tableau = student.tableau(denoiser.prediction)
+    held_out = setup.samples(denoiser, setup.HELD_OUT_SEEDS, config, trainer.device)
+    mine = comparison.distance(
+        denoiser, tableau, held_out, f"learned ({config.student})", f"{trainer.step} updates", batch
+    )  # fmt: skip
+    save_solver(
+        student, directory.solver, model=denoiser.name, guidance=1.0, loss=config.loss, version=_version(),
+        metrics={"l1": mine.l1, "rmse": mine.rmse, "psnr": mine.psnr, "held_out_seeds": "50000-50511"},
+    )  # fmt: skip
+    rows = [mine]
+    if config.evaluation == "full":
+        with progress() as bar:
+            task = bar.add_task("classical solvers", total=comparison.VARIANTS, note="")
+            rows += comparison.classical_distances(
+                denoiser, config.steps, selection, held_out, batch, lambda: bar.advance(task)
+            )  # fmt: skip
+    write_text(directory.path / "comparison.md", comparison.as_markdown(rows))
+    write_text(directory.path / "comparison.csv", comparison.as_csv(rows))
+    _compare_pictures(directory.path / "comparison.png", denoiser, config, held_out.teacher.cpu(), rows[:2])
+    times = {"learned": student.times()} | {
+        name: grid(name, student.schedule, config.steps, config.t_eps) for name in ("uniform", "quadratic", "logSNR")
+    }
+    pictures.schedule_plot(directory.path / "schedule.png", student.schedule, times, {"learned": student.told_times()})
+    pictures.tableau_plot(directory.path / "tableau.png", tableau, start)
+    console.print(
+        comparison.as_rich(rows, f"distance to the {config.teacher.steps}-evaluation teacher at K = {config.steps}")
+    )
+    console.print(
+        f"solver    {directory.solver} ({directory.solver.stat().st_size / 1024:.1f} kB)\n"
+        f"pictures  {directory.path}/comparison.png  schedule.png  tableau.png\n"
+        f"sample    python -m gas_engine.sample --model {config.model} --solver {directory.solver} --out samples",
+        soft_wrap=True,
+    )
+
+
+def _compare_pictures(
+    path: Path, denoiser: Denoiser, config: Config, teacher: Tensor, rows: list[comparison.Distance]
+) -> None:
+    """Teacher, student and the best classical solver above their errors; nothing for states that are no images."""
+    if len(denoiser.shape or ()) != 3:
+        return
+    mine, others = rows[0], rows[1:]
+    drawn = [(f"teacher, {config.teacher.steps}", teacher), (f"learned, {config.steps}", mine.samples)]
+    drawn += [(best.solver, best.samples) for best in others]
+    drawn += [("|learned - teacher|", mine.samples - teacher)]
+    drawn += [("|classical - teacher|", best.samples - teacher) for best in others]
+    title = f"{denoiser.name}: {config.steps} evaluations, held-out seeds 50000 on; L1 {mine.l1:.4f}"
+    pictures.image_rows(path, drawn, title + "".join(f" against {best.l1:.4f}" for best in others))
+
+
+def _version() -> str:
+    from .. import __version__
+
+    return __version__
