@@ -14,6 +14,7 @@ import toy
 from runs import brief, checkpoints, flat, hidden, options, rows, toy_trainer
 
 from gas_engine import Denoiser, load_solver, train
+from gas_engine.execution import Execution
 from gas_engine.losses import distillation_loss
 from gas_engine.training.loop import train as loop
 from gas_engine.training.trainer import NotFinite, Trainer
@@ -44,35 +45,20 @@ def test_updates_that_are_not_finite_change_nothing_and_stop_after_patience():
     assert trainer.skipped == 20 and bool(torch.isfinite(flat(trainer.solver)).all())
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("micro_batch", [None, 3])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_single_bad_update_is_skipped(value, micro_batch):
     """Whole, whichever of its samples was bad, and though the gradient of |x| is finite at infinity."""
-    trainer = toy_trainer(iterations=6, execution=toy_execution(micro_batch))
-    plain, calls = distillation_loss("l1"), []
-
-    def loss(x, y):
-        bad = (len(calls) == 2) * torch.tensor([0.0, 1.0, 0.0, 0.0])[: len(x)] > 0
-        calls.append(trainer.step)
-        return plain(torch.where(bad[:, None, None, None], x + value, x), y)
-
-    trainer.loss = loss
-    before = None
-    while not trainer.finished:
-        at = len(calls)
-        state = flat(trainer.solver), flat(trainer.average), trainer.optimizer.state_dict()["state"]
-        before = {"solver": state[0], "average": state[1]}
-        trainer.update()
-        if at <= 2 < len(calls):
-            assert trainer.skipped_in_a_row == 1 and torch.equal(flat(trainer.solver), before["solver"])
-            assert torch.equal(flat(trainer.average), before["average"])
-    assert trainer.skipped == 1 and trainer.step == 6 and bool(torch.isfinite(flat(trainer.solver)).all())
-
-
-def toy_execution(micro_batch):
-    from gas_engine.execution import Execution
-
-    return Execution(micro_batch=micro_batch)
+    trainer, plain = toy_trainer(iterations=6, execution=Execution(micro_batch=micro_batch)), distillation_loss("l1")
+    bad = torch.tensor([False, True, False, False])[:, None, None, None]
+    trainer.loss = lambda x, y: plain(torch.where(bad[: len(x)] & (trainer.step == 2), x + value, x), y)
+    kept = []
+    for _ in trainer:
+        kept.append((flat(trainer.solver), flat(trainer.average), trainer.state()[1]["skipped_in_a_row"]))
+    assert [skipped for _, _, skipped in kept] == [0, 0, 1, 0, 0, 0] and trainer.skipped == 1
+    for part in (0, 1):
+        same = [torch.equal(kept[n][part], kept[n + 1][part]) for n in range(5)]
+        assert same == [False, True, False, False, False] and bool(torch.isfinite(kept[-1][part]).all())
 
 
 def test_the_adversary_goes_first_and_its_step_stays_where_the_solver_s_is_skipped():
@@ -98,7 +84,9 @@ def test_the_adversary_goes_first_and_its_step_stays_where_the_solver_s_is_skipp
     assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[1], kept[2]) and trainer.skipped == 1
 
 
-def test_skipped_updates_are_announced_and_the_student_alone_is_measured(small, tmp_path, capsys, monkeypatch):
+def test_skipped_updates_are_announced_and_the_student_alone_is_measured(
+    small, no_pictures, tmp_path, capsys, monkeypatch
+):
     calls = []
 
     def loss(x, y):
@@ -139,7 +127,7 @@ def sick(monkeypatch):
 def test_a_network_that_is_nan_for_a_while_sends_the_run_back_with_half_the_rate(
     small, no_pictures, tmp_path, capsys, sick
 ):
-    """Updates 7 to 10 of one call each: three are skipped, the run goes back to update 4, skips one more, and goes on."""
+    """Nan in calls 7 to 10, one an update: three are skipped, the run goes back to update 4, skips one, and goes on."""
     out = tmp_path / "run"
     more = ["--iterations", "12", "--save-every", "2", "--log-every", "1", "--rate-schedule", "constant"]
     train.main(brief(out, *sick(7, 10), *more, "--evaluate-every", "3"))
@@ -166,43 +154,31 @@ def test_a_network_that_stays_nan_stops_the_run(small, no_pictures, tmp_path, ca
     assert not hidden(tmp_path / "run")
 
 
-def test_a_run_that_went_back_resumes_with_its_lower_rate(small, no_pictures, tmp_path, at_update):
-    """A fault that depends on the rate alone: stopped after going back, and resumed, the bytes of the undisturbed."""
-
-    def bad_loss(config_loss, device):
-        plain = distillation_loss("l1")
-        return lambda x, y: plain(x, y) * (torch.nan if current[0].rollbacks == 0 and current[0].step >= 6 else 1.0)
-
+def test_a_run_that_went_back_resumes_with_its_lower_rate(small, no_pictures, tmp_path, at_update, monkeypatch):
+    """A fault of the full rate alone; stopped before it or after going back, and resumed: the undisturbed bytes."""
     current, real = [], Trainer.__init__
 
     def remember(trainer, *args, **kwargs):
         real(trainer, *args, **kwargs)
         current[:] = [trainer]
 
+    def loss(x, y):
+        bad = current[0].rollbacks == 0 and current[0].step >= 6
+        return distillation_loss("l1")(x, y) * (torch.nan if bad else 1.0)
+
+    monkeypatch.setattr(Trainer, "__init__", remember)
+    monkeypatch.setattr(train, "distillation_loss", lambda *_: loss)
     more = ["--iterations", "12", "--save-every", "2", "--max-skipped", "3"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "distillation_loss", bad_loss)
-        patch.setattr(Trainer, "__init__", remember)
-        train.main(brief(tmp_path / "whole", *more))
-        for stop_at in (5, 9):  # before the fault, and after going back
-            out = tmp_path / f"stopped-{stop_at}"
-            seen = []
-
-            def stop(seen=seen):
-                os.kill(os.getpid(), signal.SIGTERM)
-                seen.append(current[0].rollbacks)
-
-            at_update(stop_at, stop if stop_at == 5 else lambda stop=stop: at_update(stop_at, stop))
-            while not (out / "solver.safetensors").exists():
-                try:
-                    train.main(brief(out, *more, "--resume", "auto"))
-                except SystemExit as error:
-                    assert error.code == 143
-            assert (
-                seen
-                and (out / "solver.safetensors").read_bytes()
-                == (tmp_path / "whole" / "solver.safetensors").read_bytes()
-            )
+    train.main(brief(tmp_path / "whole", *more))
+    for stop_at, gone_back in ((5, 0), (9, 1)):
+        out = tmp_path / f"stopped-{stop_at}"
+        at_update(stop_at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            train.main(brief(out, *more))
+        assert current[0].step == stop_at + 1 and current[0].rollbacks == gone_back
+        train.main(["--out", str(out), "--resume", "--device", "cpu", "--evaluation", "student"])
+        assert current[0].rollbacks == 1
+        assert (out / "solver.safetensors").read_bytes() == (tmp_path / "whole" / "solver.safetensors").read_bytes()
 
 
 # Signals
@@ -278,7 +254,7 @@ def test_a_run_outlives_writes_that_fail(small, no_pictures, tmp_path, capsys, a
     train.main(brief(out, *LATER))
     said = capsys.readouterr().out
     check_that_it_went_on(out, whole, said)
-    assert held == [[0, 2]] and "metrics could not be written (No space left on device)" in said
+    assert held == [[0, 2]] and "metrics could not be written" in said
     assert {row["step"] for row in rows(out)} <= {2, 4, 6, 8, 10, 12}
 
 
@@ -327,10 +303,6 @@ def test_a_solver_that_cannot_be_written_is_an_error_and_the_run_can_be_finished
 ):
     whole, out = tmp_path / "whole", tmp_path / "run"
     train.main(brief(whole, *LATER))
-
-    def full(*args, **kwargs):
-        limit(40)
-        loop(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "train", lambda *args: (loop(*args), limit(40)))

@@ -102,8 +102,8 @@ def test_run_directory_is_complete_and_resume_is_exact(small, tmp_path):
     assert [row["step"] for row in rows(resumed)] == [2, 4, 6]
     names = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
     assert {
-        "config.json", "metrics.jsonl", "best.safetensors", "solver.safetensors", "comparison.md", "comparison.png", "schedule.png",
-        "tableau.png", "samples/step-000006.png", "checkpoints/step-000006/manifest.json",
+        "config.json", "metrics.jsonl", "best.safetensors", "solver.safetensors", "comparison.md",
+        "comparison.png", "schedule.png", "tableau.png", "samples/step-000006.png", "checkpoints/step-000006/manifest.json",
     } <= names  # fmt: skip
     assert any(name.startswith("events.") for name in names)
     assert not any(".tmp" in name for name in names)
@@ -202,6 +202,19 @@ def test_the_newest_and_the_nearest_checkpoints_are_kept(tmp_path):
     directory.save(10, *state, keep=2, every=2, distance=0.05)
     assert checkpoints(tmp_path) == [8, 10]
     assert directory.restore(before=10, every=2)[0] == 8 and not hidden(tmp_path)
+    directory = RunDirectory(tmp_path / "unmeasured")
+    for step in range(5):
+        directory.save(step, *state, keep=2)
+    assert checkpoints(directory.path) == [3, 4]
+
+
+def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
+    """The file before it gets its name, and the directory afterwards."""
+    synced, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd))[1])
+    RunDirectory(tmp_path).save(7, {"x": torch.zeros(1)}, {})
+    names = [os.path.relpath(path, tmp_path / "checkpoints") for path in synced]
+    assert names[0] == ".step-000007/state.safetensors" and names[-1] == "." and ".step-000007" in names
 
 
 def test_writing_a_checkpoint_may_end_anywhere(tmp_path, monkeypatch):

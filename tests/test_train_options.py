@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from twin import relative
 from gas_engine import BELMSolver, load_solver, train
 from gas_engine.training.loggers import logger
 from gas_engine.training.opening import opened
+from gas_engine.training.recipe import Recipe
 
 
-def test_reversible_student_trains_saves_and_resumes(small, tmp_path):
+def test_reversible_student_trains_saves_and_resumes(small, no_pictures, tmp_path):
     """belm in reverse: the same solver as with all states kept, and the bits that its codes held are logged."""
     short = ["--student", "belm", "--iterations", "6", "--save-every", "3", "--log-every", "3", "--steps", "4"]
     back, kept = tmp_path / "back", tmp_path / "kept"
@@ -34,7 +37,7 @@ def test_reversible_student_trains_saves_and_resumes(small, tmp_path):
     assert relative(flat_of(load_solver(kept / "solver.safetensors")), flat_of(solvers[1])) < 1e-3
 
 
-def test_a_budget_chooses_how_updates_run(small, tmp_path, capsys):
+def test_a_budget_chooses_how_updates_run(small, no_pictures, tmp_path, capsys):
     """The same solver, to rounding, in a few kilobytes as in as many as it likes; the plan is said and written."""
     short = ["--model", "toy:make_perceptron", "--iterations", "3", "--evaluation", "student", "--steps", "3"]
     for name, budget in (("wide", "1GiB"), ("narrow", "19KiB")):
@@ -47,7 +50,7 @@ def test_a_budget_chooses_how_updates_run(small, tmp_path, capsys):
     assert relative(flat_of(narrow), flat_of(wide)) < 1e-4
 
 
-def test_options_of_memory_may_be_given_anew_when_resuming(small, tmp_path, capsys):
+def test_options_of_memory_may_be_given_anew_when_resuming(small, no_pictures, tmp_path, capsys):
     """Also back to their defaults; a stored budget gives way to what is chosen by hand; other weights are no memory."""
     out = tmp_path / "run"
     short = ["--model", "toy:make_perceptron", "--iterations", "1", "--evaluation", "student"]
@@ -65,7 +68,7 @@ def test_options_of_memory_may_be_given_anew_when_resuming(small, tmp_path, caps
     assert "continues with weights='resident'" in capsys.readouterr().err
 
 
-def test_weights_may_be_streamed_or_held_in_eight_bits(small, tmp_path):
+def test_weights_may_be_streamed_or_held_in_eight_bits(small, no_pictures, tmp_path):
     """Streamed: the same solver to the bit. Eight bits: another network, and a solver for it."""
     short = ["--model", "toy:make_perceptron", "--iterations", "3", "--evaluation", "student"]
     places = ["resident", "streamed"]
@@ -132,7 +135,7 @@ def _offline(*_, **__):
     raise OSError("no route to host")
 
 
-def test_a_run_is_not_overwritten_nor_changed(small, tmp_path, capsys):
+def test_a_run_is_not_overwritten_nor_changed(small, no_pictures, tmp_path, capsys):
     out = tmp_path / "run"
     train.main(options(out, "--iterations", "2"))
     for more, seen in (([], "already holds a run"), (["--resume", "--steps", "3"], "steps=2")):
@@ -144,7 +147,7 @@ def test_a_run_is_not_overwritten_nor_changed(small, tmp_path, capsys):
     assert "no run to resume" in capsys.readouterr().err
 
 
-def test_trainable_model_is_frozen_by_the_command_line(small, tmp_path, monkeypatch):
+def test_trainable_model_is_frozen_by_the_command_line(small, no_pictures, tmp_path, monkeypatch):
     def make():
         denoiser = toy.make()
         denoiser.function.extra = torch.nn.Parameter(torch.ones(()))

@@ -44,7 +44,7 @@ def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: 
             distance = None
             if config.evaluate_every and (step % config.evaluate_every == 0 or trainer.finished):
                 distance = measure(trainer, directory, config, selection)
-                row["distance"] = distance if math.isfinite(distance) else None
+                row["distance"] = distance
             last = trainer.finished
             if step % config.log_every == 0 or last:
                 row |= _metrics(trainer, loss)
@@ -86,8 +86,8 @@ def resume(trainer: Trainer, directory: RunDirectory, config: Config, checkpoint
         directory.attempt("the best solver", partial(_write_best, trainer, directory, config))
 
 
-def measure(trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples) -> float:
-    """L1 distance of the averaged solver to the teacher on the selection seeds; the solver is kept if it is the best.
+def measure(trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples) -> float | None:
+    """L1 distance of the averaged solver to the teacher on the selection seeds, None if not finite; keeps the best.
 
     Draws nothing that training draws: an update seeds its own generators.
     """
@@ -95,7 +95,7 @@ def measure(trainer: Trainer, directory: RunDirectory, config: Config, selection
     distance = comparison.distance(trainer.denoiser, tableau, selection, "", batch=config.sample_batch).l1
     if trainer.best.see(trainer.step, distance, trainer.average):
         directory.attempt("the best solver", partial(_write_best, trainer, directory, config))
-    return distance
+    return distance if math.isfinite(distance) else None
 
 
 def _go_back(trainer: Trainer, directory: RunDirectory, config: Config, error: NotFinite) -> None:

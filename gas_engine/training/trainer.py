@@ -60,7 +60,8 @@ class Trainer:
         self.denoiser, self.solver, self.average = denoiser, solver, deepcopy(solver).requires_grad_(False)
         self.seeds, self.targets, self.loss, self.recipe = seeds, targets, loss, recipe
         self.seed, self.device = seed, device or torch.device("cpu")
-        self.adversary = adversary  # update(batch), with_loss(distance, batch), metrics(), state(), load(), notices
+        # update(batch), which may have to start over; with_loss(distance, batch); metrics(); state(), load(); notices
+        self.adversary = adversary
         self.execution, self._view, self._asked = execution, execution.view(denoiser), str(execution)
         self.cheaper = execution.cheaper(denoiser, recipe.batch)  # what to try when memory runs out
         self.notices: list[str] = []
@@ -107,8 +108,8 @@ class Trainer:
     def update(self) -> Tensor:
         """One update; returns the loss (a scalar on the device, not read here, so that nothing waits for it).
 
-        The host waits for the device once, when the gradient of the solver arrives on the CPU, where its parameters
-        are; it knows then all that it needs, since a loss that is not finite has left a gradient that is not.
+        The host waits for the device where the gradient of the solver arrives on the CPU, with its parameters: once for
+        each micro-batch. It knows then all that it needs, since a loss that is not finite leaves a gradient that is not.
         """
         torch.manual_seed(self.seed * 1_000_003 + self.step)  # for networks that draw from the global generators
         batch = self._enough(lambda: self.batch(self.step))
