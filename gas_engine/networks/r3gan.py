@@ -1,0 +1,323 @@
+"""The R3GAN discriminator: residual blocks of grouped convolutions, no norms, one kind of nonlinearity.
+
+Huang et al., "The GAN is dead; long live the GAN! A Modern Baseline GAN" (arXiv 2501.05441), section 4; constructor
+values and tensor names are the published ones.
+Shape legend: B batch, C channels, H W height and width, E embedding channels.
+The network follows the dtype of its input, so it runs in float32 and, for checks, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import bias_leaky_relu, conv_frozen, resample2d
+
+SLOPE = 0.2  # of every leaky ReLU
+ACTIVATION_GAIN = math.sqrt(2 / (1 + SLOPE**2))
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution without bias, N(0, gain / sqrt(fan_in)); with frozen weights its graph keeps nothing."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, groups: int = 1, padding: int = 0, gain: float = 1.0
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel, padding=padding, groups=groups, bias=False)
+        nn.init.normal_(self.weight, std=gain / math.sqrt(in_channels // groups * kernel**2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        frozen = not (self.weight.requires_grad and torch.is_grad_enabled())
+        conv: Any = conv_frozen if frozen else F.conv2d
+        return conv(x, self.weight.to(x.dtype), padding=self.padding, groups=self.groups)
+
+
+class Linear(nn.Linear):
+    """Linear map without bias, N(0, 1 / sqrt(fan_in))."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        nn.init.normal_(self.weight, std=1 / math.sqrt(in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Layer(nn.Module):
+    """A convolution under the published name `Layer`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self.Layer = Conv2d(*args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.Layer(x)
+
+
+class BiasedActivation(nn.Module):
+    """Leaky ReLU of x + bias[c]; keeps one bit an element."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.Bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bias_leaky_relu(x, self.Bias, SLOPE)
+
+
+class Downsample(nn.Module):
+    """Images to half their size by a separable low-pass filter."""
+
+    Kernel: Tensor
+
+    def __init__(self, taps: Sequence[float]) -> None:
+        super().__init__()
+        self.taps = [float(t) for t in taps]
+        f = torch.tensor(self.taps) / sum(self.taps)
+        self.register_buffer("Kernel", torch.outer(f, f))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return resample2d(x, self.taps)
+
+
+class ResidualBlock(nn.Module):
+    """x + 1x1(act(grouped 3x3(act(1x1(x))))), wider inside by `expansion`; the last convolution starts at zero."""
+
+    def __init__(self, width: int, cardinality: int, expansion: int, gain: float) -> None:
+        super().__init__()
+        inner = width * expansion
+        self.LinearLayer1 = Layer(width, inner, 1, gain=gain)
+        self.NonLinearity1 = BiasedActivation(inner)
+        self.LinearLayer2 = Layer(inner, inner, 3, groups=cardinality, padding=1, gain=gain)
+        self.NonLinearity2 = BiasedActivation(inner)
+        self.LinearLayer3 = Layer(inner, width, 1, gain=0.0)
+
+    def chain(self) -> list[nn.Module]:
+        """What is applied to x, in order, before x is added."""
+        return [self.LinearLayer1, self.NonLinearity1, self.LinearLayer2, self.NonLinearity2, self.LinearLayer3]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        for layer in self.chain():
+            h = layer(h)
+        return x + h
+
+
+class Transition(nn.Module):
+    """Half the size, then a 1x1 convolution where the width changes."""
+
+    def __init__(self, width: int, next_width: int, taps: Sequence[float]) -> None:
+        super().__init__()
+        self.Resampler = Downsample(taps)
+        if width != next_width:
+            self.LinearLayer = Layer(width, next_width, 1)
+
+    def chain(self) -> list[nn.Module]:
+        return list(self.children())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.chain():
+            x = layer(x)
+        return x
+
+
+class Head(nn.Module):
+    """4x4 depthwise convolution without padding, then a linear map: [B, C, 4, 4] -> [B, E]."""
+
+    def __init__(self, width: int, embedding: int) -> None:
+        super().__init__()
+        self.Basis = Conv2d(width, width, 4, groups=width)
+        self.LinearLayer = Linear(width, embedding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.LinearLayer(self.Basis(x).flatten(1))
+
+
+class Stage(nn.Module):
+    """Residual blocks of one width, then the way out of it."""
+
+    def __init__(self, blocks: Sequence[ResidualBlock], last: Transition | Head) -> None:
+        super().__init__()
+        self.Layers = nn.ModuleList([*blocks, last])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.Layers:
+            x = layer(x)
+        return x
+
+
+class R3GANDiscriminator(nn.Module):
+    """One logit per image: x [B, C, H, W] -> [B], with H = W = 4 * 2^(stages - 1).
+
+    A stage i has `blocks[i]` residual blocks of width `widths[i]`, `expansion` times wider inside, with a 3x3
+    convolution in `cardinalities[i]` groups; between stages the image is halved by `resample_filter` (arXiv
+    2501.05441, section 4). The defaults (22.4 M parameters) are for 64 x 64, see `discriminator_for`. With `classes`, the
+    `embedding` features are multiplied by a linear embedding of the class and summed (default 64 features); without,
+    just summed (default one). `cond` is class indices [B] or one-hot [B, classes]; without classes it is not used.
+
+    Piecewise linear in x: convolutions without bias, and leaky ReLU. Frozen, or under no_grad, its graph keeps one bit
+    for each activation and nothing else. Raises ValueError for lengths that differ, widths that the cardinality does
+    not divide, images of another size, and missing classes.
+
+        D = R3GANDiscriminator()
+        logits = D(torch.randn(8, 3, 64, 64))
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (384, 768, 768, 768, 768),
+        cardinalities: Sequence[int] = (48, 96, 96, 96, 96),
+        blocks: Sequence[int] = (2, 2, 2, 2, 2),
+        expansion: int = 2,
+        channels: int = 3,
+        classes: int | None = None,
+        embedding: int | None = None,
+        resample_filter: Sequence[float] = (1, 3, 3, 1),
+    ) -> None:
+        super().__init__()
+        if not len(widths) == len(cardinalities) == len(blocks) > 0:
+            raise ValueError(
+                f"widths, cardinalities and blocks are one number for each stage, got {len(widths)}, "
+                f"{len(cardinalities)} and {len(blocks)} numbers"
+            )
+        for width, cardinality in zip(widths, cardinalities, strict=True):
+            if width < 1 or cardinality < 1 or width * expansion % cardinality:
+                raise ValueError(f"cardinality {cardinality} does not divide {expansion} x width {width}")
+        self.size = 4 * 2 ** (len(widths) - 1)
+        self.channels, self.classes = channels, classes
+        features = embedding or (64 if classes else 1)
+        gain = ACTIVATION_GAIN * max(1, sum(blocks)) ** -0.25
+        stages = []
+        for i, (width, cardinality, count) in enumerate(zip(widths, cardinalities, blocks, strict=True)):
+            inside = [ResidualBlock(width, cardinality, expansion, gain) for _ in range(count)]
+            last = i == len(widths) - 1
+            out: Transition | Head = (
+                Head(width, features) if last else Transition(width, widths[i + 1], resample_filter)
+            )
+            stages.append(Stage(inside, out))
+        self.ExtractionLayer = Layer(channels, widths[0], 1)
+        self.MainLayers = nn.ModuleList(stages)
+        if classes:
+            self.EmbeddingLayer = Linear(classes, features)
+
+    def chain(self) -> list[nn.Module]:
+        """x -> features [B, E]: what is applied, in order."""
+        return [self.ExtractionLayer, *self.MainLayers]
+
+    def forward(self, x: Tensor, cond: Any = None) -> Tensor:
+        self.check(x)
+        for layer in self.chain():
+            x = layer(x)
+        if not self.classes:
+            return x.sum(1)
+        return (x * self.EmbeddingLayer(self.one_hot(cond, x))).sum(1)
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError for images that the network is not made for."""
+        if x.dim() != 4 or x.shape[1:] != (self.channels, self.size, self.size):
+            raise ValueError(
+                f"this discriminator takes [B, {self.channels}, {self.size}, {self.size}], got {list(x.shape)}; "
+                "discriminator_for(shape) makes one for another size"
+            )
+
+    def one_hot(self, cond: Any, like: Tensor) -> Tensor:
+        """Classes [B], or one-hot [B, classes] as it is, in the dtype of `like`."""
+        assert self.classes
+        if cond is None:
+            raise ValueError(f"this discriminator is conditional: give the classes (0 to {self.classes - 1})")
+        cond = torch.as_tensor(cond, device=like.device)
+        if cond.dim() == 1 and not cond.is_floating_point():
+            cond = F.one_hot(cond.long(), self.classes)
+        if cond.shape != (len(like), self.classes):
+            raise ValueError(
+                f"classes must be integers [{len(like)}] or one-hot [{len(like)}, {self.classes}], "
+                f"got {cond.dtype} {list(cond.shape)}"
+            )
+        return cond.to(like.dtype)
+
+    @classmethod
+    def from_published(cls, kwargs: Mapping[str, Any], state: Mapping[str, Any]) -> R3GANDiscriminator:
+        """The discriminator of published constructor arguments and weights, its conditioning unused.
+
+        Reads WidthPerStage, CardinalityPerStage, BlocksPerStage and ExpansionFactor; channels, features and filter are
+        those of the weights. Raises ValueError for arguments or weights that are missing.
+        """
+        try:
+            options = [kwargs[f"{name}PerStage"] for name in ("Width", "Cardinality", "Blocks")]
+        except KeyError as error:
+            raise ValueError(f"the discriminator's arguments lack {error}; they are {sorted(kwargs)}") from None
+        state = _published(state)
+        kernel = next((v for name, v in state.items() if name.endswith(".Resampler.Kernel")), None)
+        network = cls(
+            *options,
+            expansion=kwargs.get("ExpansionFactor", 2),
+            channels=state["ExtractionLayer.Layer.weight"].shape[1],
+            embedding=state[f"MainLayers.{len(options[0]) - 1}.Layers.{options[2][-1]}.LinearLayer.weight"].shape[0],
+            resample_filter=(1, 3, 3, 1) if kernel is None else kernel.sum(0).tolist(),
+        )
+        network.load_published(state)
+        return network
+
+    def load_published(self, state: Mapping[str, Any]) -> None:
+        """Copy published weights by tensor name; a class embedding becomes ones, so that conditioning is unused.
+
+        Raises ValueError, with the names, for tensors that are missing, left over or of another shape.
+        """
+        state = _published(state)
+        if self.classes:
+            state["EmbeddingLayer.weight"] = torch.ones_like(self.EmbeddingLayer.weight)
+        for name, kernel in self.named_buffers():
+            if name in state and not torch.allclose(state[name].to(kernel), kernel, atol=1e-6):
+                raise ValueError(f"{name} is not the filter of this network: give its row sums as resample_filter")
+        try:
+            self.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"the weights do not fit this discriminator: {' '.join(str(error).split())}") from None
+
+
+def _published(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors by name, without the prefix of a wrapper and without the class embedding."""
+    anchor = "ExtractionLayer.Layer.weight"
+    found = next((name for name in state if name.endswith(anchor)), None)
+    if found is None:
+        raise ValueError(f"these are no weights of an R3GAN discriminator: none of {len(state)} tensors is {anchor}")
+    prefix = found[: -len(anchor)]
+    tensors = {
+        name[len(prefix) :]: torch.as_tensor(value).float() for name, value in state.items() if name.startswith(prefix)
+    }
+    return {name: value for name, value in tensors.items() if not name.startswith("EmbeddingLayer.")}
+
+
+# stages -> widths, cardinalities: a toy trains in milliseconds; 32 and 64 are those of arXiv 2510.17699.
+_SIZES: dict[int, tuple[list[int], list[int]]] = {
+    1: ([64], [8]),
+    2: ([64, 128], [8, 16]),
+    3: ([64, 128, 256], [8, 16, 32]),
+    4: ([768] * 4, [96] * 4),
+    5: ([384] + [768] * 4, [48] + [96] * 4),
+    6: ([192, 384] + [768] * 4, [24, 48] + [96] * 4),
+    7: ([96, 192, 384] + [768] * 4, [12, 24, 48] + [96] * 4),
+}
+
+
+def discriminator_for(shape: Sequence[int], classes: int | None = None) -> R3GANDiscriminator:
+    """A discriminator for states of shape [C, H, W], H = W = 4, 8, ... 256, two blocks a stage.
+
+    64 x 64 gets the default of `R3GANDiscriminator`, 32 x 32 four stages of width 768, smaller states a light one (8 x 8:
+    0.3 M parameters). Raises ValueError for other shapes.
+
+        D = discriminator_for((4, 64, 64))
+    """
+    sizes = {4 * 2 ** (stages - 1): stages for stages in _SIZES}
+    if len(shape) != 3 or shape[1] != shape[2] or shape[1] not in sizes:
+        raise ValueError(
+            f"no discriminator for states of shape {list(shape)}: they must be [C, H, W] with H = W one of "
+            f"{', '.join(map(str, sizes))}; crop or pad the states, or give R3GANDiscriminator other stages"
+        )
+    widths, cardinalities = _SIZES[sizes[shape[1]]]
+    return R3GANDiscriminator(widths, cardinalities, [2] * len(widths), channels=shape[0], classes=classes)
