@@ -124,7 +124,7 @@ class Probe:
     def loss_cost(self, loss: Loss, batch: int) -> tuple[int, int]:
         """Bytes at most alive while the loss of a batch and its gradient are made, which they are, once; and FLOPs."""
         x = torch.zeros(batch, *self.shape, device=self.device, requires_grad=True)
-        with _Work() as work, ByteTracker() as bytes:
+        with Work() as work, ByteTracker() as bytes:
             torch.autograd.grad(loss(x, slice(0, batch)).sum() / batch, x)
         return bytes.peak, work.flops
 
@@ -170,7 +170,7 @@ _FLOPS = {
 }
 
 
-class _Work(TorchDispatchMode):
+class Work(TorchDispatchMode):
     """Operations that launch something, and floating point operations; nothing is held, and no module is hooked."""
 
     def __init__(self) -> None:
@@ -190,7 +190,7 @@ def _measure(denoiser: Denoiser, x: Tensor, cond: Any, plain: CallCost | None = 
     """``plain``: a cost whose call without gradients is the same."""
     t = torch.full((), 0.5, dtype=torch.float64)
     if plain is None:
-        with torch.no_grad(), _Work() as forward, ByteTracker() as bytes:
+        with torch.no_grad(), Work() as forward, ByteTracker() as bytes:
             size = denoiser(x, t, cond).untyped_storage().nbytes()
         numbers = size, bytes.peak, forward.flops, forward.operations
     else:
@@ -209,7 +209,7 @@ def _measure(denoiser: Denoiser, x: Tensor, cond: Any, plain: CallCost | None = 
         kept, forward_peak = bytes.live, bytes.peak
         end = _Cotangent.apply(output, lambda: [early.append(bytes.peak), bytes.reset_peak()])  # type: ignore[func-returns-value]
         bytes.reset_peak()
-        with _Work() as backward:
+        with Work() as backward:
             torch.autograd.grad(end, leaves, allow_unused=True)
         late = bytes.peak
     return CallCost(

@@ -145,3 +145,16 @@ class Adversary:
         load_optimizer(self.optimizer, tensors)
         device = next(self.discriminator.parameters()).device
         self._seen, self._real = (tensors[n].to(device) if n in tensors else None for n in ("seen", "real"))
+
+    def beside(self, shape: Sequence[int], batch: int, steps: int) -> Beside:
+        """What an iteration of this batch takes for it, for a plan: the step is measured in fake tensors."""
+        settings, network = self.settings, self.discriminator
+        sizes = sum(p.nbytes for p in network.parameters()), sum(b.nbytes for b in network.buffers())
+        states = 4 * batch * math.prod(shape)
+        real = torch.zeros(batch, *shape, device=next(network.parameters()).device)
+
+        def loss(samples: Tensor, rows: slice) -> Tensor:
+            return self.loss(samples, torch.zeros_like(samples), slice(0, len(samples)))
+
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = copy.deepcopy(network)
