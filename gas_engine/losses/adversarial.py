@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
+from ._piecewise import pieces
+
 __all__ = ["KINDS", "METHODS", "DiscriminatorLosses", "discriminator_loss", "generator_loss"]
 
 Side = tuple[Tensor, Tensor]  # logits [B] and penalty [B]
@@ -99,8 +101,10 @@ def discriminator_loss(
     real, fake = real.detach(), fake.detach()
     parts = []
     for rows in _rows(len(real), micro_batch or len(real)):
-        part = run(D, real[rows], fake[rows], _of(cond, rows, len(real)), gamma, pairing, 1 / len(real))
-        parts.append(part)
+        pair = D, real[rows], fake[rows], _of(cond, rows, len(real))
+        parts.append(
+            run(*pair, gamma, pairing, 1 / len(real)) if gamma else _without_penalty(*pair, pairing, 1 / len(real))
+        )
     a, b, r1, r2 = (torch.cat(column) for column in zip(*parts, strict=True))
     adversarial = pairing(a, b)
     return DiscriminatorLosses(adversarial + gamma / 2 * (r1 + r2), adversarial, a - b, r1, r2, a, b)
@@ -140,10 +144,8 @@ def _double_backward(
     def side(x: Tensor, against: Callable[[Tensor], Tensor]) -> Side:
         x = x.clone().requires_grad_()
         logits = D(x, cond)
-        penalty = torch.zeros_like(logits)
-        if gamma:
-            (v,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-            penalty = v.square().flatten(1).sum(1)
+        (v,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+        penalty = v.square().flatten(1).sum(1)
         _backward(D, weight * (against(logits) + gamma / 2 * penalty).sum())
         return logits.detach(), penalty.detach()
 
@@ -164,8 +166,6 @@ def _forward_over_reverse(
     """
     frozen = {name: p.detach() for name, p in D.named_parameters()}
     parameters = [p for p in D.parameters() if p.requires_grad]
-    if not gamma:
-        return _double_backward(D, real, fake, cond, gamma, pairing, weight)
 
     def first(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.clone().requires_grad_()
@@ -196,9 +196,7 @@ def _random_direction(
 
     def side(x: Tensor, against: Callable[[Tensor], Tensor]) -> Side:
         logits = D(x, cond)
-        penalty = torch.zeros_like(logits)
-        if gamma:
-            penalty = ((D(x + step * torch.randn_like(x), cond) - logits) / step).square()
+        penalty = ((D(x + step * torch.randn_like(x), cond) - logits) / step).square()
         _backward(D, weight * (against(logits) + gamma / 2 * penalty).sum())
         return logits.detach(), penalty.detach()
 
@@ -209,8 +207,31 @@ def _random_direction(
     return a, b, r1, r2
 
 
+@torch.no_grad()
+def _piecewise(
+    D: nn.Module, real: Tensor, fake: Tensor, cond: Any, gamma: float, pairing: _Pairing, weight: float
+) -> tuple[Tensor, ...]:
+    """The two sides at the signs of their activations, see `_piecewise`."""
+    real, fake = (_dense(x) for x in (real, fake))
+    sides = [pieces(D, accumulate, cond) for _ in range(2)]
+    a, b = (side.forward(x) for side, x in zip(sides, (real, fake), strict=True))
+    penalties = []
+    for side, x, s in zip(sides, (real, fake), slopes(pairing, a, b), strict=True):
+        s = weight * s
+        v = side.pull(torch.ones_like(s), s)
+        penalties.append(v.square().flatten(1).sum(1))
+        side.push(torch.addcmul(weight * gamma * v, s[:, None, None, None], x), s)
+    return a, b, *penalties
+
+
+def _without_penalty(D: nn.Module, real: Tensor, fake: Tensor, cond: Any, pairing: _Pairing, weight: float) -> Any:
+    a, b = D(real, cond), D(fake, cond)
+    _backward(D, weight * pairing(a, b).sum())
+    return a.detach(), b.detach(), torch.zeros_like(a), torch.zeros_like(b)
+
+
 METHODS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-    "piecewise": _double_backward,
+    "piecewise": _piecewise,
     "forward_over_reverse": _forward_over_reverse,
     "double_backward": _double_backward,
     "random_direction": _random_direction,
@@ -222,6 +243,11 @@ def slopes(pairing: _Pairing, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
         return torch.autograd.grad(pairing(a, b).sum(), (a, b))  # type: ignore[return-value]
+
+
+def _dense(x: Tensor) -> Tensor:
+    """On a CPU convolutions of one sample are fastest in channels_last; more samples stay contiguous."""
+    return x.contiguous(memory_format=torch.channels_last) if len(x) == 1 and x.is_cpu else x.contiguous()
 
 
 def accumulate(parameter: Tensor, gradient: Tensor | None) -> None:

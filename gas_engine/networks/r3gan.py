@@ -22,6 +22,12 @@ SLOPE = 0.2  # of every leaky ReLU
 ACTIVATION_GAIN = math.sqrt(2 / (1 + SLOPE**2))
 
 
+def _apply(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
 class Conv2d(nn.Conv2d):
     """Convolution without bias, N(0, gain / sqrt(fan_in)); with frozen weights its graph keeps nothing."""
 
@@ -54,6 +60,9 @@ class Layer(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         self.Layer = Conv2d(*args, **kwargs)
+
+    def chain(self) -> list[nn.Module]:
+        return [self.Layer]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.Layer(x)
@@ -102,10 +111,7 @@ class ResidualBlock(nn.Module):
         return [self.LinearLayer1, self.NonLinearity1, self.LinearLayer2, self.NonLinearity2, self.LinearLayer3]
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x
-        for layer in self.chain():
-            h = layer(h)
-        return x + h
+        return x + _apply(self.chain(), x)
 
 
 class Transition(nn.Module):
@@ -121,9 +127,7 @@ class Transition(nn.Module):
         return list(self.children())
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.chain():
-            x = layer(x)
-        return x
+        return _apply(self.chain(), x)
 
 
 class Head(nn.Module):
@@ -132,10 +136,14 @@ class Head(nn.Module):
     def __init__(self, width: int, embedding: int) -> None:
         super().__init__()
         self.Basis = Conv2d(width, width, 4, groups=width)
+        self.Flatten = nn.Flatten()
         self.LinearLayer = Linear(width, embedding)
 
+    def chain(self) -> list[nn.Module]:
+        return list(self.children())
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.LinearLayer(self.Basis(x).flatten(1))
+        return _apply(self.chain(), x)
 
 
 class Stage(nn.Module):
@@ -145,10 +153,11 @@ class Stage(nn.Module):
         super().__init__()
         self.Layers = nn.ModuleList([*blocks, last])
 
+    def chain(self) -> list[nn.Module]:
+        return list(self.Layers)
+
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.Layers:
-            x = layer(x)
-        return x
+        return _apply(self.chain(), x)
 
 
 class R3GANDiscriminator(nn.Module):
@@ -156,9 +165,9 @@ class R3GANDiscriminator(nn.Module):
 
     A stage i has `blocks[i]` residual blocks of width `widths[i]`, `expansion` times wider inside, with a 3x3
     convolution in `cardinalities[i]` groups; between stages the image is halved by `resample_filter` (arXiv
-    2501.05441, section 4). The defaults (22.4 M parameters) are for 64 x 64, see `discriminator_for`. With `classes`, the
-    `embedding` features are multiplied by a linear embedding of the class and summed (default 64 features); without,
-    just summed (default one). `cond` is class indices [B] or one-hot [B, classes]; without classes it is not used.
+    2501.05441, section 4). The defaults (22.4 M parameters) are for 64 x 64, see `discriminator_for`. With `classes`,
+    the `embedding` features are multiplied by a linear embedding of the class and summed (default 64 features);
+    without, just summed (default one). `cond` is class indices [B] or one-hot [B, classes]; without classes it is not used.
 
     Piecewise linear in x: convolutions without bias, and leaky ReLU. Frozen, or under no_grad, its graph keeps one bit
     for each activation and nothing else. Raises ValueError for lengths that differ, widths that the cardinality does
@@ -211,8 +220,7 @@ class R3GANDiscriminator(nn.Module):
 
     def forward(self, x: Tensor, cond: Any = None) -> Tensor:
         self.check(x)
-        for layer in self.chain():
-            x = layer(x)
+        x = _apply(self.chain(), x)
         if not self.classes:
             return x.sum(1)
         return (x * self.EmbeddingLayer(self.one_hot(cond, x))).sum(1)
@@ -248,16 +256,18 @@ class R3GANDiscriminator(nn.Module):
         those of the weights. Raises ValueError for arguments or weights that are missing.
         """
         try:
-            options = [kwargs[f"{name}PerStage"] for name in ("Width", "Cardinality", "Blocks")]
+            widths, cardinalities, blocks = (kwargs[f"{name}PerStage"] for name in ("Width", "Cardinality", "Blocks"))
         except KeyError as error:
             raise ValueError(f"the discriminator's arguments lack {error}; they are {sorted(kwargs)}") from None
         state = _published(state)
         kernel = next((v for name, v in state.items() if name.endswith(".Resampler.Kernel")), None)
         network = cls(
-            *options,
+            widths,
+            cardinalities,
+            blocks,
             expansion=kwargs.get("ExpansionFactor", 2),
             channels=state["ExtractionLayer.Layer.weight"].shape[1],
-            embedding=state[f"MainLayers.{len(options[0]) - 1}.Layers.{options[2][-1]}.LinearLayer.weight"].shape[0],
+            embedding=state[f"MainLayers.{len(widths) - 1}.Layers.{blocks[-1]}.LinearLayer.weight"].shape[0],
             resample_filter=(1, 3, 3, 1) if kernel is None else kernel.sum(0).tolist(),
         )
         network.load_published(state)
@@ -308,8 +318,8 @@ _SIZES: dict[int, tuple[list[int], list[int]]] = {
 def discriminator_for(shape: Sequence[int], classes: int | None = None) -> R3GANDiscriminator:
     """A discriminator for states of shape [C, H, W], H = W = 4, 8, ... 256, two blocks a stage.
 
-    64 x 64 gets the default of `R3GANDiscriminator`, 32 x 32 four stages of width 768, smaller states a light one (8 x 8:
-    0.3 M parameters). Raises ValueError for other shapes.
+    64 x 64 gets the default of `R3GANDiscriminator`, 32 x 32 four stages of width 768, smaller states a light one (8 x
+    8: 0.3 M parameters). Raises ValueError for other shapes.
 
         D = discriminator_for((4, 64, 64))
     """
