@@ -10,7 +10,7 @@ import copy
 import inspect
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -130,13 +130,7 @@ class Probe:
 
 
 def _in_fake_tensors(denoiser: Denoiser, tensors: list[Tensor], dtype: torch.dtype | None) -> Denoiser:
-    def fake(t: Tensor) -> Tensor:
-        kind = dtype if dtype is not None and t.is_floating_point() else t.dtype
-        empty = torch.empty_strided(t.shape, t.stride(), dtype=kind)
-        return nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
-
-    # A deep copy takes what it finds here for already copied.
-    memo: dict[int, Any] = {id(t): fake(t) for t in tensors}
+    memo = _fakes(tensors, dtype)
     for module in denoiser.modules():
         memo |= {id(v): v for v in vars(module).values() if isinstance(v, Schedule)}
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
@@ -145,6 +139,29 @@ def _in_fake_tensors(denoiser: Denoiser, tensors: list[Tensor], dtype: torch.dty
             cells = tuple(types.CellType(copy.deepcopy(cell.cell_contents, memo)) for cell in f.__closure__ or ())
             memo[id(f)] = types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, cells)
         return copy.deepcopy(denoiser, memo)
+
+
+def _fakes(tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> dict[int, Any]:
+    """For a deep copy, which takes what it finds here for already copied: fake tensors for real ones."""
+
+    def fake(t: Tensor) -> Tensor:
+        kind = dtype if dtype is not None and t.is_floating_point() else t.dtype
+        empty = torch.empty_strided(t.shape, t.stride(), dtype=kind)
+        return nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
+
+    return {id(t): fake(t) for t in tensors}
+
+
+def step_cost(network: nn.Module, step: Callable[[nn.Module], Any]) -> tuple[int, int]:
+    """Bytes at most alive in ``step(network)``, beyond what it gets, and FLOPs; the network is a copy in fake tensors
+    whose weights are to be trained, and within the step all tensors are fake."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        memo = _fakes([*network.parameters(), *network.buffers()])
+        with torch._subclasses.fake_tensor.unset_fake_temporarily():
+            fake = copy.deepcopy(network, memo).requires_grad_(True)
+        with Work() as work, ByteTracker() as bytes:
+            step(fake)
+    return bytes.peak, work.flops
 
 
 def _rows(c: Tensor, batch: int) -> Tensor:

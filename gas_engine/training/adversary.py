@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..costs import step_cost
+from ..iteration import Beside
 from ..losses.adversarial import discriminator_loss, generator_loss
+from ..memory import phase
 from .directory import load_optimizer, optimizer_tensors
 
 Sampler = Callable[[Sequence[int], Any], Tensor]
@@ -90,8 +94,7 @@ class Adversary:
         network.requires_grad_(True)
         self.optimizer.zero_grad()
         losses = discriminator_loss(
-            network, real.to(settings.precision), fake.to(settings.precision), gamma=settings.gamma,
-            method=settings.method, kind=settings.kind, micro_batch=settings.micro_batch,
+            network, real.to(settings.precision), fake.to(settings.precision), **self._options
         )  # fmt: skip
         self.reduce(network)
         grads = [p.grad for p in network.parameters() if p.grad is not None]
@@ -112,11 +115,21 @@ class Adversary:
             if self._seen is None:
                 self._seen, self._real = torch.empty_like(real), real
             self._seen[rows] = samples.detach()
-        values = generator_loss(
-            self.discriminator, samples.to(settings.precision), real[rows].to(settings.precision), kind=settings.kind
-        ).to(samples.dtype)
+        values = self._generator(samples, real[rows])
         self._add("adversarial", values.detach())
         return settings.weight * values
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        settings = self.settings
+        return {"gamma": settings.gamma, "method": settings.method, "kind": settings.kind,
+                "micro_batch": settings.micro_batch}  # fmt: skip
+
+    def _generator(self, samples: Tensor, real: Tensor) -> Tensor:
+        kind, precision = self.settings.kind, self.settings.precision
+        return generator_loss(self.discriminator, samples.to(precision), real.to(precision), kind=kind).to(
+            samples.dtype
+        )
 
     def _add(self, name: str, values: Tensor) -> None:
         total = values.sum(dtype=torch.float64)
@@ -147,14 +160,23 @@ class Adversary:
         self._seen, self._real = (tensors[n].to(device) if n in tensors else None for n in ("seen", "real"))
 
     def beside(self, shape: Sequence[int], batch: int, steps: int) -> Beside:
-        """What an iteration of this batch takes for it, for a plan: the step is measured in fake tensors."""
+        """What an iteration of this batch takes for it, measured in fake tensors, for a plan of the whole."""
         settings, network = self.settings, self.discriminator
-        sizes = sum(p.nbytes for p in network.parameters()), sum(b.nbytes for b in network.buffers())
+        weights, buffers = (sum(t.nbytes for t in ts) for ts in (network.parameters(), network.buffers()))
         states = 4 * batch * math.prod(shape)
-        real = torch.zeros(batch, *shape, device=next(network.parameters()).device)
+
+        def step(fake: nn.Module) -> None:
+            with phase("host"):  # the samples are counted below
+                pairs = [torch.empty(batch, *shape) for _ in range(2)]
+            discriminator_loss(fake, *(x.to(settings.precision) for x in pairs), **self._options)
 
         def loss(samples: Tensor, rows: slice) -> Tensor:
-            return self.loss(samples, torch.zeros_like(samples), slice(0, len(samples)))
+            return settings.weight * self._generator(samples, torch.zeros_like(samples))
 
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fake = copy.deepcopy(network)
+        reuse = settings.fakes == "reuse"
+        peak, flops = step_cost(network, step)
+        # Weights and two moments; the gradient lives as long as the step.
+        return Beside(
+            3 * weights + buffers + (2 * states if reuse else 0), 0 if reuse else states, 0 if reuse else steps, peak,
+            flops, loss,
+        )  # fmt: skip
