@@ -110,7 +110,8 @@ def row(chosen: Plan, plans: Plans) -> dict[str, Any]:
         "trajectory": chosen.memory.trajectory, "graphs": chosen.memory.kept(calls),
         "micro_batch": chosen.micro_batch, "calls": chosen.calls,
         **{f"{name}_bytes": chosen.peaks[name] for name in PHASES},
-        "before_bytes": chosen.before, "weight_bytes": chosen.weight_bytes, "input_bytes": chosen.input_bytes, "bytes": chosen.bytes,
+        "before_bytes": chosen.before, "weight_bytes": chosen.weight_bytes, "input_bytes": chosen.input_bytes,
+        "bytes": chosen.bytes,
         "time": round(chosen.passes, 2), "seconds": chosen.seconds, "feasible": chosen.feasible,
     }  # fmt: skip
 

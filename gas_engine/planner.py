@@ -52,9 +52,9 @@ def show_bytes(size: float) -> str:
 class Plan:
     """One way to run an iteration, and what it takes: ``execution`` is what to do.
 
-    ``peaks``: bytes at most in each phase, ``before`` in what runs before them; ``weight_bytes`` (with what a loss and a
-    discriminator hold), ``input_bytes`` (noise, targets, conditions of the whole batch) live all the time; ``bytes`` is
-    the peak of all. ``calls``: network calls of an iteration, backward passes
+    ``peaks``: bytes at most in each phase, ``before`` in what runs before them; ``weight_bytes`` (with what a loss and
+    a discriminator hold), ``input_bytes`` (noise, targets, conditions of the whole batch) live all the time; ``bytes``
+    is the peak of all. ``calls``: network calls of an iteration, backward passes
     not counted. ``passes``: predicted time in plain evaluations of the whole batch, ``seconds`` where one such was
     measured.
 

@@ -105,10 +105,11 @@ class Adversary:
         network.requires_grad_(False)
         self._add("d_loss", losses.loss)
         self._add("d_gap", losses.relativistic.abs())
-        self._add("r1", losses.r1), self._add("r2", losses.r2)
+        self._add("r1", losses.r1)
+        self._add("r2", losses.r2)
 
     def loss(self, samples: Tensor, real: Tensor, rows: slice) -> Tensor:
-        """The generator's loss of ``samples`` [b, *shape] against ``real[rows]``, weighted; differentiable in samples."""
+        """The generator's loss of ``samples`` [b, *shape] against ``real[rows]``, weighted."""
         settings = self.settings
         self.discriminator.requires_grad_(False)
         if settings.fakes == "reuse":
@@ -167,8 +168,8 @@ class Adversary:
 
         def step(fake: nn.Module) -> None:
             with phase("host"):  # the samples are counted below
-                pairs = [torch.empty(batch, *shape) for _ in range(2)]
-            discriminator_loss(fake, *(x.to(settings.precision) for x in pairs), **self._options)
+                one, other = (torch.empty(batch, *shape) for _ in range(2))
+            discriminator_loss(fake, one.to(settings.precision), other.to(settings.precision), **self._options)
 
         def loss(samples: Tensor, rows: slice) -> Tensor:
             return settings.weight * self._generator(samples, torch.zeros_like(samples))
