@@ -1,5 +1,6 @@
 """Losses: what a student is asked to match."""
 
-from .distillation import LOSSES, distillation_loss
+from .decoders import VAE, decoded
+from .distillation import LOSSES, DistillationLoss, distillation_loss
 
-__all__ = ["LOSSES", "distillation_loss"]
+__all__ = ["LOSSES", "VAE", "DistillationLoss", "decoded", "distillation_loss"]
