@@ -23,7 +23,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from .denoiser import Denoiser
 from .execution import Execution
-from .losses.distillation import _prepared, distillation_loss
+from .losses.distillation import distillation_loss
 from .memory import ByteTracker, phase
 from .memory.blocks import repeated_blocks
 from .schedule import Schedule
@@ -254,17 +254,6 @@ class _Cotangent(torch.autograd.Function):
 
 def loss_against_zeros(name: str, probe: Probe) -> tuple[Loss, int]:
     """The loss of this name against zeros, and the bytes of its own weights; LPIPS without its trained weights."""
+    distance = distillation_loss(name, probe.device, trained=False)
     target = torch.zeros(2, *probe.shape, device=probe.device)
-    if name != "lpips":
-        distance = distillation_loss(name)
-        return (lambda x, rows: distance(x, target[rows])), 0
-    try:
-        import lpips
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(f"the lpips loss needs the lpips package and torchvision ({error})") from None
-    network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval().requires_grad_(False)
-    network = network.to(probe.device)
-    if len(probe.shape) != 3 or probe.shape[0] not in (1, 3):
-        raise ValueError(f"LPIPS compares grey or RGB images, got states of shape {probe.shape}; use the l1 loss")
-    size = sum(p.nbytes for p in network.parameters())
-    return (lambda x, rows: network(_prepared(x), _prepared(target[rows])).flatten()), size
+    return (lambda x, rows: distance(x, target[rows])), distance.weight_bytes
