@@ -10,13 +10,13 @@ import functools
 import sys
 from collections.abc import Collection, Sequence
 
-from ._cli import command, console, pick_device, writable
+from ._cli import InputError, command, console, pick_device
 from .adapters import load_denoiser
 from .files import write_text
 from .losses import distillation_loss
 from .plan import as_csv
 from .training import setup
-from .training.loop import train
+from .training.loop import resume, train
 from .training.opening import opened
 from .training.options import Config, plain
 from .training.results import finish
@@ -34,19 +34,15 @@ def run(config: Config, given: Collection[str] = ()) -> None:
     plans = setup.plans(config, model, denoiser, recipe, solver, device)
     if plans is not None:
         execution = plans.choice.execution
-    assert config.out is not None
-    writable(config.out.parent)
     loss = distillation_loss(config.loss, device)
     seeds, targets = setup.teacher_set(config, denoiser, device)
     start = solver.tableau(denoiser.prediction)
     trainer = Trainer(denoiser, solver, seeds, targets, loss, recipe, execution, config.seed, device)
     if plans is not None:
         trainer.cheaper = (plan.execution for plan in plans.choice.cheaper_ones())
+    trainer.best.patience = config.patience
     if config.resume:
-        checkpoint = directory.restore()
-        if checkpoint is not None:
-            trainer.load(*checkpoint)
-        directory.forget_after(trainer.step)
+        resume(trainer, directory, config, directory.restore(strict=config.resume != "auto"))
         console.print(f"resuming {directory.path} at update {trainer.step}", soft_wrap=True)
     else:
         directory.create(plain(config))
@@ -54,14 +50,29 @@ def run(config: Config, given: Collection[str] = ()) -> None:
         write_text(directory.path / "plan.csv", as_csv(plans))
     selection = setup.samples(denoiser, setup.SELECTION_SEEDS, config, device)
     train(trainer, directory, config, selection)
-    finish(trainer, directory, config, selection, start)
+    try:
+        finish(trainer, directory, config, selection, start)
+    except OSError as error:
+        raise InputError(
+            f"the results could not be written to {directory.path} ({error.strerror or error}); all updates are done "
+            f"and kept: make room and finish with --out {directory.path} --resume"
+        ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``gas-engine train``."""
-    words = sys.argv[1:] if argv is None else argv
+    words = _resuming(sys.argv[1:] if argv is None else argv)
     given = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
-    command("train", Config, functools.partial(run, given=given), argv)
+    command("train", Config, functools.partial(run, given=given), words)
+
+
+def _resuming(words: Sequence[str]) -> list[str]:
+    """``--resume`` alone says yes."""
+    said: list[str] = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        alone = word == "--resume" and following not in ("auto", "True", "False")
+        said += [word, "True"] if alone else [word]
+    return said
 
 
 if __name__ == "__main__":

@@ -1,61 +1,172 @@
-"""The loop of a run: updates, rows of metrics, sample grids, checkpoints."""
+"""The loop of a run: updates, measurements, rows of metrics, sample grids, checkpoints, and going back to one."""
 
 from __future__ import annotations
 
 import math
 import resource
 import time
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import comparison, pictures
-from .._cli import console, progress
+from .._cli import InputError, console, progress
 from ..rollout import rollout
-from .directory import RunDirectory
-from .options import Config
-from .trainer import Trainer
+from ..solvers import save_solver
+from .directory import Checkpoint, RunDirectory
+from .loggers import logger
+from .options import Config, plain
+from .stop import Stop
+from .trainer import NotFinite, Trainer
 
 
 def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples) -> None:
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
-
-    began, first = time.monotonic(), trainer.step
-    with SummaryWriter(str(directory.path), purge_step=first or None) as events, progress() as bar:
+    """Update to the recipe's end, or to that of ``config.patience``; SystemExit where a signal asks for it."""
+    began, first, updates = time.monotonic(), trainer.step, 0
+    with logger(config.logger, directory.path, plain(config), first) as write, Stop() as stop, progress() as bar:
         task = bar.add_task("train", total=trainer.recipe.iterations, completed=first, note="")
-        for step, loss in trainer:
-            bar.advance(task)
-            while trainer.notices:
-                console.print(trainer.notices.pop(0), soft_wrap=True)
+        if not first:
+            _save(trainer, directory, config, None, last=False)  # a state to go back to
+        while not trainer.finished:
+            try:
+                loss = trainer.update()
+            except NotFinite as error:
+                _go_back(trainer, directory, config, error)
+                continue
+            finally:
+                _say_notices(trainer)
+            step, updates, asked = trainer.step, updates + 1, stop.asked
             if trainer.skipped_in_a_row:
                 console.print(f"update {step}: loss or gradient not finite, skipped ({trainer.skipped} so far)")
-            last = step == trainer.recipe.iterations
+            row: dict[str, Any] = {}
+            distance = None
+            if config.evaluate_every and (step % config.evaluate_every == 0 or trainer.finished):
+                distance = measure(trainer, directory, config, selection)
+                row["distance"] = distance if math.isfinite(distance) else None
+            last = trainer.finished
             if step % config.log_every == 0 or last:
-                row: dict[str, Any] = {
-                    "step": step, "loss": float(loss) if math.isfinite(loss) else None,
-                    "rate": trainer.recipe.rate_at(step - 1),
-                    "skipped": trainer.skipped, "memory_mib": round(_memory_mib(trainer.device), 1),
-                    "seconds_per_update": round((time.monotonic() - began) / (step - first), 4),
-                }  # fmt: skip
-                meter = trainer.execution.memory.meter
-                if meter is not None:
-                    row["bits_lost"] = round(meter.mean, 3)
-                    meter.reset()
-                directory.log(row)
-                for name in ("loss", "rate", "memory_mib", *(["bits_lost"] if meter is not None else [])):
-                    events.add_scalar(f"train/{name}", math.nan if row[name] is None else row[name], step)
-                for n, t in enumerate(trainer.solver.times().tolist()):
-                    events.add_scalar(f"times/{n}", t, step)
+                row |= _metrics(trainer, loss)
+                row["seconds_per_update"] = round((time.monotonic() - began) / updates, 4)
                 bar.update(task, note=f"loss {float(loss):.4f}  {row['memory_mib']:.0f} MiB")
+            bar.update(task, completed=step)
+            if row:
+                directory.attempt("metrics", partial(directory.log, {"step": step, **row}))
+                times = {f"times/{n}": t for n, t in enumerate(trainer.solver.times().tolist())}
+                write(step, row | times)
             if step % config.sample_every == 0 or last:
-                _picture(trainer, directory.path / "samples" / f"step-{step:06d}.png", selection)
-            if step % config.save_every == 0 or last:
-                directory.save(step, *trainer.state())
+                directory.attempt("sample grids", partial(_picture, trainer, directory, selection))
+            # A state from which updates are skipped is none to go back to.
+            if (step % config.save_every == 0 and not trainer.skipped_in_a_row) or last or asked:
+                _save(trainer, directory, config, distance, last)
+            if asked:
+                break
+    if stop.asked:
+        console.print(
+            f"{stop.asked.name}: stopped after update {trainer.step}; go on with --out {directory.path} --resume",
+            soft_wrap=True,
+        )
+        raise SystemExit(stop.exit_code)
+    if trainer.best.patience and trainer.best.tensors:
+        trainer.average.load_state_dict(trainer.best.tensors)
+        console.print(
+            f"the solver is the average of update {trainer.best.step}, the nearest to the teacher "
+            f"({trainer.best.distance:.4f}) of {trainer.step} updates",
+            soft_wrap=True,
+        )
+
+
+def resume(trainer: Trainer, directory: RunDirectory, config: Config, checkpoint: Checkpoint | None) -> None:
+    """Set trainer and directory to a checkpoint, or to where the run began."""
+    if checkpoint is not None:
+        trainer.load(*checkpoint)
+    directory.forget_after(trainer.step)
+    if trainer.best.tensors:
+        directory.attempt("the best solver", partial(_write_best, trainer, directory, config))
+
+
+def measure(trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples) -> float:
+    """L1 distance of the averaged solver to the teacher on the selection seeds; the solver is kept if it is the best.
+
+    Draws nothing that training draws: an update seeds its own generators.
+    """
+    tableau = trainer.average.tableau(trainer.denoiser.prediction)
+    distance = comparison.distance(trainer.denoiser, tableau, selection, "", batch=config.sample_batch).l1
+    if trainer.best.see(trainer.step, distance, trainer.average):
+        directory.attempt("the best solver", partial(_write_best, trainer, directory, config))
+    return distance
+
+
+def _go_back(trainer: Trainer, directory: RunDirectory, config: Config, error: NotFinite) -> None:
+    """Back to the newest checkpoint before the updates that were skipped, with half the rate; or no further."""
+    first, rollbacks, skipped = trainer.first_skipped, trainer.rollbacks, trainer.skipped
+    found = None
+    if rollbacks < trainer.recipe.max_rollbacks:
+        # The one at the first of them is of no use: it would see them again.
+        found = directory.restore(first, config.save_every, strict=False)
+    if found is None:
+        raise error
+    resume(trainer, directory, config, found)
+    trainer.rollbacks, trainer.skipped = rollbacks + 1, skipped
+    console.print(
+        f"update {first + 1} and what followed were not finite: back at update {trainer.step} with half the rate "
+        f"({trainer.rollbacks} of {trainer.recipe.max_rollbacks} times)",
+        soft_wrap=True,
+    )
+
+
+def _save(trainer: Trainer, directory: RunDirectory, config: Config, distance: float | None, last: bool) -> None:
+    """A checkpoint. One that cannot be written is tried again at the next; the last one must be."""
+
+    def save() -> None:
+        directory.save(trainer.step, *trainer.state(), config.keep, config.save_every, distance)
+
+    if not last:
+        directory.attempt("checkpoints", save)
+        return
+    try:
+        save()
+    except OSError as error:
+        raise InputError(
+            f"the last checkpoint could not be written to {directory.path} ({error.strerror or error}); make room and "
+            f"go on with --out {directory.path} --resume"
+        ) from None
+
+
+def _metrics(trainer: Trainer, loss: Tensor) -> dict[str, Any]:
+    """The columns of a row; here the host reads the loss, and nowhere else."""
+    value, meter = float(loss), trainer.execution.memory.meter
+    row: dict[str, Any] = {
+        "loss": value if math.isfinite(value) else None, "rate": trainer.rate_at(trainer.step - 1),
+        "skipped": trainer.skipped, "rollbacks": trainer.rollbacks,
+        "memory_mib": round(_memory_mib(trainer.device), 1),
+    }  # fmt: skip
+    if meter is not None:
+        row["bits_lost"] = round(meter.mean, 3)
+        meter.reset()
+    if trainer.adversary is not None:
+        row |= trainer.adversary.metrics()
+    return row
+
+
+def _say_notices(trainer: Trainer) -> None:
+    for source in (trainer, trainer.adversary):
+        while source is not None and source.notices:
+            console.print(source.notices.pop(0), soft_wrap=True)
+
+
+def _write_best(trainer: Trainer, directory: RunDirectory, config: Config) -> None:
+    best, solver = trainer.best, type(trainer.average).from_config(trainer.average.config())
+    solver.load_state_dict(best.tensors)
+    save_solver(
+        solver, directory.best, model=trainer.denoiser.name, guidance=1.0, loss=config.loss,
+        metrics={"l1": best.distance, "updates": best.step, "selection_seeds": "40000-40063"},
+    )  # fmt: skip
 
 
 @torch.no_grad()
-def _picture(trainer: Trainer, path: Path, data: comparison.Samples) -> None:
+def _picture(trainer: Trainer, directory: RunDirectory, data: comparison.Samples) -> None:
     if len(trainer.denoiser.shape or ()) != 3:
         return
     shown = slice(0, 12)
@@ -65,6 +176,7 @@ def _picture(trainer: Trainer, path: Path, data: comparison.Samples) -> None:
     ).cpu()
     teacher = data.teacher[shown].cpu()
     rows = [("teacher", teacher), ("student", student), ("|difference|", student - teacher)]
+    path = directory.path / "samples" / f"step-{trainer.step:06d}.png"
     pictures.image_rows(path, rows, f"{trainer.step} updates")
 
 

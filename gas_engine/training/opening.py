@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .._cli import InputError
 from ..teacher import TeacherSolver
+from . import loggers
 from .directory import RunDirectory
 from .options import Config, plain
 from .setup import CHOSEN, execution
@@ -19,14 +20,23 @@ MEMORY = (
     "memory_budget", "checkpoint_every", "trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks",
     "loss_alone", "weights",
 )  # fmt: skip
+# The same, and the result is the same to the bit.
+OUTPUT = ("keep", "logger")
+LEAST = {
+    "save_every": 1, "sample_every": 1, "log_every": 1, "sample_batch": 1, "evaluate_every": 0, "patience": 0,
+    "keep": 2, "max_skipped": 1, "max_rollbacks": 0,
+}  # fmt: skip
 
 
 def opened(config: Config, options: Collection[str]) -> tuple[RunDirectory, Config]:
     """The run directory and the configuration that counts: the stored one if resuming."""
-    for name in ("save_every", "sample_every", "log_every", "sample_batch"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    for name, least in LEAST.items():
+        if getattr(config, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(config, name)}")
+    if config.patience and not config.evaluate_every:
+        raise InputError(f"--patience {config.patience} counts measurements, and --evaluate-every 0 makes none")
     execution(config)
+    loggers.check(config.logger)
     if config.out is None:
         stem = f"runs/{Path(config.model).stem.replace(':', '-')}-{config.student}-k{config.steps}"
         taken = [Path(stem), *(Path(f"{stem}-{n}") for n in range(2, 10_000))]
@@ -34,16 +44,19 @@ def opened(config: Config, options: Collection[str]) -> tuple[RunDirectory, Conf
         config = dataclasses.replace(config, out=taken[max(0, free - 1) if config.resume else free])
     assert config.out is not None
     directory = RunDirectory(config.out)
+    directory.check_writable()
+    if config.resume == "auto" and not directory.exists():
+        config = dataclasses.replace(config, resume=False)
     if not config.resume:
         if directory.exists():
             directory.create({})  # refuses, before any work is done
         return directory, config
     stored, given, default = directory.config(), plain(config), plain(Config())
-    anew = {name for name in MEMORY if name in options or given[name] != default[name]}
+    anew = {name for name in (*MEMORY, *OUTPUT) if name in options or given[name] != default[name]}
     if anew & {*CHOSEN, "checkpoint_every"} and "memory_budget" not in anew:
         stored["memory_budget"] = None  # what it chose is chosen by hand now
     for name, value in given.items():
-        free = name in RESUMABLE or (name in MEMORY and "int8" not in (value, stored.get(name)))
+        free = name in (*RESUMABLE, *OUTPUT) or (name in MEMORY and "int8" not in (value, stored.get(name)))
         if not free and value != default[name] and value != stored.get(name):
             raise InputError(
                 f"--resume continues with {name}={stored.get(name)!r} from {directory.path}/config.json, but "

@@ -69,8 +69,8 @@ class Config:
     """Directory of the teacher set; made if missing. By default runs/teacher-MODEL-..."""
     out: Path | None = None
     """Run directory; by default runs/MODEL-STUDENT-kK, numbered if taken."""
-    resume: bool = False
-    """Continue the run in --out from its newest checkpoint, bit for bit."""
+    resume: bool | Literal["auto"] = False
+    """Continue the run in --out from its newest whole checkpoint, bit for bit; auto: or start it if there is none."""
     save_every: int = 200
     """Updates between checkpoints."""
     sample_every: int = 200
@@ -79,6 +79,25 @@ class Config:
     """Updates between rows of metrics."""
     seed: int = 0
     """Order of the batches."""
+    # Long runs.
+    rate_schedule: Literal["constant", "cosine", "linear"] | None = None
+    """Course of the learning rate over the run; the recipe's unless given."""
+    rate_warm_up: int = 0
+    """Updates over which the learning rate rises to its value."""
+    clip: float = 1.0
+    """Largest norm of a gradient; inf for no bound."""
+    evaluate_every: int = 200
+    """Updates between measurements of the averaged solver on seeds that are not trained on; 0: none."""
+    patience: int = 0
+    """Measurements without a smaller distance after which to stop, with the nearest averaged solver; 0: never."""
+    keep: int = 3
+    """Newest checkpoints to keep, at least 2, beside the nearest to the teacher."""
+    max_skipped: int = 20
+    """Updates in a row with a loss or gradient that is not finite before going back, with half the learning rate."""
+    max_rollbacks: int = 3
+    """Times to go back before the run stops."""
+    logger: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    """Where rows of metrics go besides metrics.jsonl."""
     evaluation: Literal["full", "student"] = "full"
     """At the end, compare with every classical solver, or measure the student alone."""
     sample_batch: int = 128

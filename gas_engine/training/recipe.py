@@ -5,31 +5,47 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from .soap import SOAP
 
+RateSchedule = Literal["constant", "cosine", "linear"]
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """How parameters are updated (arXiv 2510.17699, section 5, for the values of ``paper``)."""
+    """How parameters are updated (arXiv 2510.17699, section 5, for the values of ``paper``).
+
+    ``clip`` bounds the norm of the gradient, and ``max_skipped`` the updates in a row that may not be finite; then the
+    run goes back to a checkpoint with half the rate, at most ``max_rollbacks`` times.
+    """
 
     iterations: int
     batch: int
     rate: float
-    cosine: bool
+    rate_schedule: RateSchedule
     ema: float
     start_grid: str
     optimizer: str = "adam"
+    rate_warm_up: int = 0
+    clip: float = 1.0
+    max_skipped: int = 20
+    max_rollbacks: int = 3
 
     def rate_at(self, step: int) -> float:
-        """Learning rate of update ``step``, counted from 0."""
-        return self.rate * (0.5 + 0.5 * math.cos(math.pi * step / self.iterations)) if self.cosine else self.rate
+        """Learning rate of update ``step``, counted from 0: a line up to ``rate``, then constant or down to 0."""
+        if step < self.rate_warm_up:
+            return self.rate * (step + 1) / (self.rate_warm_up + 1)
+        step, steps = step - self.rate_warm_up, self.iterations - self.rate_warm_up
+        if self.rate_schedule == "cosine":
+            return self.rate * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        return self.rate * (1 - step / steps) if self.rate_schedule == "linear" else self.rate
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "soap": SOAP}
 RECIPES = {
-    "quick": Recipe(800, batch=24, rate=1e-2, cosine=True, ema=0.99, start_grid="quadratic", optimizer="soap"),
-    "paper": Recipe(iterations=10_000, batch=24, rate=1e-3, cosine=False, ema=0.999, start_grid="uniform"),
+    "quick": Recipe(800, 24, 1e-2, "cosine", ema=0.99, start_grid="quadratic", optimizer="soap"),
+    "paper": Recipe(10_000, 24, 1e-3, "constant", ema=0.999, start_grid="uniform"),
 }

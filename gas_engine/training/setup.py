@@ -34,10 +34,15 @@ FORMS: dict[str, bool | str] = {"gs": True, "s4s": False, "linear": "linear"}
 def recipe(config: Config) -> Recipe:
     """The recipe by its name, and what was given instead of its values."""
     name = config.recipe if config.recipe != "auto" else ("quick" if config.model == "digits" else "paper")
-    given = {k: getattr(config, k) for k in ("iterations", "batch", "rate", "optimizer", "ema", "start_grid")}
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)}
     found = dataclasses.replace(RECIPES[name], **{k: v for k, v in given.items() if v is not None})
     if found.iterations < 1 or found.batch < 1 or found.rate <= 0 or not 0 <= found.ema < 1:
         raise InputError(f"iterations and batch must be at least 1, rate above 0 and ema in [0, 1), got {found}")
+    if not 0 <= found.rate_warm_up < found.iterations or not found.clip > 0:
+        raise InputError(
+            f"--rate-warm-up must be shorter than the {found.iterations} updates and --clip above 0, "
+            f"got {found.rate_warm_up} and {found.clip:g}"
+        )
     return found
 
 

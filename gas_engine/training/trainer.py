@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +17,9 @@ from ..gradients import loss_backward
 from ..losses.distillation import Loss
 from ..memory import offload, phase
 from ..solvers import LearnedTimes
-from .directory import load_optimizer, optimizer_tensors
+from .best import Best
+from .directory import load_optimizer, optimizer_tensors, under
 from .recipe import OPTIMIZERS, Recipe
-
-PATIENCE = 20
-CLIP = 1.0
 
 
 class NotFinite(ValueError):
@@ -31,26 +30,56 @@ class OutOfMemory(ValueError):
     """Raised when the cheapest way to run an update does not fit either."""
 
 
-class Trainer:
-    """Fits a solver to teacher samples: Adam or SOAP, clipping of the gradient norm to 1, EMA with warm-up.
+@dataclass(frozen=True)
+class Batch:
+    """What one update sees: rows of the teacher set, with their noise, conditions and targets [B, *shape]."""
 
-    The batch of update i depends on ``seed`` and i alone, so a resumed run sees what it would have seen. Parameters
-    are float64 on the CPU; samples live on ``device``. An update with a loss or gradient that is not finite is skipped
-    and counted; ``PATIENCE`` of them in a row raise ``NotFinite``.
+    rows: list[int]
+    noise: Tensor
+    cond: Any
+    targets: Tensor
+
+
+class Trainer:
+    """Fits a solver to teacher samples: Adam or SOAP, clipping of the gradient norm, EMA with warm-up.
+
+    The batch of update i, and whatever a network may draw meanwhile, depends on ``seed`` and i alone, so a resumed run
+    sees what it would have seen. Parameters are float64 on the CPU; samples live on ``device``.
+
+    An update is, in this order: the batch; a step of the adversary, if there is one; the gradient of the solver; the
+    check that it is finite; and only then clipped gradients, optimiser and average, all of them or none. An update
+    with a loss or gradient that is not finite is skipped and counted. The adversary's step before it stays: it is whole
+    by then, and made of that batch like any other. ``recipe.max_skipped`` in a row raise ``NotFinite``.
     """
 
     def __init__(
         self, denoiser: Denoiser, solver: LearnedTimes, seeds: list[int], targets: Tensor, loss: Loss,
         recipe: Recipe, execution: Execution, seed: int = 0, device: torch.device | None = None,
+        adversary: Any = None,
     ) -> None:  # fmt: skip
         self.denoiser, self.solver, self.average = denoiser, solver, deepcopy(solver).requires_grad_(False)
         self.seeds, self.targets, self.loss, self.recipe = seeds, targets, loss, recipe
         self.seed, self.device = seed, device or torch.device("cpu")
-        self.execution, self._view = execution, execution.view(denoiser)
+        self.adversary = adversary  # update(batch), with_loss(distance, batch), metrics(), state(), load(), notices
+        self.execution, self._view, self._asked = execution, execution.view(denoiser), str(execution)
         self.cheaper = execution.cheaper(denoiser, recipe.batch)  # what to try when memory runs out
         self.notices: list[str] = []
         self.optimizer = OPTIMIZERS[recipe.optimizer](solver.parameters(), lr=recipe.rate)
-        self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
+        self.best = Best()
+        self.step, self.skipped, self.skipped_in_a_row, self.rollbacks = 0, 0, 0, 0
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.recipe.iterations or self.best.settled
+
+    @property
+    def first_skipped(self) -> int:
+        """Updates done before those in a row that were skipped."""
+        return self.step - self.skipped_in_a_row
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of update ``step``: the recipe's, halved each time the run went back."""
+        return self.recipe.rate_at(step) * 0.5**self.rollbacks
 
     def rows(self, step: int) -> list[int]:
         """Rows of the teacher set in the batch of update ``step``: shuffled epochs, wrapped at their ends."""
@@ -67,22 +96,35 @@ class Trainer:
             self._epoch, self._permutation = epoch, torch.randperm(len(self.seeds), generator=generator).tolist()
         return self._permutation
 
+    def batch(self, step: int) -> Batch:
+        """The batch of update ``step`` on the device."""
+        rows = self.rows(step)
+        noise, cond = seeded(self.denoiser, [self.seeds[row] for row in rows])
+        cond = cond.to(self.device, non_blocking=True) if cond is not None else None
+        noise, targets = (v.to(self.device, non_blocking=True) for v in (noise, self.targets[rows]))
+        return Batch(rows, noise, cond, targets)
+
     def update(self) -> Tensor:
-        """One update; returns the loss (a scalar on the device, not read here, so that nothing waits for it)."""
-        loss = self._gradient()
-        while loss is None:
-            self._go_on_with_less()
-            loss = self._gradient()
-        norm = torch.nn.utils.clip_grad_norm_(self.solver.parameters(), CLIP)
+        """One update; returns the loss (a scalar on the device, not read here, so that nothing waits for it).
+
+        The host waits for the device once, when the gradient of the solver arrives on the CPU, where its parameters
+        are; it knows then all that it needs, since a loss that is not finite has left a gradient that is not.
+        """
+        torch.manual_seed(self.seed * 1_000_003 + self.step)  # for networks that draw from the global generators
+        batch = self._enough(lambda: self.batch(self.step))
+        if self.adversary is not None:
+            self._enough(lambda: self.adversary.update(batch))
+        loss = self._enough(lambda: self._gradient(batch))
+        # The gradients are complete here.
+        norm = torch.nn.utils.clip_grad_norm_(self.solver.parameters(), self.recipe.clip)
         self.step += 1
-        # The backward pass has already waited for the device, so reading the loss costs no further wait.
-        if not bool(torch.isfinite(norm + loss.cpu())):
+        if not bool(torch.isfinite(norm)):
             self._skip()
             return loss
         self.skipped_in_a_row = 0
         with phase("optimiser"):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.rate_at(self.step - 1)
+                group["lr"] = self.rate_at(self.step - 1)
             self.optimizer.step()
             decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
@@ -90,27 +132,33 @@ class Trainer:
                     shadow.lerp_(parameter, 1 - decay)
         return loss
 
-    def _gradient(self) -> Tensor | None:
-        """The mean loss of this step's batch, its gradient left in the parameters; None if memory ran out."""
-        rows = self.rows(self.step)
-        self.optimizer.zero_grad()
-        try:
-            noise, cond = seeded(self.denoiser, [self.seeds[row] for row in rows])
-            cond = cond.to(self.device, non_blocking=True) if cond is not None else None
-            noise, targets = (v.to(self.device, non_blocking=True) for v in (noise, self.targets[rows]))
-            tableau = self.solver.tableau(self.denoiser.prediction)
-            return loss_backward(
-                self._view, noise, tableau, lambda x, part: self.loss(x, targets[part]), cond,
-                self.execution.memory, self.execution.micro_batch,
-            ).mean()  # fmt: skip
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            self._shortage = str(error).splitlines()[0]
-            return None
+    def _gradient(self, batch: Batch) -> Tensor:
+        """The mean loss of the batch, its gradient left in the parameters."""
 
-    def _go_on_with_less(self) -> None:
-        """The next cheaper execution. The update starts over: its batch depends on nothing that was lost."""
+        def distance(x: Tensor, part: slice) -> Tensor:
+            return self.loss(x, batch.targets[part])
+
+        whole = distance if self.adversary is None else self.adversary.with_loss(distance, batch)
+        self.optimizer.zero_grad()
+        tableau = self.solver.tableau(self.denoiser.prediction)
+        return loss_backward(
+            self._view, batch.noise, tableau, lambda x, part: _telling(whole(x, part)), batch.cond,
+            self.execution.memory, self.execution.micro_batch,
+        ).mean()  # fmt: skip
+
+    def _enough(self, part: Callable[[], Any]) -> Any:
+        """The result of a part of an update, which starts over with a cheaper execution where memory runs out."""
+        while True:
+            try:
+                return part()
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                shortage = str(error).splitlines()[0]
+            self._go_on_with_less(shortage)  # outside the handler, which holds the frames that hold the memory
+
+    def _go_on_with_less(self, shortage: str) -> None:
+        """The next cheaper execution."""
         gc.collect()
         offload.release()
         if torch.cuda.is_available():
@@ -119,7 +167,7 @@ class Trainer:
         if following is None:
             raise OutOfMemory(
                 f"out of memory at update {self.step}, and there is no cheaper way than {self.execution} "
-                f"({self._shortage}); the last checkpoint is whole: go on with --resume on a larger device"
+                f"({shortage}); the last checkpoint is whole: go on with --resume on a larger device"
             )
         self.notices.append(f"update {self.step}: out of memory with {self.execution}; going on with {following}")
         self.execution, self._view = following, following.view(self.denoiser)
@@ -127,31 +175,50 @@ class Trainer:
     def _skip(self) -> None:
         self.skipped += 1
         self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= PATIENCE:
+        if self.skipped_in_a_row >= self.recipe.max_skipped:
             raise NotFinite(
-                f"{PATIENCE} updates in a row had a loss or gradient that is not finite (at update {self.step}); the "
+                f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite (at update "
+                f"{self.step}, rate {self.rate_at(self.step - 1):g} after going back {self.rollbacks} times); the "
                 f"solver is as before them; try a lower --rate than {self.recipe.rate:g}, or --start-grid quadratic"
             )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, numbers) from which ``load`` goes on bit for bit."""
-        tensors = {f"solver.{key}": value for key, value in self.solver.state_dict().items()}
-        tensors |= {f"average.{key}": value for key, value in self.average.state_dict().items()}
-        tensors |= optimizer_tensors(self.optimizer)
-        return tensors, {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        parts = {"solver": self.solver.state_dict(), "average": self.average.state_dict(), "best": self.best.tensors}
+        numbers = {name: getattr(self, name) for name in ("skipped", "skipped_in_a_row", "rollbacks")}
+        numbers |= {"best": self.best.numbers(), "execution": [self._asked, str(self.execution)]}
+        if self.adversary is not None:
+            parts["adversary"], numbers["adversary"] = self.adversary.state()
+        tensors = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
+        return tensors | optimizer_tensors(self.optimizer), numbers
 
     def load(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Inverse of ``state``."""
-        for name, module in (("solver", self.solver), ("average", self.average)):
-            module.load_state_dict(
-                {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-            )
+        self.solver.load_state_dict(under("solver", tensors))
+        self.average.load_state_dict(under("average", tensors))
+        self.best.load(under("best", tensors), numbers.get("best", {}))
         load_optimizer(self.optimizer, tensors)
-        self.step, self.skipped = step, numbers["skipped"]
-        self.skipped_in_a_row = numbers["skipped_in_a_row"]
+        if self.adversary is not None:
+            self.adversary.load(under("adversary", tensors), numbers["adversary"])
+        self.step, self.skipped, self.skipped_in_a_row = step, numbers["skipped"], numbers["skipped_in_a_row"]
+        self.rollbacks = numbers.get("rollbacks", 0)
+        # Where nothing else was asked for, what did not fit before is not tried again: other ways round otherwise.
+        ways = list(self.cheaper)
+        at = next((i for i, way in enumerate(ways) if [self._asked, str(way)] == numbers.get("execution")), None)
+        if at is not None:
+            self.execution, self._view = ways[at], ways[at].view(self.denoiser)
+        self.cheaper = iter(ways if at is None else ways[at + 1 :])
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """Updates up to the recipe's number: (updates done, loss)."""
-        while self.step < self.recipe.iterations:
+        while not self.finished:
             loss = self.update()
             yield self.step, loss
+
+
+def _telling(losses: Tensor) -> Tensor:
+    """The losses, with a gradient that is not finite where they are not: |x| of infinity has the gradient 1.
+
+    Decided on the device: a factor of 1, which changes no bit, or nan.
+    """
+    return losses * torch.where(torch.isfinite(losses.detach()), 1.0, torch.nan).to(losses.dtype)
