@@ -3,6 +3,7 @@
 from .blocks import Blocks, checkpoint_blocks
 from .lean import Coverage, lean
 from .policy import MemoryPolicy
+from .precision import cast
 from .reversal import BitsLost
 from .tracker import ByteTracker, phase
 from .weights import quantize_weights, stream_weights
@@ -13,6 +14,7 @@ __all__ = [
     "ByteTracker",
     "Coverage",
     "MemoryPolicy",
+    "cast",
     "checkpoint_blocks",
     "lean",
     "phase",
