@@ -6,12 +6,14 @@ checkpoints, the solver itself, and at the end a table against every classical s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Collection, Sequence
 
-from ._cli import command, console, pick_device, writable
+from ._cli import command, console, writable
 from .adapters import load_denoiser
+from .distributed import Group
 from .files import write_text
 from .losses import distillation_loss
 from .plan import as_csv
@@ -25,34 +27,45 @@ from .training.trainer import Trainer
 
 def run(config: Config, given: Collection[str] = ()) -> None:
     """Train, or go on training, and compare. ``given``: options that were given, be it with their default."""
-    directory, config = opened(config, given)
-    device = pick_device(config.device)
+    with Group.from_environment() as group:
+        _run(config, given, group)
+
+
+def _run(config: Config, given: Collection[str], group: Group) -> None:
+    directory, config = group.first(lambda: opened(config, given))
+    directory.writes = group.main
+    setup.check_shard(config, group)
+    group = dataclasses.replace(group, lockstep=config.shard)
+    device = group.device(config.device)
     model, recipe = load_denoiser(config.model), setup.recipe(config)
     solver = setup.solver(config, model, recipe)
     execution = setup.execution(config)
-    denoiser = execution.place(model, device)
-    plans = setup.plans(config, model, denoiser, recipe, solver, device)
+    denoiser = execution.place(model, "cpu" if config.shard else device)
+    plans = setup.plans(config, model, denoiser, recipe, solver, device, group)
     if plans is not None:
         execution = plans.choice.execution
+    if config.shard:
+        denoiser, execution = setup.sharded(denoiser, execution, device)
+        del model
     assert config.out is not None
     writable(config.out.parent)
     loss = distillation_loss(config.loss, device)
-    seeds, targets = setup.teacher_set(config, denoiser, device)
+    seeds, targets = setup.teacher_set(config, denoiser, device, group)
     start = solver.tableau(denoiser.prediction)
-    trainer = Trainer(denoiser, solver, seeds, targets, loss, recipe, execution, config.seed, device)
+    trainer = Trainer(denoiser, solver, seeds, targets, loss, recipe, execution, config.seed, device, group)
     if plans is not None:
         trainer.cheaper = (plan.execution for plan in plans.choice.cheaper_ones())
     if config.resume:
-        checkpoint = directory.restore()
+        checkpoint = group.first(directory.restore)
         if checkpoint is not None:
             trainer.load(*checkpoint)
         directory.forget_after(trainer.step)
         console.print(f"resuming {directory.path} at update {trainer.step}", soft_wrap=True)
     else:
         directory.create(plain(config))
-    if plans is not None:
+    if plans is not None and directory.writes:
         write_text(directory.path / "plan.csv", as_csv(plans))
-    selection = setup.samples(denoiser, setup.SELECTION_SEEDS, config, device)
+    selection = setup.samples(denoiser, setup.SELECTION_SEEDS, config, device, group)
     train(trainer, directory, config, selection)
     finish(trainer, directory, config, selection, start)
 

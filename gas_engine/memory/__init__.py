@@ -4,6 +4,7 @@ from .blocks import Blocks, checkpoint_blocks
 from .lean import Coverage, lean
 from .policy import MemoryPolicy
 from .reversal import BitsLost
+from .sharding import shard_weights
 from .tracker import ByteTracker, phase
 from .weights import quantize_weights, stream_weights
 
@@ -17,5 +18,6 @@ __all__ = [
     "lean",
     "phase",
     "quantize_weights",
+    "shard_weights",
     "stream_weights",
 ]

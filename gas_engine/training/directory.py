@@ -24,8 +24,8 @@ class RunDirectory:
     It is written beside its place and renamed, so that a directory ``step-*`` is always complete.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes  # of several processes one writes
 
     @property
     def metrics(self) -> Path:
@@ -40,6 +40,8 @@ class RunDirectory:
 
     def create(self, config: Mapping[str, Any]) -> None:
         """Make the directory. Raises InputError if it already holds a run, or is not writable."""
+        if not self.writes:
+            return
         if self.exists():
             raise InputError(f"{self.path} already holds a run; continue it with --resume, or give another --out")
         writable(self.path)
@@ -56,18 +58,22 @@ class RunDirectory:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row of metrics."""
+        if not self.writes:
+            return
         with open(self.metrics, "a") as file:
             file.write(json.dumps(row) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drop metrics of later steps, which a resumed run will write again."""
-        if self.metrics.exists():
+        if self.writes and self.metrics.exists():
             rows = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step]
             with atomic(self.metrics) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in rows))
 
     def save(self, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], keep: int = 3) -> None:
         """Write a checkpoint, then drop all but the newest ``keep``."""
+        if not self.writes:
+            return
         root = self.path / "checkpoints"
         temporary, final = root / f".step-{step:06d}", root / f"step-{step:06d}"
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +19,8 @@ from .trainer import Trainer
 
 
 def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples) -> None:
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
-
     began, first = time.monotonic(), trainer.step
-    with SummaryWriter(str(directory.path), purge_step=first or None) as events, progress() as bar:
+    with _events(directory, first) as events, progress() as bar:
         task = bar.add_task("train", total=trainer.recipe.iterations, completed=first, note="")
         for step, loss in trainer:
             bar.advance(task)
@@ -49,13 +47,32 @@ def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: 
                     events.add_scalar(f"times/{n}", t, step)
                 bar.update(task, note=f"loss {float(loss):.4f}  {row['memory_mib']:.0f} MiB")
             if step % config.sample_every == 0 or last:
-                _picture(trainer, directory.path / "samples" / f"step-{step:06d}.png", selection)
+                _picture(trainer, directory, f"step-{step:06d}.png", selection)
             if step % config.save_every == 0 or last:
-                directory.save(step, *trainer.state())
+                tensors, numbers = trainer.state()
+                trainer.group.check_same(tensors, f"update {step}")
+                directory.save(step, tensors, numbers)
+
+
+class _NoEvents(contextlib.nullcontext[Any]):
+    """Events of a process that writes none."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def add_scalar(self, *_: Any) -> None: ...
+
+
+def _events(directory: RunDirectory, first: int) -> Any:
+    if not directory.writes:
+        return _NoEvents()
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
+
+    return SummaryWriter(str(directory.path), purge_step=first or None)
 
 
 @torch.no_grad()
-def _picture(trainer: Trainer, path: Path, data: comparison.Samples) -> None:
+def _picture(trainer: Trainer, directory: RunDirectory, name: str, data: comparison.Samples) -> None:
     if len(trainer.denoiser.shape or ()) != 3:
         return
     shown = slice(0, 12)
@@ -63,9 +80,11 @@ def _picture(trainer: Trainer, path: Path, data: comparison.Samples) -> None:
     student = rollout(
         trainer.denoiser, data.noise[shown], trainer.average.tableau(trainer.denoiser.prediction), cond
     ).cpu()
+    if not directory.writes:
+        return
     teacher = data.teacher[shown].cpu()
     rows = [("teacher", teacher), ("student", student), ("|difference|", student - teacher)]
-    pictures.image_rows(path, rows, f"{trainer.step} updates")
+    pictures.image_rows(directory.path / "samples" / name, rows, f"{trainer.step} updates")
 
 
 def _memory_mib(device: torch.device) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser, seeded
+from ..distributed import ALONE, Group
 from ..execution import Execution, out_of_memory
 from ..gradients import loss_backward
 from ..losses.distillation import Loss
@@ -41,13 +42,13 @@ class Trainer:
 
     def __init__(
         self, denoiser: Denoiser, solver: LearnedTimes, seeds: list[int], targets: Tensor, loss: Loss,
-        recipe: Recipe, execution: Execution, seed: int = 0, device: torch.device | None = None,
+        recipe: Recipe, execution: Execution, seed: int = 0, device: torch.device | None = None, group: Group = ALONE,
     ) -> None:  # fmt: skip
         self.denoiser, self.solver, self.average = denoiser, solver, deepcopy(solver).requires_grad_(False)
         self.seeds, self.targets, self.loss, self.recipe = seeds, targets, loss, recipe
-        self.seed, self.device = seed, device or torch.device("cpu")
+        self.seed, self.device, self.group = seed, device or torch.device("cpu"), group
         self.execution, self._view = execution, execution.view(denoiser)
-        self.cheaper = execution.cheaper(denoiser, recipe.batch)  # what to try when memory runs out
+        self.cheaper = execution.cheaper(denoiser, group.most(recipe.batch))  # what to try when memory runs out
         self.notices: list[str] = []
         self.optimizer = OPTIMIZERS[recipe.optimizer](solver.parameters(), lr=recipe.rate)
         self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
@@ -91,9 +92,28 @@ class Trainer:
         return loss
 
     def _gradient(self) -> Tensor | None:
-        """The mean loss of this step's batch, its gradient left in the parameters; None if memory ran out."""
+        """The mean loss of this step's batch, its gradient left in the parameters; None if memory ran out.
+
+        The gradient of the mean over the batch is the sum of those over the ranks' parts, by their sizes.
+        """
         rows = self.rows(self.step)
+        mine = rows[self.group.part(len(rows))]
         self.optimizer.zero_grad()
+        loss = self._gradient_of(mine) if mine else torch.zeros(())
+        if self.group.size == 1:
+            return loss
+        share, short = len(mine) / len(rows), torch.tensor(float(loss is None))
+        total = torch.zeros((), dtype=torch.float64) if loss is None else loss.detach().cpu().double() * share
+        for p in self.solver.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.mul_(share)
+        self.group.sum_([total, short, *(p.grad for p in self.solver.parameters() if p.grad is not None)])
+        if short > 0:
+            self._shortage = self._shortage if loss is None else "on another rank"
+            return None
+        return total
+
+    def _gradient_of(self, rows: list[int]) -> Tensor | None:
+        """The mean loss of the rows, its gradient left in the parameters; None if memory ran out."""
         try:
             noise, cond = seeded(self.denoiser, [self.seeds[row] for row in rows])
             cond = cond.to(self.device, non_blocking=True) if cond is not None else None
@@ -104,7 +124,8 @@ class Trainer:
                 self.execution.memory, self.execution.micro_batch,
             ).mean()  # fmt: skip
         except Exception as error:
-            if not out_of_memory(error):
+            # The other ranks of a network in lockstep wait within it, for a call that will not come.
+            if not out_of_memory(error) or self.group.lockstep:
                 raise
             self._shortage = str(error).splitlines()[0]
             return None
