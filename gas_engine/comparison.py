@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .denoiser import Denoiser, seeded
+from .distributed import ALONE, Group
 from .rollout import rollout
 from .solvers.grids import GRIDS
 from .solvers.named import FAMILIES, named_solver
@@ -52,40 +53,50 @@ class Distance:
 
 @torch.no_grad()
 def distance(
-    denoiser: Denoiser, tableau: Tableau, data: Samples, name: str, setting: str = "", batch: int = 128
-) -> Distance:
-    """Run one solver on the data's noise and measure its distance to the teacher."""
-    rows = []
-    for start in range(0, len(data.noise), batch):
+    denoiser: Denoiser, tableau: Tableau, data: Samples, name: str, setting: str = "", batch: int = 128,
+    group: Group = ALONE,
+) -> Distance:  # fmt: skip
+    """Run one solver on the data's noise, batch by batch on the processes of ``group``; its distance to the teacher."""
+
+    def run(start: int) -> Tensor:
         part = slice(start, start + batch)
-        rows.append(rollout(denoiser, data.noise[part], tableau, None if data.cond is None else data.cond[part]))
-    samples = torch.cat(rows)
-    error = (samples - data.teacher).double()
-    return Distance(name, setting, float(error.abs().mean()), float(error.square().mean().sqrt()), samples.cpu())
+        return rollout(
+            denoiser, data.noise[part], tableau, None if data.cond is None else data.cond[part]
+        ).cpu()  # fmt: skip
+
+    samples = torch.cat(group.map(run, range(0, len(data.noise), batch)))
+    error = (samples - data.teacher.cpu()).double()
+    return Distance(name, setting, float(error.abs().mean()), float(error.square().mean().sqrt()), samples)
 
 
 def classical_distances(
     denoiser: Denoiser, steps: int, selection: Samples, held_out: Samples, batch: int = 128,
-    advance: Callable[[], None] | None = None,
+    advance: Callable[[], None] | None = None, group: Group = ALONE,
 ) -> list[Distance]:  # fmt: skip
-    """For every classical family, the variant, grid and t_eps best on ``selection``, measured on ``held_out``."""
+    """For every classical family, the variant, grid and t_eps best on ``selection``, measured on ``held_out``.
+
+    The processes of ``group`` try a variant each.
+    """
+
+    def best_of(name: str) -> tuple[float, str, Tableau]:
+        tried: list[tuple[float, str, Tableau]] = []
+        for grid in GRIDS:
+            for t_eps in T_EPS:
+                if t_eps <= denoiser.schedule.domain[0]:
+                    continue
+                tableau = named_solver(name, denoiser.schedule, steps, grid, t_eps)
+                l1 = distance(denoiser, tableau, selection, name, batch=batch).l1
+                tried.append((math.inf if math.isnan(l1) else l1, f"{name}, {grid}, {t_eps:g}", tableau))
+        if advance is not None:
+            advance()
+        return min(tried, key=lambda row: row[0])
+
+    names = [name for variants in FAMILIES.values() for name in variants]
+    best = dict(zip(names, group.map(best_of, names), strict=True))
     found = []
     for family, variants in FAMILIES.items():
-        best: tuple[float, str, Tableau] | None = None
-        for name in variants:
-            for grid in GRIDS:
-                for t_eps in T_EPS:
-                    if t_eps <= denoiser.schedule.domain[0]:
-                        continue
-                    tableau = named_solver(name, denoiser.schedule, steps, grid, t_eps)
-                    l1 = distance(denoiser, tableau, selection, name, batch=batch).l1
-                    l1 = math.inf if math.isnan(l1) else l1
-                    if best is None or l1 < best[0]:
-                        best = (l1, f"{name}, {grid}, {t_eps:g}", tableau)
-            if advance is not None:
-                advance()
-        assert best is not None
-        found.append(distance(denoiser, best[2], held_out, family, best[1], batch))
+        _, setting, tableau = min((best[name] for name in variants), key=lambda row: row[0])
+        found.append(distance(denoiser, tableau, held_out, family, setting, batch, group))
     return sorted(found, key=lambda row: row.l1)
 
 

@@ -5,6 +5,7 @@ from .lean import Coverage, lean
 from .policy import MemoryPolicy
 from .precision import cast
 from .reversal import BitsLost
+from .sharding import shard_weights
 from .tracker import ByteTracker, phase
 from .weights import quantize_weights, stream_weights
 
@@ -19,5 +20,6 @@ __all__ = [
     "lean",
     "phase",
     "quantize_weights",
+    "shard_weights",
     "stream_weights",
 ]

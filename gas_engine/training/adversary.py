@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..costs import step_cost
+from ..distributed import ALONE, Group
 from ..iteration import Beside
 from ..losses.adversarial import discriminator_loss, generator_loss
 from ..memory import phase
-from .directory import load_optimizer, optimizer_tensors
+from .directory import load_optimizer, optimizer_tensors, under
 
-Sampler = Callable[[Sequence[int], Any], Tensor]
 # Seeds of fresh noise lie beyond all that a teacher set or an evaluation is made of.
 FRESH = 2**40
 
@@ -52,13 +52,16 @@ class Adversarial:
 
 
 class Adversary:
-    """A discriminator with its optimiser: ``update`` first, then ``loss`` within the solver's gradient.
+    """A discriminator with its optimiser: its own step first, then its ``loss`` within the solver's gradient.
 
     The two share no graph, so an iteration's peak is the larger of theirs, not the sum. A gradient that is not finite
     leaves weights and moments as they were, without the host waiting to know.
 
+    Memory: weights, two moments, and while it steps a gradient and what ``discriminator_loss`` takes.
+
         adversary = Adversary(discriminator_for((3, 32, 32)), Adversarial(weight=0.1), device)
-        adversary.update(fake, real)
+        adversary.gradient(real, draw=lambda: rollout(denoiser, noise, tableau, cond))
+        adversary.update()
         loss_backward(denoiser, x, tableau, lambda y, rows: distance(y, real[rows]) + adversary.loss(y, real, rows))
     """
 
@@ -67,98 +70,95 @@ class Adversary:
         self.settings = settings
         # Fused: one launch, and a step that the device itself leaves out when told of an infinity.
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=settings.rate, fused=True)
-        self.reduce: Callable[[nn.Module], None] = lambda module: None
-        self._seen: Tensor | None = None  # this update's samples, to be judged in the next one, and the teacher's
-        self._real: Tensor | None = None
+        self.logits: Tensor | None = None  # D(real) - D(fake) of the newest step
+        self._seen: tuple[Tensor, Tensor] | None = None  # the solver's samples of its newest update, and the teacher's
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
 
     def active(self, step: int) -> bool:
         """Whether update ``step``, counted from 0, has an adversarial part."""
         return step >= self.settings.warm_up
 
-    def take_part(self, real: Tensor, cond: Any, seeds: Sequence[int], sample: Sampler) -> None:
-        """The discriminator's step of one update, against the teacher's samples ``real`` [B, *shape].
+    def gradient(self, real: Tensor, draw: Callable[[], Tensor]) -> None:
+        """The gradient of a step on the pairs (real[i], fake[i]), [B, *shape] both; the samples get none.
 
-        ``sample(seeds, cond)``: the student's samples from the noise of these seeds, without gradient.
+        Fakes are ``draw()``, or those of the update before if they are to be reused. B may be zero.
         """
-        if self.settings.fakes == "reuse" and self._seen is not None and self._real is not None:
-            self.update(self._seen, self._real)
-        else:
-            self.update(sample(seeds, cond), real)
-        self._seen, self._real = None, None
-
-    def update(self, fake: Tensor, real: Tensor) -> None:
-        """One step on the pairs (real[i], fake[i]), [B, *shape] both, without a gradient into the samples."""
-        settings, network = self.settings, self.discriminator
-        network.requires_grad_(True)
+        self.discriminator.requires_grad_(True)
         self.optimizer.zero_grad()
+        if len(real) == 0:
+            return
+        fake, real = self._seen if self._seen is not None else (draw(), real)
         losses = discriminator_loss(
-            network, real.to(settings.precision), fake.to(settings.precision), **self._options
+            self.discriminator, real.to(self.settings.precision), fake.to(self.settings.precision), **self._options
         )  # fmt: skip
-        self.reduce(network)
-        grads = [p.grad for p in network.parameters() if p.grad is not None]
-        finite = torch.isfinite(torch.stack(torch._foreach_norm(grads))).all()
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+        self.logits = losses.relativistic
+        for name, values in {
+            "d_loss": losses.loss, "d_gap": losses.relativistic.abs(), "r1": losses.r1, "r2": losses.r2
+        }.items():  # fmt: skip
+            self._add(name, values)
+
+    def update(self, group: Group = ALONE, share: float = 1.0) -> None:
+        """The step, on the mean of the ranks' gradients by their shares of the batch."""
+        network = self.discriminator
+        group.mean_gradients_(network, share)
+        norms = torch._foreach_norm([p.grad for p in network.parameters() if p.grad is not None])
+        infinite = ~torch.isfinite(torch.stack(norms)).all()
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, infinite.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
         network.requires_grad_(False)
-        self._add("d_loss", losses.loss)
-        self._add("d_gap", losses.relativistic.abs())
-        self._add("r1", losses.r1)
-        self._add("r2", losses.r2)
+        self._seen = None
 
     def loss(self, samples: Tensor, real: Tensor, rows: slice) -> Tensor:
-        """The generator's loss of ``samples`` [b, *shape] against ``real[rows]``, weighted."""
-        settings = self.settings
+        """The generator's loss of ``samples`` [b, *shape] against ``real[rows]``, weighted, [b]."""
         self.discriminator.requires_grad_(False)
-        if settings.fakes == "reuse":
-            if self._seen is None:
-                self._seen, self._real = torch.empty_like(real), real
-            self._seen[rows] = samples.detach()
-        values = self._generator(samples, real[rows])
+        if self.settings.fakes == "reuse":
+            self._seen = self._seen or (torch.empty_like(real), real)
+            self._seen[0][rows] = samples.detach()
+        values = self.settings.weight * self._generator(samples, real[rows])
         self._add("adversarial", values.detach())
-        return settings.weight * values
+        return values
 
     @property
     def _options(self) -> dict[str, Any]:
-        settings = self.settings
-        return {"gamma": settings.gamma, "method": settings.method, "kind": settings.kind,
-                "micro_batch": settings.micro_batch}  # fmt: skip
+        return {name: getattr(self.settings, name) for name in ("gamma", "method", "kind", "micro_batch")}
 
     def _generator(self, samples: Tensor, real: Tensor) -> Tensor:
-        kind, precision = self.settings.kind, self.settings.precision
-        return generator_loss(self.discriminator, samples.to(precision), real.to(precision), kind=kind).to(
-            samples.dtype
-        )
+        given, real = samples.to(self.settings.precision), real.to(self.settings.precision)
+        return generator_loss(self.discriminator, given, real, kind=self.settings.kind).to(samples.dtype)
 
     def _add(self, name: str, values: Tensor) -> None:
-        total = values.sum(dtype=torch.float64)
-        self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._counts[name] = self._counts.get(name, 0) + len(values)
+        """Sum and number stay on the device until they are read."""
+        new = torch.stack([values.sum(dtype=torch.float64), values.new_full((), len(values), dtype=torch.float64)])
+        self._sums[name] = self._sums[name] + new if name in self._sums else new
 
-    def read(self) -> dict[str, float]:
-        """Means since the last call, of what ``update`` and ``loss`` saw; this waits for the device."""
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-        self._sums, self._counts = {}, {}
-        return means
+    def read(self, group: Group = ALONE) -> dict[str, float]:
+        """Means since the last call, over all ranks: the weighted adversarial loss, and the discriminator's, with its
+        mean |D(real) - D(fake)| and penalties. This waits for the device."""
+        names = ("adversarial", "d_loss", "d_gap", "r1", "r2")
+        sums = torch.stack([self._sums.get(name, torch.zeros(2, dtype=torch.float64)).cpu() for name in names])
+        group.sum_([sums])
+        self._sums = {}
+        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, numbers) from which ``load`` goes on bit for bit."""
+    def state(self, group: Group = ALONE) -> dict[str, Tensor]:
+        """What ``load`` goes on from, bit for bit."""
         tensors = {f"discriminator.{key}": value for key, value in self.discriminator.state_dict().items()}
         tensors |= optimizer_tensors(self.optimizer)
-        if self._seen is not None and self._real is not None:
-            tensors |= {"seen": self._seen, "real": self._real}
-        return tensors, {}
+        if self._seen is not None:
+            parts = group.gather([v.cpu() for v in self._seen])
+            tensors |= {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(("fake", "real"))}
+        return tensors
 
-    def load(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Inverse of ``state``."""
-        prefix = "discriminator."
-        weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        self.discriminator.load_state_dict(weights)
+    def load(self, tensors: dict[str, Tensor], group: Group = ALONE) -> None:
+        """Inverse of ``state``, on any number of ranks."""
+        self.discriminator.load_state_dict(under("discriminator", tensors))
         load_optimizer(self.optimizer, tensors)
         device = next(self.discriminator.parameters()).device
-        self._seen, self._real = (tensors[n].to(device) if n in tensors else None for n in ("seen", "real"))
+        self._seen = None
+        if "fake" in tensors:
+            mine = group.part(len(tensors["fake"]))
+            self._seen = (tensors["fake"][mine].to(device), tensors["real"][mine].to(device))
 
     def beside(self, shape: Sequence[int], batch: int, steps: int) -> Beside:
         """What an iteration of this batch takes for it, measured in fake tensors, for a plan of the whole."""

@@ -31,8 +31,8 @@ class RunDirectory:
     ``step-*`` is always complete. Raises OSError where something cannot be written, and leaves no half of it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes  # of several processes one writes
         self._failing: set[str] = set()
 
     @property
@@ -60,6 +60,8 @@ class RunDirectory:
 
     def create(self, config: Mapping[str, Any]) -> None:
         """Make the directory. Raises InputError if it already holds a run, or is not writable."""
+        if not self.writes:
+            return
         if self.exists():
             raise InputError(f"{self.path} already holds a run; continue it with --resume, or give another --out")
         writable(self.path)
@@ -76,6 +78,8 @@ class RunDirectory:
 
     def attempt(self, what: str, write: Callable[[], Any]) -> bool:
         """Write what the run can do without for now; where that begins to fail, say so in a line and go on."""
+        if not self.writes:
+            return True
         try:
             write()
         except OSError as error:
@@ -98,6 +102,8 @@ class RunDirectory:
 
     def forget_after(self, step: int) -> None:
         """Drop metrics and checkpoints of later steps, which the run will write again."""
+        if not self.writes:
+            return
         if self.metrics.exists():
             rows = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step]
             with atomic(self.metrics) as temporary:
@@ -115,6 +121,8 @@ class RunDirectory:
         distance: float | None = None,
     ) -> None:  # fmt: skip
         """Write a checkpoint, then drop all but the newest ``keep`` at multiples of ``every``, and the nearest."""
+        if not self.writes:
+            return
         final = self.path / "checkpoints" / f"step-{step:06d}"
         temporary = final.with_name(f".{final.name}")
         shutil.rmtree(temporary, ignore_errors=True)

@@ -18,7 +18,7 @@ RESUMABLE = ("out", "resume", "device", "evaluation", "sample_batch")
 # What a resumed run goes on with unless it is given anew: the result is the same to rounding.
 MEMORY = (
     "memory_budget", "checkpoint_every", "trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks",
-    "loss_alone", "weights",
+    "loss_alone", "weights", "shard",
 )  # fmt: skip
 # The same, and the result is the same to the bit.
 OUTPUT = ("keep", "logger")

@@ -45,6 +45,8 @@ class Config:
     """Let no network graph wait while the loss is taken."""
     weights: Literal["resident", "int8", "streamed"] = "resident"
     """Frozen weights on the device, in eight bits there (torchao), or in host memory, brought block by block."""
+    shard: bool = False
+    """Spread the frozen weights over the processes of torchrun, for a network that does not fit one card."""
     recipe: Literal["auto", "quick", "paper"] = "auto"
     """auto is quick for digits and paper for everything else."""
     iterations: int | None = None

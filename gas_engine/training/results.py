@@ -22,23 +22,27 @@ def finish(
     trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples, start: Tableau
 ) -> None:
     """Write the solver, measure on held-out seeds, write the table and the pictures."""
-    denoiser, student, batch = trainer.denoiser, trainer.average, config.sample_batch
+    denoiser, student, batch, group = trainer.denoiser, trainer.average, config.sample_batch, trainer.group
     tableau = student.tableau(denoiser.prediction)
-    held_out = setup.samples(denoiser, setup.HELD_OUT_SEEDS, config, trainer.device)
+    held_out = setup.samples(denoiser, setup.HELD_OUT_SEEDS, config, trainer.device, group)
     mine = comparison.distance(
-        denoiser, tableau, held_out, f"learned ({config.student})", f"{trainer.step} updates", batch
+        denoiser, tableau, held_out, f"learned ({config.student})", f"{trainer.step} updates", batch, group
     )  # fmt: skip
-    save_solver(
-        student, directory.solver, model=denoiser.name, guidance=1.0, loss=config.loss, version=_version(),
-        metrics={"l1": mine.l1, "rmse": mine.rmse, "psnr": mine.psnr, "held_out_seeds": "50000-50511"},
-    )  # fmt: skip
+    if directory.writes:
+        save_solver(
+            student, directory.solver, model=denoiser.name, guidance=1.0, loss=config.loss, version=_version(),
+            metrics={"l1": mine.l1, "rmse": mine.rmse, "psnr": mine.psnr, "held_out_seeds": "50000-50511"},
+        )  # fmt: skip
     rows = [mine]
     if config.evaluation == "full":
         with progress() as bar:
             task = bar.add_task("classical solvers", total=comparison.VARIANTS, note="")
             rows += comparison.classical_distances(
-                denoiser, config.steps, selection, held_out, batch, lambda: bar.advance(task)
+                denoiser, config.steps, selection, held_out, batch, lambda: bar.advance(task), group
             )  # fmt: skip
+            bar.update(task, completed=comparison.VARIANTS)
+    if not directory.writes:
+        return
     write_text(directory.path / "comparison.md", comparison.as_markdown(rows))
     write_text(directory.path / "comparison.csv", comparison.as_csv(rows))
     _compare_pictures(directory.path / "comparison.png", denoiser, config, held_out.teacher.cpu(), rows[:2])

@@ -14,8 +14,9 @@ from torch import Tensor
 from .. import comparison
 from .._cli import InputError, console, parse_seeds, progress
 from ..denoiser import Denoiser, seeded
+from ..distributed import ALONE, Group
 from ..execution import BLOCKS, Execution
-from ..memory import BitsLost, MemoryPolicy
+from ..memory import BitsLost, MemoryPolicy, shard_weights
 from ..planner import Plans, parse_bytes, plan, show_bytes
 from ..solvers import GRIDS, BELMSolver, GeneralizedSolver, LearnedTimes
 from ..teacher import load_teacher_set, make_teacher_set, teacher_samples
@@ -86,9 +87,33 @@ def execution(config: Config) -> Execution:
     return Execution(memory, micro_batch, config.lean, config.checkpoint_blocks, config.weights)
 
 
+def sharded(denoiser: Denoiser, execution: Execution, device: torch.device) -> tuple[Denoiser, Execution]:
+    """A denoiser on the host, seen as updates see it and then spread over the processes; nothing is left to view."""
+    fingerprint = denoiser.fingerprint()
+    shared = shard_weights(execution.view(denoiser), device)
+    assert isinstance(shared, Denoiser)
+    shared.fingerprint = lambda: fingerprint  # type: ignore[method-assign]  # its weights were whole then
+    return shared, dataclasses.replace(execution, lean=False, blocks="none")
+
+
+def check_shard(config: Config, group: Group) -> None:
+    """Raises InputError for what --shard does not go with."""
+    if config.shard and group.size == 1:
+        raise InputError("--shard spreads the weights over processes, and there is one; torchrun --nproc-per-node N")
+    if config.shard and config.weights != "resident":
+        raise InputError(f"--shard and --weights {config.weights} are two places for the weights; leave one out")
+    if config.shard and config.memory_budget is not None:
+        raise InputError(
+            "--memory-budget cannot plan for --shard; choose --micro-batch, --lean and --checkpoint-blocks by hand"
+        )
+    if config.shard:
+        dataclasses.replace(group, lockstep=True).part(recipe(config).batch)
+
+
 def plans(
-    config: Config, model: Denoiser, placed: Denoiser, recipe: Recipe, solver: LearnedTimes, device: torch.device
-) -> Plans | None:
+    config: Config, model: Denoiser, placed: Denoiser, recipe: Recipe, solver: LearnedTimes, device: torch.device,
+    group: Group = ALONE,
+) -> Plans | None:  # fmt: skip
     """Ways to run an update within the budget, the choice said in a line; None without a budget.
 
     One evaluation of the placed model is timed for predictions in seconds; the choice does not hang on it, so that a
@@ -97,11 +122,12 @@ def plans(
     if config.memory_budget is None:
         return None
     parse_bytes(config.memory_budget)
-    seconds = evaluation_seconds(placed, recipe.batch, device)
+    batch = group.most(recipe.batch)
+    seconds = evaluation_seconds(placed, batch, device)
     with progress() as bar:
         task = bar.add_task("plan", total=2 + len(BLOCKS), note="")
         found = plan(
-            model, config.steps, recipe.batch, config.memory_budget, loss=config.loss, weights=(config.weights,),
+            model, config.steps, batch, config.memory_budget, loss=config.loss, weights=(config.weights,),
             tableau=solver.tableau(model.prediction), evaluation_seconds=seconds,
             on_probe=lambda what: bar.update(task, advance=1, note=what),
         )  # fmt: skip
@@ -131,7 +157,9 @@ def evaluation_seconds(denoiser: Denoiser, batch: int, device: torch.device) -> 
     return seconds * batch / few
 
 
-def teacher_set(config: Config, denoiser: Denoiser, device: torch.device) -> tuple[list[int], Tensor]:
+def teacher_set(
+    config: Config, denoiser: Denoiser, device: torch.device, group: Group = ALONE
+) -> tuple[list[int], Tensor]:
     """Training seeds and the teacher's samples for them, made where they are missing."""
     seeds = parse_seeds(config.train_seeds)
     if {*SELECTION_SEEDS, *HELD_OUT_SEEDS} & {*seeds}:
@@ -142,13 +170,15 @@ def teacher_set(config: Config, denoiser: Denoiser, device: torch.device) -> tup
     name = f"teacher-{Path(config.model).stem.replace(':', '-')}-{teacher.solver}-{teacher.steps}-{teacher.grid}"
     name += "-int8" if config.weights == "int8" else ""
     out = config.teacher_set or Path("runs") / name
-    make_teacher_set(denoiser, seeds, teacher, out, batch=config.sample_batch, device=device)
+    make_teacher_set(denoiser, seeds, teacher, out, batch=config.sample_batch, device=device, group=group)
     found, samples = load_teacher_set(out)
     row = {seed: i for i, seed in enumerate(found)}
     return seeds, samples[[row[seed] for seed in seeds]]
 
 
-def samples(denoiser: Denoiser, seeds: range, config: Config, device: torch.device) -> comparison.Samples:
+def samples(
+    denoiser: Denoiser, seeds: range, config: Config, device: torch.device, group: Group = ALONE
+) -> comparison.Samples:
     """Seeds with the teacher's samples, to measure against."""
-    teacher = teacher_samples(denoiser, seeds, config.teacher, config.sample_batch, device)
+    teacher = teacher_samples(denoiser, seeds, config.teacher, config.sample_batch, device, group=group)
     return comparison.Samples.of(denoiser, seeds, teacher, device)
