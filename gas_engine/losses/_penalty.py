@@ -131,6 +131,8 @@ def logits_of(D: nn.Module, x: Tensor, cond: Any, weights: dict[str, Tensor] | N
 
 def accumulate(parameter: Tensor, gradient: Tensor) -> None:
     """Add to `.grad`, in the parameter's dtype, as the tape does."""
+    if not parameter.requires_grad:
+        return
     if parameter.grad is None:
         parameter.grad = gradient.to(parameter.dtype)
     else:

@@ -96,8 +96,7 @@ class Affine(Piece):
         return self.transpose(u)
 
     def push(self, w: Tensor, s: Tensor) -> Tensor:
-        if self.m.weight.requires_grad:
-            self.accumulate(self.m.weight, self.gradient(w, self.u))
+        self.accumulate(self.m.weight, self.gradient(w, self.u))
         del self.u
         return self.biased(self.apply(w), s)
 
@@ -164,7 +163,7 @@ class Activation(Piece):
 
     def pull(self, u: Tensor, s: Tensor) -> Tensor:
         one = _one_sample(u)
-        if self.bias is None or not self.bias.requires_grad:
+        if self.bias is None:
             return _masked(one, None, self.bits, self.slope, self.channels_last).view(u.shape)
         du, sums = _masked_sums(one, self.bits, self.slope, self.channels_last)
         self.accumulate(self.bias, s.to(sums.dtype) @ sums.view(len(s), -1))

@@ -109,25 +109,28 @@ class R3GANDiscriminator(nn.Module):
         return cond.to(like.dtype)
 
     @classmethod
-    def from_published(cls, kwargs: Mapping[str, Any], state: Mapping[str, Any]) -> R3GANDiscriminator:
-        """The discriminator of published constructor arguments and weights, its conditioning unused.
+    def from_published(cls, kwargs: Mapping[str, Any] | None, state: Mapping[str, Any]) -> R3GANDiscriminator:
+        """The discriminator of published weights, its conditioning unused.
 
-        Reads WidthPerStage, CardinalityPerStage, BlocksPerStage and ExpansionFactor; channels, features and filter are
-        those of the weights. Raises ValueError for arguments or weights that are missing.
+        Stages are those of the published arguments WidthPerStage, CardinalityPerStage, BlocksPerStage and
+        ExpansionFactor, or, with None, of the weights' shapes, as are channels, features and filter. Raises ValueError
+        for arguments or weights that are missing.
         """
-        try:
-            widths, cardinalities, blocks = (kwargs[f"{name}PerStage"] for name in ("Width", "Cardinality", "Blocks"))
-        except KeyError as error:
-            raise ValueError(f"the discriminator's arguments lack {error}; they are {sorted(kwargs)}") from None
         state = _published(state)
+        try:
+            names = ("WidthPerStage", "CardinalityPerStage", "BlocksPerStage", "ExpansionFactor")
+            widths, cardinalities, blocks, expansion = _stages(state) if kwargs is None else (kwargs[n] for n in names)
+            head = state[f"MainLayers.{len(widths) - 1}.Layers.{blocks[-1]}.LinearLayer.weight"]
+        except KeyError as error:
+            raise ValueError(f"this is no complete R3GAN discriminator: {error} is missing") from None
         kernel = next((v for name, v in state.items() if name.endswith(".Resampler.Kernel")), None)
         network = cls(
             widths,
             cardinalities,
             blocks,
-            expansion=kwargs.get("ExpansionFactor", 2),
+            expansion,
             channels=state["ExtractionLayer.Layer.weight"].shape[1],
-            embedding=state[f"MainLayers.{len(widths) - 1}.Layers.{blocks[-1]}.LinearLayer.weight"].shape[0],
+            embedding=head.shape[0],
             resample_filter=(1, 3, 3, 1) if kernel is None else kernel.sum(0).tolist(),
         )
         network.load_published(state)
@@ -148,6 +151,16 @@ class R3GANDiscriminator(nn.Module):
             self.load_state_dict(state, strict=True)
         except RuntimeError as error:
             raise ValueError(f"the weights do not fit this discriminator: {' '.join(str(error).split())}") from None
+
+
+def _stages(state: Mapping[str, Tensor]) -> tuple[list[int], list[int], list[int], int]:
+    """Widths, cardinalities, blocks and expansion, as the shapes of the blocks tell them."""
+    count = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("MainLayers."))
+    block = [f"MainLayers.{i}.Layers.0.LinearLayer" for i in range(count)]
+    widths = [state[f"{b}1.Layer.weight"].shape[1] for b in block]
+    grouped = [state[f"{b}2.Layer.weight"].shape for b in block]  # [inner, inner / cardinality, 3, 3]
+    blocks = [sum(n.startswith(f"MainLayers.{i}.") and "LinearLayer1" in n for n in state) for i in range(count)]
+    return widths, [shape[0] // shape[1] for shape in grouped], blocks, grouped[0][0] // widths[0]
 
 
 def _published(state: Mapping[str, Any]) -> dict[str, Tensor]:
