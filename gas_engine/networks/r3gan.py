@@ -8,7 +8,6 @@ The network follows the dtype of its input, so it runs in float32 and, for check
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,148 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import bias_leaky_relu, conv_frozen, resample2d
-
-SLOPE = 0.2  # of every leaky ReLU
-ACTIVATION_GAIN = math.sqrt(2 / (1 + SLOPE**2))
-
-
-def _apply(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
-    for layer in layers:
-        x = layer(x)
-    return x
-
-
-class Conv2d(nn.Conv2d):
-    """Convolution without bias, N(0, gain / sqrt(fan_in)); with frozen weights its graph keeps nothing."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, groups: int = 1, padding: int = 0, gain: float = 1.0
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel, padding=padding, groups=groups, bias=False)
-        nn.init.normal_(self.weight, std=gain / math.sqrt(in_channels // groups * kernel**2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        frozen = not (self.weight.requires_grad and torch.is_grad_enabled())
-        conv: Any = conv_frozen if frozen else F.conv2d
-        return conv(x, self.weight.to(x.dtype), padding=self.padding, groups=self.groups)
-
-
-class Linear(nn.Linear):
-    """Linear map without bias, N(0, 1 / sqrt(fan_in))."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-        nn.init.normal_(self.weight, std=1 / math.sqrt(in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class Layer(nn.Module):
-    """A convolution under the published name `Layer`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-        self.Layer = Conv2d(*args, **kwargs)
-
-    def chain(self) -> list[nn.Module]:
-        return [self.Layer]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.Layer(x)
-
-
-class BiasedActivation(nn.Module):
-    """Leaky ReLU of x + bias[c]; keeps one bit an element."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.Bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return bias_leaky_relu(x, self.Bias, SLOPE)
-
-
-class Downsample(nn.Module):
-    """Images to half their size by a separable low-pass filter."""
-
-    Kernel: Tensor
-
-    def __init__(self, taps: Sequence[float]) -> None:
-        super().__init__()
-        self.taps = [float(t) for t in taps]
-        f = torch.tensor(self.taps) / sum(self.taps)
-        self.register_buffer("Kernel", torch.outer(f, f))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return resample2d(x, self.taps)
-
-
-class ResidualBlock(nn.Module):
-    """x + 1x1(act(grouped 3x3(act(1x1(x))))), wider inside by `expansion`; the last convolution starts at zero."""
-
-    def __init__(self, width: int, cardinality: int, expansion: int, gain: float) -> None:
-        super().__init__()
-        inner = width * expansion
-        self.LinearLayer1 = Layer(width, inner, 1, gain=gain)
-        self.NonLinearity1 = BiasedActivation(inner)
-        self.LinearLayer2 = Layer(inner, inner, 3, groups=cardinality, padding=1, gain=gain)
-        self.NonLinearity2 = BiasedActivation(inner)
-        self.LinearLayer3 = Layer(inner, width, 1, gain=0.0)
-
-    def chain(self) -> list[nn.Module]:
-        """What is applied to x, in order, before x is added."""
-        return [self.LinearLayer1, self.NonLinearity1, self.LinearLayer2, self.NonLinearity2, self.LinearLayer3]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + _apply(self.chain(), x)
-
-
-class Transition(nn.Module):
-    """Half the size, then a 1x1 convolution where the width changes."""
-
-    def __init__(self, width: int, next_width: int, taps: Sequence[float]) -> None:
-        super().__init__()
-        self.Resampler = Downsample(taps)
-        if width != next_width:
-            self.LinearLayer = Layer(width, next_width, 1)
-
-    def chain(self) -> list[nn.Module]:
-        return list(self.children())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _apply(self.chain(), x)
-
-
-class Head(nn.Module):
-    """4x4 depthwise convolution without padding, then a linear map: [B, C, 4, 4] -> [B, E]."""
-
-    def __init__(self, width: int, embedding: int) -> None:
-        super().__init__()
-        self.Basis = Conv2d(width, width, 4, groups=width)
-        self.Flatten = nn.Flatten()
-        self.LinearLayer = Linear(width, embedding)
-
-    def chain(self) -> list[nn.Module]:
-        return list(self.children())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _apply(self.chain(), x)
-
-
-class Stage(nn.Module):
-    """Residual blocks of one width, then the way out of it."""
-
-    def __init__(self, blocks: Sequence[ResidualBlock], last: Transition | Head) -> None:
-        super().__init__()
-        self.Layers = nn.ModuleList([*blocks, last])
-
-    def chain(self) -> list[nn.Module]:
-        return list(self.Layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _apply(self.chain(), x)
+from ._r3gan_layers import ACTIVATION_GAIN, Head, Layer, Linear, ResidualBlock, Stage, Transition, apply
 
 
 class R3GANDiscriminator(nn.Module):
@@ -166,8 +24,9 @@ class R3GANDiscriminator(nn.Module):
     A stage i has `blocks[i]` residual blocks of width `widths[i]`, `expansion` times wider inside, with a 3x3
     convolution in `cardinalities[i]` groups; between stages the image is halved by `resample_filter` (arXiv
     2501.05441, section 4). The defaults (22.4 M parameters) are for 64 x 64, see `discriminator_for`. With `classes`,
-    the `embedding` features are multiplied by a linear embedding of the class and summed (default 64 features);
-    without, just summed (default one). `cond` is class indices [B] or one-hot [B, classes]; without classes it is not used.
+    the `embedding` features are multiplied by a linear embedding of the class and summed (default 64
+    features); without, just summed (default one). `cond` is class indices [B] or one-hot [B, classes], and not used
+    without classes.
 
     Piecewise linear in x: convolutions without bias, and leaky ReLU. Frozen, or under no_grad, its graph keeps one bit
     for each activation and nothing else. Raises ValueError for lengths that differ, widths that the cardinality does
@@ -199,6 +58,7 @@ class R3GANDiscriminator(nn.Module):
                 raise ValueError(f"cardinality {cardinality} does not divide {expansion} x width {width}")
         self.size = 4 * 2 ** (len(widths) - 1)
         self.channels, self.classes = channels, classes
+        self.largest_activation = max(w * expansion * (self.size >> i) ** 2 for i, w in enumerate(widths))
         features = embedding or (64 if classes else 1)
         gain = ACTIVATION_GAIN * max(1, sum(blocks)) ** -0.25
         stages = []
@@ -220,7 +80,7 @@ class R3GANDiscriminator(nn.Module):
 
     def forward(self, x: Tensor, cond: Any = None) -> Tensor:
         self.check(x)
-        x = _apply(self.chain(), x)
+        x = apply(self.chain(), x)
         if not self.classes:
             return x.sum(1)
         return (x * self.EmbeddingLayer(self.one_hot(cond, x))).sum(1)
@@ -249,25 +109,28 @@ class R3GANDiscriminator(nn.Module):
         return cond.to(like.dtype)
 
     @classmethod
-    def from_published(cls, kwargs: Mapping[str, Any], state: Mapping[str, Any]) -> R3GANDiscriminator:
-        """The discriminator of published constructor arguments and weights, its conditioning unused.
+    def from_published(cls, kwargs: Mapping[str, Any] | None, state: Mapping[str, Any]) -> R3GANDiscriminator:
+        """The discriminator of published weights, its conditioning unused.
 
-        Reads WidthPerStage, CardinalityPerStage, BlocksPerStage and ExpansionFactor; channels, features and filter are
-        those of the weights. Raises ValueError for arguments or weights that are missing.
+        Stages are those of the published arguments WidthPerStage, CardinalityPerStage, BlocksPerStage and
+        ExpansionFactor, or, with None, of the weights' shapes, as are channels, features and filter. Raises ValueError
+        for arguments or weights that are missing.
         """
-        try:
-            widths, cardinalities, blocks = (kwargs[f"{name}PerStage"] for name in ("Width", "Cardinality", "Blocks"))
-        except KeyError as error:
-            raise ValueError(f"the discriminator's arguments lack {error}; they are {sorted(kwargs)}") from None
         state = _published(state)
+        try:
+            names = ("WidthPerStage", "CardinalityPerStage", "BlocksPerStage", "ExpansionFactor")
+            widths, cardinalities, blocks, expansion = _stages(state) if kwargs is None else (kwargs[n] for n in names)
+            head = state[f"MainLayers.{len(widths) - 1}.Layers.{blocks[-1]}.LinearLayer.weight"]
+        except KeyError as error:
+            raise ValueError(f"this is no complete R3GAN discriminator: {error} is missing") from None
         kernel = next((v for name, v in state.items() if name.endswith(".Resampler.Kernel")), None)
         network = cls(
             widths,
             cardinalities,
             blocks,
-            expansion=kwargs.get("ExpansionFactor", 2),
+            expansion,
             channels=state["ExtractionLayer.Layer.weight"].shape[1],
-            embedding=state[f"MainLayers.{len(widths) - 1}.Layers.{blocks[-1]}.LinearLayer.weight"].shape[0],
+            embedding=head.shape[0],
             resample_filter=(1, 3, 3, 1) if kernel is None else kernel.sum(0).tolist(),
         )
         network.load_published(state)
@@ -288,6 +151,16 @@ class R3GANDiscriminator(nn.Module):
             self.load_state_dict(state, strict=True)
         except RuntimeError as error:
             raise ValueError(f"the weights do not fit this discriminator: {' '.join(str(error).split())}") from None
+
+
+def _stages(state: Mapping[str, Tensor]) -> tuple[list[int], list[int], list[int], int]:
+    """Widths, cardinalities, blocks and expansion, as the shapes of the blocks tell them."""
+    count = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("MainLayers."))
+    block = [f"MainLayers.{i}.Layers.0.LinearLayer" for i in range(count)]
+    widths = [state[f"{b}1.Layer.weight"].shape[1] for b in block]
+    grouped = [state[f"{b}2.Layer.weight"].shape for b in block]  # [inner, inner / cardinality, 3, 3]
+    blocks = [sum(n.startswith(f"MainLayers.{i}.") and "LinearLayer1" in n for n in state) for i in range(count)]
+    return widths, [shape[0] // shape[1] for shape in grouped], blocks, grouped[0][0] // widths[0]
 
 
 def _published(state: Mapping[str, Any]) -> dict[str, Tensor]:
