@@ -99,6 +99,15 @@ def digits_features(batch: int = 512) -> Features:
     return features
 
 
+def judge_of(model: str) -> Callable[[Tensor], float] | None:
+    """``samples -> Frechet distance`` to a model's data, on features that come with it; None for all but digits."""
+    if model != "digits":
+        return None
+    features = digits_features()
+    real = features(real_digits())
+    return lambda samples: frechet_distance(features(samples), real)
+
+
 def real_digits() -> Tensor:
     """The 1,597 images that the embedded networks were trained on, [1597, 1, 8, 8] in [-1, 1]: the reference set."""
     return digit_images()[0][HELD_OUT:]

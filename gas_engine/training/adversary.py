@@ -30,7 +30,7 @@ class Adversarial:
     that it is not trained on, at the cost of K evaluations; or "reuse", those of the update before, which cost nothing,
     but are paired with the teacher's samples of the same noise, and made by a solver that is one update old.
     ``warm_up``: updates of the distillation loss alone, without the discriminator. ``micro_batch``: pairs at a time.
-    ``precision``: that the discriminator computes in; its weights stay float32.
+    ``precision``: that the discriminator computes in, the samples' own unless given; its weights stay float32.
     """
 
     weight: float = 0.1
@@ -41,7 +41,7 @@ class Adversarial:
     fakes: Literal["fresh", "reuse"] = "fresh"
     warm_up: int = 0
     micro_batch: int | None = None
-    precision: torch.dtype = torch.float32
+    precision: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("weight", 0.0), ("gamma", 0.0), ("warm_up", 0)):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._cli import InputError, console, writable
-from ..files import atomic, sha256, sync, write_json
+from ..files import sha256, sync, write_json, write_text
 
 Checkpoint = tuple[int, dict[str, Tensor], dict[str, Any]]
 
@@ -38,6 +38,11 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def history(self) -> Path:
+        """Times and tableau of the averaged solver in every row."""
+        return self.path / "history.jsonl"
 
     @property
     def solver(self) -> Path:
@@ -91,10 +96,10 @@ class RunDirectory:
         self._failing.discard(what)
         return True
 
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row of metrics, whole or not at all."""
+    def log(self, row: Mapping[str, Any], path: Path | None = None) -> None:
+        """Append one row to the metrics, or to another such file, whole or not at all."""
         line = (json.dumps(row) + "\n").encode()
-        with open(self.metrics, "ab", buffering=0) as file:
+        with open(path or self.metrics, "ab", buffering=0) as file:
             end = file.tell()
             if file.write(line) != len(line):
                 file.truncate(end)
@@ -104,10 +109,10 @@ class RunDirectory:
         """Drop metrics and checkpoints of later steps, which the run will write again."""
         if not self.writes:
             return
-        if self.metrics.exists():
-            rows = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step]
-            with atomic(self.metrics) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in rows))
+        for path in (self.metrics, self.history):
+            if path.exists():
+                rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+                write_text(path, "".join(f"{line}\n" for line in rows))
         for checkpoint in self.checkpoints():
             if _number(checkpoint) > step:
                 _remove(checkpoint)

@@ -25,7 +25,11 @@ from .trainer import NotFinite, Trainer
 def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples) -> None:
     """Update to the recipe's end, or to that of ``config.patience``; SystemExit where a signal asks for it."""
     began, first, updates, asked = time.monotonic(), trainer.step, 0, False
-    with logger(config.logger if directory.writes else "none", directory.path, plain(config), first) as write, Stop() as stop, progress() as bar:
+    with (
+        logger(config.logger if directory.writes else "none", directory.path, plain(config), first) as write,
+        Stop() as stop,
+        progress() as bar,
+    ):
         task = bar.add_task("train", total=trainer.recipe.iterations, completed=first, note="")
         if not first:
             _save(trainer, directory, config, None, last=False)  # a state to go back to
@@ -55,6 +59,7 @@ def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: 
                 directory.attempt("metrics", partial(directory.log, {"step": step, **row}))
                 times = {f"times/{n}": t for n, t in enumerate(trainer.solver.times().tolist())}
                 write(step, row | times)
+                directory.attempt("metrics", partial(directory.log, _numbers_of(trainer), directory.history))
             if step % config.sample_every == 0 or last:
                 _sample_grid(trainer, directory, selection)
             # A state from which updates are skipped is none to go back to.
@@ -160,6 +165,13 @@ def _metrics(trainer: Trainer, loss: Tensor) -> dict[str, Any]:
         trainer.notices += trainer.watch.logits(trainer.adversary.logits)
     trainer.notices += trainer.watch.times(trainer.solver.times(), trainer.solver.schedule)
     return row | adversary
+
+
+def _numbers_of(trainer: Trainer) -> dict[str, Any]:
+    """The averaged solver in numbers, from which its course is drawn."""
+    tableau = trainer.average.tableau(trainer.denoiser.prediction)
+    numbers = {"times": trainer.average.times(), "told": tableau.t_net, "A": tableau.A, "B": tableau.B}
+    return {"step": trainer.step} | {name: value.detach().tolist() for name, value in numbers.items()}
 
 
 def _say_notices(trainer: Trainer) -> None:

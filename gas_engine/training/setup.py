@@ -6,20 +6,23 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import comparison
 from .._cli import InputError, console, parse_seeds, progress
+from ..adapters.r3gan import load_r3gan
 from ..denoiser import Denoiser, seeded
 from ..distributed import ALONE, Group
 from ..execution import BLOCKS, Execution
 from ..memory import BitsLost, MemoryPolicy, shard_weights
+from ..networks import discriminator_for
 from ..planner import Plans, parse_bytes, plan, show_bytes
-from ..solvers import GRIDS, BELMSolver, GeneralizedSolver, LearnedTimes
+from ..solvers import GRIDS, BELMSolver, GeneralizedSolver, LearnedTimes, load_solver
 from ..teacher import load_teacher_set, make_teacher_set, teacher_samples
+from .adversary import Adversary
 from .recipe import RECIPES, Recipe
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ FORMS: dict[str, bool | str] = {"gs": True, "s4s": False, "linear": "linear"}
 def recipe(config: Config) -> Recipe:
     """The recipe by its name, and what was given instead of its values."""
     name = config.recipe if config.recipe != "auto" else ("quick" if config.model == "digits" else "paper")
-    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)}
+    given = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(Recipe)}
     found = dataclasses.replace(RECIPES[name], **{k: v for k, v in given.items() if v is not None})
     if found.iterations < 1 or found.batch < 1 or found.rate <= 0 or not 0 <= found.ema < 1:
         raise InputError(f"iterations and batch must be at least 1, rate above 0 and ema in [0, 1), got {found}")
@@ -61,10 +64,49 @@ def solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> LearnedTimes:
     if config.student == "belm":
         if config.order is not None:
             raise InputError(f"--student belm is of second order and takes no --order, got {config.order}")
-        return BELMSolver(config.steps, denoiser.schedule, config.t_eps, start)
-    return GeneralizedSolver(
-        config.steps, denoiser.schedule, config.t_eps, config.order, theory=FORMS[config.student], start=start
-    )
+        new: LearnedTimes = BELMSolver(config.steps, denoiser.schedule, config.t_eps, start)
+    else:
+        new = GeneralizedSolver(
+            config.steps, denoiser.schedule, config.t_eps, config.order, theory=FORMS[config.student], start=start
+        )
+    if config.start_from is None:
+        return new
+    found = load_solver(config.start_from, denoiser.schedule, config.t_eps, denoiser.name)
+    differing = [name for name, value in new.config().items() if found.config().get(name) != value and name != "start"]
+    if differing:
+        name = differing[0]
+        raise InputError(
+            f"--start-from {config.start_from} is a solver with {name}={found.config().get(name)!r}, and the run is to "
+            f"have {new.config()[name]!r}; give the options that it was trained with"
+        )
+    return found
+
+
+def adversary(config: Config, denoiser: Denoiser, recipe: Recipe, device: torch.device) -> Adversary | None:
+    """The discriminator beside the solver, or None without --adversarial; its random weights follow from --seed."""
+    asked: dict[str, Any] = {
+        "weight": config.adversarial_weight, "rate": config.discriminator_rate, "gamma": config.gamma,
+        "kind": config.adversarial_loss, "method": config.penalty, "fakes": config.fakes, "warm_up": config.warm_up,
+        "micro_batch": config.discriminator_micro_batch,
+        "precision": torch.bfloat16 if config.discriminator_precision == "bf16" else None,
+    }  # fmt: skip
+    settings = dataclasses.replace(recipe.adversary, **{k: v for k, v in asked.items() if v is not None})
+    if not config.adversarial:
+        return None
+    shape = denoiser.shape or ()
+    if config.discriminator is not None:
+        network = load_r3gan(config.discriminator)
+        network.check(torch.empty(1, *shape))
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            network = discriminator_for(shape)
+    return Adversary(network, settings, device)
+
+
+def cache_bytes(config: Config) -> int:
+    """What --loss-cache says."""
+    return 0 if config.loss_cache is None else parse_bytes(config.loss_cache)
 
 
 def execution(config: Config) -> Execution:
@@ -112,7 +154,7 @@ def check_shard(config: Config, group: Group) -> None:
 
 def plans(
     config: Config, model: Denoiser, placed: Denoiser, recipe: Recipe, solver: LearnedTimes, device: torch.device,
-    group: Group = ALONE,
+    group: Group = ALONE, adversary: Adversary | None = None,
 ) -> Plans | None:  # fmt: skip
     """Ways to run an update within the budget, the choice said in a line; None without a budget.
 
@@ -129,6 +171,7 @@ def plans(
         found = plan(
             model, config.steps, batch, config.memory_budget, loss=config.loss, weights=(config.weights,),
             tableau=solver.tableau(model.prediction), evaluation_seconds=seconds,
+            beside=None if adversary is None else adversary.beside(model.shape or (), batch, config.steps),
             on_probe=lambda what: bar.update(task, advance=1, note=what),
         )  # fmt: skip
         bar.update(task, completed=2 + len(BLOCKS), note="")

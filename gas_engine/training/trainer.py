@@ -108,10 +108,9 @@ class Trainer:
         rows = self.rows(step)
         mine = rows[self.group.part(len(rows))]
         noise, cond = seeded(self.denoiser, [self.seeds[row] for row in mine] or self.seeds[:1])
-        noise, targets, cond = (
-            None if v is None else v[: len(mine)].to(self.device, non_blocking=True)
-            for v in (noise, self.targets[mine], cond)
-        )  # fmt: skip
+        noise, targets = noise[: len(mine)], self.targets[mine]  # a rank may have no rows
+        cond = cond[: len(mine)].to(self.device, non_blocking=True) if cond is not None else None
+        noise, targets = (v.to(self.device, non_blocking=True) for v in (noise, targets))
         fresh = [FRESH + step * len(self.seeds) + row for row in mine]
         return Batch(mine, noise, cond, targets, fresh, len(mine) / len(rows))
 
@@ -229,7 +228,11 @@ class Trainer:
         """(tensors, numbers) from which ``load`` goes on bit for bit."""
         parts = {"solver": self.solver.state_dict(), "average": self.average.state_dict(), "best": self.best.tensors}
         numbers = {name: getattr(self, name) for name in ("skipped", "skipped_in_a_row", "rollbacks")}
-        numbers |= {"best": self.best.numbers(), "watch": self.watch.state(), "execution": [self._asked, str(self.execution)]}
+        numbers |= {
+            "best": self.best.numbers(),
+            "watch": self.watch.state(),
+            "execution": [self._asked, str(self.execution)],
+        }
         if self.adversary is not None:
             parts["adversary"] = self.adversary.state(self.group)
         tensors = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
