@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .denoiser import Denoiser, seeded
+from .distributed import ALONE, Group
 from .rollout import rollout
 from .solvers.grids import GRIDS
 from .solvers.named import FAMILIES, named_solver
@@ -23,27 +24,36 @@ VARIANTS = sum(map(len, FAMILIES.values()))
 
 @dataclass(frozen=True)
 class Samples:
-    """Seeds with their noise, conditions and teacher samples, [N, *shape], on one device."""
+    """Seeds with their noise, conditions and teacher samples, [N, *shape], on one device.
+
+    ``judge``: samples -> their Frechet distance to the data, where there are features for it.
+    """
 
     noise: Tensor
     cond: Any
     teacher: Tensor
+    judge: Callable[[Tensor], float] | None = None
 
     @classmethod
-    def of(cls, denoiser: Denoiser, seeds: Iterable[int], teacher: Tensor, device: torch.device) -> Samples:
+    def of(
+        cls, denoiser: Denoiser, seeds: Iterable[int], teacher: Tensor, device: torch.device,
+        judge: Callable[[Tensor], float] | None = None,
+    ) -> Samples:  # fmt: skip
         noise, cond = seeded(denoiser, list(seeds))
-        return cls(noise.to(device), cond.to(device) if cond is not None else None, teacher.to(device))
+        return cls(noise.to(device), cond.to(device) if cond is not None else None, teacher.to(device), judge)
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far samples are from the teacher's: mean |x-y|, root mean square, PSNR in dB for a range of 2."""
+    """How far samples are from the teacher's: mean |x-y|, root mean square, PSNR in dB for a range of 2; and how far
+    from the data, by the Frechet distance on features, where there are any."""
 
     solver: str
     setting: str
     l1: float
     rmse: float
     samples: Tensor
+    frechet: float | None = None
 
     @property
     def psnr(self) -> float:
@@ -52,66 +62,94 @@ class Distance:
 
 @torch.no_grad()
 def distance(
-    denoiser: Denoiser, tableau: Tableau, data: Samples, name: str, setting: str = "", batch: int = 128
-) -> Distance:
-    """Run one solver on the data's noise and measure its distance to the teacher."""
-    rows = []
-    for start in range(0, len(data.noise), batch):
+    denoiser: Denoiser, tableau: Tableau, data: Samples, name: str, setting: str = "", batch: int = 128,
+    group: Group = ALONE,
+) -> Distance:  # fmt: skip
+    """Run one solver on the data's noise, batch by batch on the processes of ``group``; its distance to the teacher."""
+
+    def run(start: int) -> Tensor:
         part = slice(start, start + batch)
-        rows.append(rollout(denoiser, data.noise[part], tableau, None if data.cond is None else data.cond[part]))
-    samples = torch.cat(rows)
-    error = (samples - data.teacher).double()
-    return Distance(name, setting, float(error.abs().mean()), float(error.square().mean().sqrt()), samples.cpu())
+        return rollout(
+            denoiser, data.noise[part], tableau, None if data.cond is None else data.cond[part]
+        ).cpu()  # fmt: skip
+
+    samples = torch.cat(group.map(run, range(0, len(data.noise), batch)))
+    error = (samples - data.teacher.cpu()).double()
+    far = float(error.abs().mean()), float(error.square().mean().sqrt())
+    return Distance(name, setting, *far, samples, _judged(data, samples))
+
+
+def of_teacher(data: Samples, setting: str) -> Distance:
+    """The teacher's own row."""
+    return Distance("teacher", setting, 0.0, 0.0, data.teacher.cpu(), _judged(data, data.teacher.cpu()))
+
+
+def _judged(data: Samples, samples: Tensor) -> float | None:
+    return data.judge(samples) if data.judge is not None and bool(samples.isfinite().all()) else None
 
 
 def classical_distances(
     denoiser: Denoiser, steps: int, selection: Samples, held_out: Samples, batch: int = 128,
-    advance: Callable[[], None] | None = None,
+    advance: Callable[[], None] | None = None, group: Group = ALONE,
 ) -> list[Distance]:  # fmt: skip
-    """For every classical family, the variant, grid and t_eps best on ``selection``, measured on ``held_out``."""
+    """For every classical family, the variant, grid and t_eps best on ``selection``, measured on ``held_out``.
+
+    The processes of ``group`` try a variant each.
+    """
+
+    def best_of(name: str) -> tuple[float, str, Tableau]:
+        tried: list[tuple[float, str, Tableau]] = []
+        for grid in GRIDS:
+            for t_eps in T_EPS:
+                if t_eps <= denoiser.schedule.domain[0]:
+                    continue
+                tableau = named_solver(name, denoiser.schedule, steps, grid, t_eps)
+                l1 = distance(denoiser, tableau, selection, name, batch=batch).l1
+                tried.append((math.inf if math.isnan(l1) else l1, f"{name}, {grid}, {t_eps:g}", tableau))
+        if advance is not None:
+            advance()
+        return min(tried, key=lambda row: row[0])
+
+    names = [name for variants in FAMILIES.values() for name in variants]
+    best = dict(zip(names, group.map(best_of, names), strict=True))
     found = []
     for family, variants in FAMILIES.items():
-        best: tuple[float, str, Tableau] | None = None
-        for name in variants:
-            for grid in GRIDS:
-                for t_eps in T_EPS:
-                    if t_eps <= denoiser.schedule.domain[0]:
-                        continue
-                    tableau = named_solver(name, denoiser.schedule, steps, grid, t_eps)
-                    l1 = distance(denoiser, tableau, selection, name, batch=batch).l1
-                    l1 = math.inf if math.isnan(l1) else l1
-                    if best is None or l1 < best[0]:
-                        best = (l1, f"{name}, {grid}, {t_eps:g}", tableau)
-            if advance is not None:
-                advance()
-        assert best is not None
-        found.append(distance(denoiser, best[2], held_out, family, best[1], batch))
+        _, setting, tableau = min((best[name] for name in variants), key=lambda row: row[0])
+        found.append(distance(denoiser, tableau, held_out, family, setting, batch, group))
     return sorted(found, key=lambda row: row.l1)
 
 
 def as_rich(rows: list[Distance], title: str) -> Table:
     """The comparison for a terminal; ratio is L1 over that of the first row."""
-    table = Table(title=title)
+    table, judged = Table(title=title), any(row.frechet is not None for row in rows)
     table.add_column("solver", no_wrap=True, min_width=16)
     table.add_column("setting")
-    for column, width in (("L1", 6), ("RMSE", 6), ("PSNR", 5), ("ratio", 5)):
+    for column, width in (("L1", 6), ("RMSE", 6), ("PSNR", 5), ("ratio", 5), *([("Frechet", 7)] if judged else [])):
         table.add_column(column, no_wrap=True, min_width=width, justify="right")
     student = rows[0].l1
     for row in rows:
-        numbers = (f"{row.l1:.4f}", f"{row.rmse:.4f}", f"{row.psnr:.1f}", f"{row.l1 / student:.2f}")
-        table.add_row(row.solver, row.setting, *numbers, style="bold" if row is rows[0] else None)
+        numbers = [f"{row.l1:.4f}", f"{row.rmse:.4f}", f"{row.psnr:.1f}", f"{row.l1 / student:.2f}", _frechet(row)]
+        style = "bold" if row is rows[0] else None
+        table.add_row(row.solver, row.setting, *numbers[: len(table.columns) - 2], style=style)
     return table
 
 
 def as_markdown(rows: list[Distance]) -> str:
     """The comparison as a Markdown table."""
-    lines = ["| solver | setting (variant, grid, t_eps) | L1 | RMSE | PSNR, dB |", "|---|---|---|---|---|"]
-    lines += [f"| {r.solver} | {r.setting} | {r.l1:.4f} | {r.rmse:.4f} | {r.psnr:.1f} |" for r in rows]
+    lines = [
+        "| solver | setting (variant, grid, t_eps) | L1 | RMSE | PSNR, dB | Frechet |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [f"| {r.solver} | {r.setting} | {r.l1:.4f} | {r.rmse:.4f} | {r.psnr:.1f} | {_frechet(r)} |" for r in rows]
     return "\n".join(lines) + "\n"
 
 
 def as_csv(rows: list[Distance]) -> str:
     """The comparison as CSV."""
-    lines = ["solver,setting,l1,rmse,psnr"]
-    lines += [f'{r.solver},"{r.setting}",{r.l1:.6g},{r.rmse:.6g},{r.psnr:.4g}' for r in rows]
+    lines = ["solver,setting,l1,rmse,psnr,frechet"]
+    lines += [f'{r.solver},"{r.setting}",{r.l1:.6g},{r.rmse:.6g},{r.psnr:.4g},{_frechet(r)}' for r in rows]
     return "\n".join(lines) + "\n"
+
+
+def _frechet(row: Distance) -> str:
+    return "" if row.frechet is None else f"{row.frechet:.4f}"

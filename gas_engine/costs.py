@@ -10,7 +10,7 @@ import copy
 import inspect
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from .denoiser import Denoiser
 from .execution import Execution
-from .losses.distillation import _prepared, distillation_loss
+from .losses.distillation import distillation_loss
 from .memory import ByteTracker, phase
 from .memory.blocks import repeated_blocks
 from .schedule import Schedule
@@ -124,19 +124,13 @@ class Probe:
     def loss_cost(self, loss: Loss, batch: int) -> tuple[int, int]:
         """Bytes at most alive while the loss of a batch and its gradient are made, which they are, once; and FLOPs."""
         x = torch.zeros(batch, *self.shape, device=self.device, requires_grad=True)
-        with _Work() as work, ByteTracker() as bytes:
+        with Work() as work, ByteTracker() as bytes:
             torch.autograd.grad(loss(x, slice(0, batch)).sum() / batch, x)
         return bytes.peak, work.flops
 
 
 def _in_fake_tensors(denoiser: Denoiser, tensors: list[Tensor], dtype: torch.dtype | None) -> Denoiser:
-    def fake(t: Tensor) -> Tensor:
-        kind = dtype if dtype is not None and t.is_floating_point() else t.dtype
-        empty = torch.empty_strided(t.shape, t.stride(), dtype=kind)
-        return nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
-
-    # A deep copy takes what it finds here for already copied.
-    memo: dict[int, Any] = {id(t): fake(t) for t in tensors}
+    memo = _fakes(tensors, dtype)
     for module in denoiser.modules():
         memo |= {id(v): v for v in vars(module).values() if isinstance(v, Schedule)}
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
@@ -145,6 +139,29 @@ def _in_fake_tensors(denoiser: Denoiser, tensors: list[Tensor], dtype: torch.dty
             cells = tuple(types.CellType(copy.deepcopy(cell.cell_contents, memo)) for cell in f.__closure__ or ())
             memo[id(f)] = types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, cells)
         return copy.deepcopy(denoiser, memo)
+
+
+def _fakes(tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> dict[int, Any]:
+    """For a deep copy, which takes what it finds here for already copied: fake tensors for real ones."""
+
+    def fake(t: Tensor) -> Tensor:
+        kind = dtype if dtype is not None and t.is_floating_point() else t.dtype
+        empty = torch.empty_strided(t.shape, t.stride(), dtype=kind)
+        return nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
+
+    return {id(t): fake(t) for t in tensors}
+
+
+def step_cost(network: nn.Module, step: Callable[[nn.Module], Any]) -> tuple[int, int]:
+    """Bytes at most alive in ``step(network)``, beyond what it gets, and FLOPs; the network is a copy in fake tensors
+    whose weights are to be trained, and within the step all tensors are fake."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        memo = _fakes([*network.parameters(), *network.buffers()])
+        with torch._subclasses.fake_tensor.unset_fake_temporarily():
+            fake = copy.deepcopy(network, memo).requires_grad_(True)
+        with Work() as work, ByteTracker() as bytes:
+            step(fake)
+    return bytes.peak, work.flops
 
 
 def _rows(c: Tensor, batch: int) -> Tensor:
@@ -170,7 +187,7 @@ _FLOPS = {
 }
 
 
-class _Work(TorchDispatchMode):
+class Work(TorchDispatchMode):
     """Operations that launch something, and floating point operations; nothing is held, and no module is hooked."""
 
     def __init__(self) -> None:
@@ -190,7 +207,7 @@ def _measure(denoiser: Denoiser, x: Tensor, cond: Any, plain: CallCost | None = 
     """``plain``: a cost whose call without gradients is the same."""
     t = torch.full((), 0.5, dtype=torch.float64)
     if plain is None:
-        with torch.no_grad(), _Work() as forward, ByteTracker() as bytes:
+        with torch.no_grad(), Work() as forward, ByteTracker() as bytes:
             size = denoiser(x, t, cond).untyped_storage().nbytes()
         numbers = size, bytes.peak, forward.flops, forward.operations
     else:
@@ -209,7 +226,7 @@ def _measure(denoiser: Denoiser, x: Tensor, cond: Any, plain: CallCost | None = 
         kept, forward_peak = bytes.live, bytes.peak
         end = _Cotangent.apply(output, lambda: [early.append(bytes.peak), bytes.reset_peak()])  # type: ignore[func-returns-value]
         bytes.reset_peak()
-        with _Work() as backward:
+        with Work() as backward:
             torch.autograd.grad(end, leaves, allow_unused=True)
         late = bytes.peak
     return CallCost(
@@ -237,17 +254,6 @@ class _Cotangent(torch.autograd.Function):
 
 def loss_against_zeros(name: str, probe: Probe) -> tuple[Loss, int]:
     """The loss of this name against zeros, and the bytes of its own weights; LPIPS without its trained weights."""
+    distance = distillation_loss(name, probe.device, trained=False)
     target = torch.zeros(2, *probe.shape, device=probe.device)
-    if name != "lpips":
-        distance = distillation_loss(name)
-        return (lambda x, rows: distance(x, target[rows])), 0
-    try:
-        import lpips
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(f"the lpips loss needs the lpips package and torchvision ({error})") from None
-    network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval().requires_grad_(False)
-    network = network.to(probe.device)
-    if len(probe.shape) != 3 or probe.shape[0] not in (1, 3):
-        raise ValueError(f"LPIPS compares grey or RGB images, got states of shape {probe.shape}; use the l1 loss")
-    size = sum(p.nbytes for p in network.parameters())
-    return (lambda x, rows: network(_prepared(x), _prepared(target[rows])).flatten()), size
+    return (lambda x, rows: distance(x, target[rows])), distance.weight_bytes

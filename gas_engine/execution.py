@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from .denoiser import Denoiser
-from .memory import MemoryPolicy, checkpoint_blocks, lean, quantize_weights, stream_weights
+from .memory import MemoryPolicy, cast, checkpoint_blocks, lean, quantize_weights, stream_weights
+from .speed import captured, compiled
 
 Weights = Literal["resident", "streamed", "int8", "nf4"]
 BLOCKS = ("none", "auto", "all")
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,9 @@ class Execution:
     graph keeps only what an input gradient needs. ``blocks``: "none", "auto" or "all" of its blocks are rebuilt in the
     backward pass. ``weights``: "resident", "int8" (linear layers in eight bits, an approximation), or "streamed" from
     host memory block by block, which rebuilds the blocks as well; "nf4" (four bits) can be planned, and not run yet.
+    ``precision``: of the network's weights and arithmetic, "fp32" as the model has them, or narrower, an approximation;
+    states and told times keep theirs. ``channels_last``: the layout of its images. ``compile``: the network through
+    torch.compile; ``cuda_graphs``: its calls replayed as CUDA graphs, one graph at a time; both without blocks.
 
         execution = Execution(MemoryPolicy(1), micro_batch=4, lean=True, blocks="auto")
         loss_backward(execution.view(denoiser), x, tableau, loss, cond, execution.memory, execution.micro_batch)
@@ -35,6 +41,10 @@ class Execution:
     lean: bool = False
     blocks: str = "none"
     weights: Weights = "resident"
+    precision: Precision = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
@@ -43,14 +53,40 @@ class Execution:
             raise ValueError(f"blocks must be one of {', '.join(BLOCKS)}, got {self.blocks!r}")
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {self.weights!r}")
+        if self.precision not in DTYPES:
+            raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {self.precision!r}")
         if self.weights == "streamed" and self.blocks == "none":
             object.__setattr__(self, "blocks", "auto")
+        for name, on in (("compile", self.compile), ("cuda_graphs", self.cuda_graphs)):
+            if on and (self.blocks != "none" or self.weights not in ("resident", "int8")):
+                raise ValueError(
+                    f"{name} makes one piece of a network's call, and blocks={self.blocks!r} with {self.weights} "
+                    f"weights run it block by block; leave out one or the other"
+                )
+        if self.compile and self.cuda_graphs:
+            raise ValueError("compile and cuda_graphs are two ways to run the network's call; leave out one of them")
+        if self.cuda_graphs and self.memory.checkpoint_every != 1:
+            raise ValueError(
+                "cuda_graphs has the memory of one network graph, so checkpoint_every must be 1, "
+                f"got {self.memory.checkpoint_every}"
+            )
 
     def place(self, denoiser: Denoiser, device: torch.device | str) -> Denoiser:
-        """The denoiser computing on ``device`` with its weights where they belong; the first of the two views."""
-        if self.weights == "resident":
+        """The denoiser computing on ``device`` with its weights where and as they belong; the first of the two views.
+
+        Raises ValueError where a plain function hides the network, and for CUDA graphs on another device.
+        """
+        if self.cuda_graphs and torch.device(device).type != "cuda":
+            raise ValueError(f"cuda_graphs needs a CUDA device, got {device}; leave it out there")
+        narrow = self.precision != "fp32"
+        if self.weights == "resident" and not narrow and not self.channels_last:
             return denoiser.to(device)
         _check_viewable(denoiser)
+        if narrow or self.channels_last:
+            dtype, there = DTYPES[self.precision] if narrow else None, device if self.weights == "resident" else None
+            denoiser = cast(denoiser.requires_grad_(False), dtype, there, self.channels_last)  # type: ignore[assignment]
+            if self.weights == "resident":
+                return denoiser
         if self.weights == "nf4":
             raise ValueError("four-bit weights (nf4) can be planned but not run yet; use int8 or streamed weights")
         if self.weights == "streamed":
@@ -61,22 +97,27 @@ class Execution:
         return placed
 
     def view(self, denoiser: Denoiser) -> Denoiser:
-        """The (placed) denoiser with its network seen leanly and in blocks, for training.
+        """The (placed) denoiser with its network seen leanly, in blocks, compiled or captured, for training.
 
         Raises ValueError where a plain function hides the network.
         """
-        if not self.lean and self.blocks == "none":
+        if not (self.lean or self.compile or self.cuda_graphs) and self.blocks == "none":
             return denoiser
         _check_viewable(denoiser)
         network: nn.Module = lean(denoiser) if self.lean else denoiser
         if self.blocks != "none":
             network = checkpoint_blocks(network, self.blocks)
         assert isinstance(network, Denoiser)
-        return network
+        if self.compile:
+            return compiled(network)
+        return captured(network) if self.cuda_graphs else network
 
     def cheaper(self, denoiser: Denoiser, batch: int) -> Iterator[Execution]:
         """Ways that take fewer bytes, the ones that cost the least time first."""
         now = self
+        if now.cuda_graphs:  # which hold a graph all the time
+            now = replace(now, cuda_graphs=False)
+            yield now
         if now.memory.checkpoint_every != 1:
             now = replace(now, memory=replace(now.memory, checkpoint_every=1))
             yield now
@@ -92,7 +133,7 @@ class Execution:
             now = replace(now, memory=replace(now.memory, split_guidance=True))
             yield now
         if now.blocks == "none" and viewable(denoiser):
-            now = replace(now, blocks="auto")
+            now = replace(now, blocks="auto", compile=False)
             yield now
         if not now.memory.loss_alone:
             now = replace(now, memory=replace(now.memory, loss_alone=True))
@@ -105,6 +146,8 @@ class Execution:
         said = [f"micro-batch {self.micro_batch or 'all'}", f"{memory.checkpoint_every or 'all'} graph(s)"]
         said += [word for word, on in (("lean", self.lean), (f"blocks {self.blocks}", self.blocks != "none")) if on]
         said += [f"{self.weights} weights"] if self.weights != "resident" else []
+        said += [self.precision] if self.precision != "fp32" else []
+        said += [word for word in ("channels_last", "compile", "cuda_graphs") if getattr(self, word)]
         said += [f"trajectory {memory.trajectory}"] if memory.trajectory != "keep" else []
         said += [word for word in ("split_guidance", "loss_alone") if getattr(memory, word)]
         return ", ".join(said).replace("_", " ")
@@ -119,7 +162,7 @@ def hidden(denoiser: Denoiser) -> str:
     """Why no view of this network can be made, and what to do."""
     return (
         f"the function of {denoiser.name} closes over its network, so no view of the network (lean, blocks, streamed "
-        "or int8 weights) can take its place; make the function an nn.Module that holds the network, or derive from "
+        "or int8 weights, another precision, compiled) can take its place; make the function an nn.Module that holds the network, or derive from "
         "Denoiser"
     )
 

@@ -35,7 +35,7 @@ class GuidedDenoiser(Denoiser):
     def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         (scale, _), (rest, null) = self.terms(cond)
         both = self.base(torch.cat([x, x]), t, tree_map(lambda c, n: _two(c, n, len(x)), cond, null))
-        return lincomb(both.chunk(2), torch.tensor([scale, rest], dtype=torch.float64, device=x.device))
+        return lincomb(both.chunk(2), torch.tensor([scale, rest], dtype=torch.float64))
 
 
 def guided(denoiser: Denoiser, scale: float, null: Any) -> Denoiser:

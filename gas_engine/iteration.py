@@ -1,7 +1,7 @@
 """Bytes and seconds of one training iteration, for a way to run it.
 
-    bytes    = weights + inputs + max(forward, loss, backward)                 (the phases of ``rehearse``)
-    seconds  = sum over micro-batches of  (2 C - kept) F + C B + loss + transfers
+    bytes    = weights + inputs + max(forward, loss, backward, before)         (the phases of ``rehearse``)
+    seconds  = sum over micro-batches of  (2 C - kept) F + C B + loss + transfers, and what runs before
 
 C = K T network calls, T = 2 where guidance is split; F and B the seconds of a call's forward and backward pass: its
 operations times a launch, plus its floating point operations over the device's rate.
@@ -16,7 +16,7 @@ from functools import cached_property
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .costs import Probe
+from .costs import Loss, Probe
 from .execution import Weights
 from .memory import MemoryPolicy
 from .rehearsal import PHASES, Peaks
@@ -33,6 +33,23 @@ class Speed:
     launch: float = 1e-5
     host: float = 2.4e10
     memory: float = 1e12
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What runs beside the solver's gradient, such as a discriminator: a step before it, and a part of its loss.
+
+    ``bytes``: alive all the time. ``samples``: bytes of the samples that the step before needs, drawn in micro-batches
+    by ``evaluations`` calls each without gradients; ``step``, ``flops``: bytes at most and operations of the step, once
+    they are there. ``loss``: what it adds to the loss.
+    """
+
+    bytes: int = 0
+    samples: int = 0
+    evaluations: int = 0
+    step: int = 0
+    flops: int = 0
+    loss: Loss | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,7 @@ class Iteration:
     loss_bytes: int
     speed: Speed
     evaluation_seconds: float | None
+    beside: Beside = Beside()
 
     @cached_property
     def input_bytes(self) -> int:
@@ -79,15 +97,15 @@ class Iteration:
         """Resident: all of them, buffers too. Streamed: what is in no block, and the three largest blocks. Quantised:
         the matrices of linear layers at a byte, or half of one, with scales (one for each row, or float32 for each 64
         numbers), and the largest such layer while it is used."""
-        probe = self.probe
+        probe, others = self.probe, self.loss_bytes + self.beside.bytes
         if weights == "resident":
-            return probe.weights + self.loss_bytes
+            return probe.weights + others
         if weights == "streamed":
-            return probe.weights - sum(probe.blocks) + sum(probe.blocks[-3:]) + self.loss_bytes
-        numbers, others = probe.matrix_numbers, probe.weights - probe.matrix_bytes
+            return probe.weights - sum(probe.blocks) + sum(probe.blocks[-3:]) + others
+        numbers, others = probe.matrix_numbers, others + probe.weights - probe.matrix_bytes
         scale = probe.matrix_bytes // max(numbers, 1)
         packed = numbers + scale * probe.matrix_rows if weights == "int8" else numbers // 2 + 4 * (numbers // 64)
-        return packed + others + max(probe.layers, default=0) + self.loss_bytes
+        return packed + others + max(probe.layers, default=0)
 
     def forward_seconds(self, blocks: str, batch: int) -> float:
         cost = self.probe.cost(self.lean, blocks, batch)
@@ -96,7 +114,9 @@ class Iteration:
     def seconds(self, way: Way, weights: Weights, micro: int) -> float:
         """Of one iteration, by the formula at the top of this file."""
         full, rest = divmod(self.batch, micro)
-        return sum(
+        before = self.beside.flops / self.speed.flops
+        before += self.beside.evaluations * self.forward_seconds("none", self.together * self.batch)
+        return before + sum(
             times * self._micro_seconds(way, weights, size) for times, size in ((full, micro), (1, rest)) if size
         )
 

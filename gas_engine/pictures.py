@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .files import atomic
@@ -94,6 +95,53 @@ def tableau_plot(path: Path, tableau: Tableau, start: Tableau | None = None) -> 
                     axis.text(
                         j, n, f"{values[n, j]:.2f}", ha="center", va="center", fontsize=7, color="w" if dark else "k"
                     )
+    _save(figure, path)
+
+
+def history_plot(
+    path: Path, updates: ArrayLike, times: ArrayLike, told: ArrayLike, a: ArrayLike, b: ArrayLike, title: str = ""
+) -> None:
+    """Learned times over training (told times dashed), and how far every entry of A and B moved, a panel per step.
+
+    R readings of a solver of K steps: updates [R], times [R, K+1], told [R, K], a and b [R, K, K]. Raises ValueError
+    for other shapes or no reading.
+    """
+    updates, times, told, a, b = (np.asarray(v, dtype=float) for v in (updates, times, told, a, b))
+    readings, steps = len(updates), times.shape[-1] - 1
+    shapes = {"times": (readings, steps + 1), "told": (readings, steps), "a": (readings, steps, steps)}
+    shapes["b"] = shapes["a"]
+    for (name, shape), value in zip(shapes.items(), (times, told, a, b), strict=True):
+        if readings == 0 or steps < 1 or value.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)} for {readings} readings, got {list(value.shape)}")
+    figure = plt.figure(figsize=(max(6.5, 1.9 * steps + 0.8), 7.2), constrained_layout=True)
+    grid = figure.add_gridspec(3, steps, height_ratios=(1.5, 1, 1))
+    top = figure.add_subplot(grid[0, :])
+    colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, steps + 1))
+    for n in range(steps + 1):
+        top.plot(updates, times[:, n], color=colors[n], label="state" if n == 0 else None)
+        if n < steps:
+            top.plot(updates, told[:, n], "--", color=colors[n], lw=1, label="told to the network" if n == 0 else None)
+    top.set(ylabel="time t", title=title or "learned times", xlabel="update")
+    top.legend(fontsize=8, loc="center right")
+    lags = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, max(steps, 2)))
+    for line, (name, values) in enumerate((("A", a - a[0]), ("B", b - b[0])), start=1):
+        limit = 1.05 * max(float(np.abs(np.tril(values)).max()), 1e-12)
+        for n in range(steps):
+            axis = figure.add_subplot(grid[line, n])
+            for j in range(n + 1):
+                axis.plot(updates, values[:, n, j], color=lags[n - j], lw=1.2, label=f"{n - j}")
+            axis.axhline(0, color="0.8", lw=0.8, zorder=0)
+            axis.set_yscale(
+                "symlog", linthresh=limit / 20
+            )  # small moves of early steps beside large ones of late steps
+            axis.set(ylim=(-limit, limit))
+            axis.set_title(f"{name}, step {n + 1}", fontsize=9)
+            axis.tick_params(labelsize=7, labelleft=n == 0)
+            axis.xaxis.set_major_locator(plt.MaxNLocator(3, integer=True))
+            if n == 0:
+                axis.set_ylabel("moved by", fontsize=8)
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], title="lag", fontsize=8, title_fontsize=8, loc="outside right lower")
     _save(figure, path)
 
 

@@ -32,7 +32,7 @@ from .rehearsal import PHASES
 
 HEADS = {
     "weights": "kind", "trajectory": "states", "graphs": "kept", "micro_batch": "micro", "forward_bytes": "fwd",
-    "loss_bytes": "loss", "backward_bytes": "bwd", "weight_bytes": "weights", "bytes": "peak",
+    "loss_bytes": "loss", "backward_bytes": "bwd", "before_bytes": "before", "weight_bytes": "weights", "bytes": "peak",
 }  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -110,7 +110,8 @@ def row(chosen: Plan, plans: Plans) -> dict[str, Any]:
         "trajectory": chosen.memory.trajectory, "graphs": chosen.memory.kept(calls),
         "micro_batch": chosen.micro_batch, "calls": chosen.calls,
         **{f"{name}_bytes": chosen.peaks[name] for name in PHASES},
-        "weight_bytes": chosen.weight_bytes, "input_bytes": chosen.input_bytes, "bytes": chosen.bytes,
+        "before_bytes": chosen.before, "weight_bytes": chosen.weight_bytes, "input_bytes": chosen.input_bytes,
+        "bytes": chosen.bytes,
         "time": round(chosen.passes, 2), "seconds": chosen.seconds, "feasible": chosen.feasible,
     }  # fmt: skip
 
@@ -122,7 +123,7 @@ def table(plans: Plans, title: str) -> Table:
     rows = [(p, row(p, plans)) for p in plans.groups()]
     skipped = {"seconds"} if plans.iteration.evaluation_seconds is None else set()
     skipped |= {name for name in ("guidance", "weights") if len({r[name] for _, r in rows}) == 1}
-    skipped |= {"input_bytes", "feasible"}
+    skipped |= {"input_bytes", "feasible", *([] if plans.iteration.beside.step else ["before_bytes"])}
     for name in rows[0][1]:
         if name not in skipped:
             shown.add_column(HEADS.get(name, name), justify="right", no_wrap=True)

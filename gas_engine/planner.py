@@ -20,7 +20,7 @@ from .costs import Loss, Probe, loss_against_zeros
 from .denoiser import Denoiser
 from .execution import BLOCKS, WEIGHTS, Execution, Weights, hidden, viewable
 from .guidance import GuidedDenoiser, guided
-from .iteration import Iteration, Speed, Way
+from .iteration import Beside, Iteration, Speed, Way
 from .memory import MemoryPolicy
 from .rehearsal import PHASES, Peaks, rehearse
 from .solvers import GeneralizedSolver
@@ -52,8 +52,9 @@ def show_bytes(size: float) -> str:
 class Plan:
     """One way to run an iteration, and what it takes: ``execution`` is what to do.
 
-    ``peaks``: bytes at most in each phase; ``weight_bytes``, ``input_bytes`` (noise, targets, conditions of the whole
-    batch) live all the time; ``bytes`` is the peak of all. ``calls``: network calls of an iteration, backward passes
+    ``peaks``: bytes at most in each phase, ``before`` in what runs before them; ``weight_bytes`` (with what a loss and
+    a discriminator hold), ``input_bytes`` (noise, targets, conditions of the whole batch) live all the time; ``bytes``
+    is the peak of all. ``calls``: network calls of an iteration, backward passes
     not counted. ``passes``: predicted time in plain evaluations of the whole batch, ``seconds`` where one such was
     measured.
 
@@ -67,6 +68,7 @@ class Plan:
     blocks: str
     weights: Weights
     peaks: Peaks
+    before: int
     weight_bytes: int
     input_bytes: int
     calls: int
@@ -77,7 +79,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        return self.peaks.largest + self.weight_bytes + self.input_bytes
+        return max(self.peaks.largest, self.before) + self.weight_bytes + self.input_bytes
 
     @property
     def execution(self) -> Execution:
@@ -138,7 +140,8 @@ class Plans(Sequence[Plan]):
             raise ValueError(
                 f"no plan fits into {show_bytes(self.budget)}: the smallest needs {show_bytes(least.bytes)} "
                 f"({show_bytes(least.weight_bytes)} of {least.weights} weights, {show_bytes(least.input_bytes)} of "
-                f"inputs, {show_bytes(least.peaks.largest)} for one sample at a time with blocks={least.blocks!r}); "
+                f"inputs, {show_bytes(max(least.peaks.largest, least.before))} for one sample at a time with "
+                f"blocks={least.blocks!r}); "
                 + (f"allow {' or '.join(others)} weights, or " if heavy else "")
                 + "give a larger budget, a smaller batch or another dtype"
             )
@@ -166,18 +169,22 @@ class Plans(Sequence[Plan]):
     def _plan(self, way: Way, weights: Weights, budget: int) -> Plan:
         it = self.iteration
         weight_bytes, one, two = it.weight_bytes(weights), way.one, way.two
-        room, most = budget - weight_bytes - it.input_bytes, it.batch
+        room, beside = budget - weight_bytes - it.input_bytes, it.beside
+        most = it.batch if beside.samples + beside.step <= room else 0
         for name in PHASES:
-            slope = two[name] - one[name]
-            fits = 1 + (room - one[name]) // slope if slope > 0 else it.batch * (one[name] <= room)
+            slope, free = two[name] - one[name], room - (beside.samples if name == "forward" else 0)
+            fits = 1 + (free - one[name]) // slope if slope > 0 else it.batch * (one[name] <= free)
             most = min(most, fits)
         # As many micro-batches as it takes, of even sizes.
         micro = math.ceil(it.batch / math.ceil(it.batch / max(1, most)))
         calls = it.steps * way.terms
         passes = it.seconds(way, weights, micro) / it.forward_seconds("none", it.together * it.batch)
         seconds = None if it.evaluation_seconds is None else passes * it.evaluation_seconds
+        peaks = way.peaks(micro)
+        # Sampling takes less than a forward pass with its graph.
+        before = beside.samples + max(beside.step, peaks.forward) if beside.samples else beside.step
         return Plan(
-            micro, way.memory, it.lean, way.blocks, weights, way.peaks(micro), weight_bytes, it.input_bytes,
+            micro, way.memory, it.lean, way.blocks, weights, peaks, before, weight_bytes, it.input_bytes,
             (2 * calls - way.memory.kept(calls)) * math.ceil(it.batch / micro), passes, seconds, most >= 1, self,
         )  # fmt: skip
 
@@ -197,6 +204,7 @@ def plan(
     tableau: Tableau | None = None,
     evaluation_seconds: float | None = None,
     speed: Speed | None = None,
+    beside: Beside | None = None,
     probe: Probe | None = None,
     on_probe: Callable[[str], None] | None = None,
 ) -> Plans:
@@ -206,7 +214,8 @@ def plan(
     of one sample or more; ``loss``: "l1", "l2", "lpips", or ``loss(samples, rows) -> [b]`` as ``loss_backward`` takes
     it, run once on zeros; ``dtype``: of the network's weights, if not their own. ``weights``: what may be done with
     them. ``tableau``: the solver, a GeneralizedSolver of full order
-    unless given. ``evaluation_seconds``: measured, of one evaluation of the whole batch. ``probe``: measurements of
+    unless given. ``evaluation_seconds``: measured, of one evaluation of the whole batch. ``beside``: what else
+    an iteration runs, such as a discriminator. ``probe``: measurements of
     the same denoiser to go on with. ``on_probe`` hears what is measured next.
 
     Bytes are tensors': a CUDA context and the allocator's rounding come on top.
@@ -241,6 +250,8 @@ def plan(
         raise ValueError(f"the tableau has {tableau.steps} steps, not {steps}")
     tell("the loss")
     measured, loss_bytes = loss_against_zeros(loss, probe) if isinstance(loss, str) else (loss, 0)
+    beside = beside or Beside()
+    measured = measured if beside.loss is None else _sum(measured, beside.loss)
     (peak_1, loss_flops), (peak_2, _) = (probe.loss_cost(measured, n) for n in (1, 2))
     ways = []
     for kind in blocks:
@@ -262,9 +273,13 @@ def plan(
         raise ValueError(f"no block was found in {base.name}, so its weights cannot be streamed")
     iteration = Iteration(
         probe, steps, batch, lean, tuple(weights), 1 if guide is _as_it_is else 2, loss_flops, loss_bytes,
-        speed or Speed(), evaluation_seconds,
+        speed or Speed(), evaluation_seconds, beside,
     )  # fmt: skip
     return Plans(iteration, ways, size)
+
+
+def _sum(one: Loss, other: Loss) -> Loss:
+    return lambda x, rows: one(x, rows) + other(x, rows)
 
 
 def _as_it_is(denoiser: Denoiser) -> Denoiser:

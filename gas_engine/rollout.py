@@ -103,19 +103,24 @@ class _Network:
         terms = denoiser.terms(cond) if memory.split_guidance else []
         self.denoiser = denoiser.base if len(terms) > 1 else denoiser
         self.conds = [c for _, c in terms] if len(terms) > 1 else [cond]
-        self.weights = torch.tensor([w for w, _ in terms], dtype=torch.float64, device=device)
-        self.t_net = t_net.to(device).unbind()
+        self.weights = torch.tensor([w for w, _ in terms], dtype=torch.float64)
+        self.t_net = t_net.to(device, non_blocking=True).unbind()
         self.kept = memory.kept(len(t_net) * len(self.conds))
         self.x_wanted = self.t_wanted = False
         self.autocast: torch.dtype | None = None  # of the forward pass, which the backward pass must repeat
+        # Cotangents are small where the loss is a mean, and float16 ends at 6e-8.
+        weights = denoiser.parameters() if isinstance(denoiser, nn.Module) else ()
+        self.narrow = any(p.dtype == torch.float16 for p in weights)
         self.graphs: dict[tuple[int, int], _Graph] = {}
 
     def __call__(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
         with phase("network"):
             if self.autocast is None:
-                return self.denoiser(x, t, cond)
-            with torch.autocast(x.device.type, self.autocast, cache_enabled=False):
-                return self.denoiser(x, t, cond)
+                output = self.denoiser(x, t, cond)
+            else:
+                with torch.autocast(x.device.type, self.autocast, cache_enabled=False):
+                    output = self.denoiser(x, t, cond)
+            return output.float() if output.dtype == torch.float16 else output
 
     def output(self, j: int, x: Tensor) -> Tensor:
         """F[j]; the graphs of the last ``kept`` calls of all stay alive."""
@@ -151,7 +156,7 @@ class _Network:
             graph = self.graph(j, 0, x)
             with phase("states"):
                 mu, products = states.adjoint(j, graph.output.detach())
-            return products, *_vjp(graph, mu)
+            return products, *self.vjp(graph, mu)
         outputs: list[Tensor] = []
         vjp_x: Tensor | None = None
         vjp_t: Tensor | None = None
@@ -159,12 +164,24 @@ class _Network:
             graph = self.graph(j, i, x)
             outputs.append(graph.output.detach())
             mu = states.mu(j, outputs[-1].dtype)
-            by_x, by_t = _vjp(graph, mu.mul_(self.weights[i].to(mu.dtype)))
+            by_x, by_t = self.vjp(graph, mu.mul_(self.weights[i].to(mu.dtype)))
             del graph, mu
             vjp_x = by_x if vjp_x is None or by_x is None else vjp_x.add_(by_x)
             vjp_t = by_t if vjp_t is None or by_t is None else vjp_t + by_t
         with phase("states"):
             return states.adjoint(j, self.sum(outputs[::-1]))[1], vjp_x, vjp_t
+
+    def vjp(self, graph: _Graph, mu: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The products of mu with the derivatives of F by x and t."""
+        wanted = [leaf for leaf in (graph.x, graph.t) if leaf.requires_grad]
+        if not wanted or not graph.output.requires_grad:
+            return None, None
+        scale = _power_of_two(mu) if self.narrow else None
+        with phase("network"):
+            mu = mu if scale is None else mu / scale
+            found = torch.autograd.grad(graph.output, wanted, mu, allow_unused=True)
+        grads = iter(found if scale is None else [g if g is None else g * scale for g in found])
+        return next(grads) if graph.x.requires_grad else None, next(grads) if graph.t.requires_grad else None
 
     def check_that_it_repeats(self, x: Tensor, output: Tensor) -> None:
         """A reversible trajectory needs the rebuilt F[0] to be F[0] to the bit; asked once per kind of input."""
@@ -213,6 +230,7 @@ class _Rollout(torch.autograd.Function):
         network.x_wanted, network.t_wanted = x_wanted or c_wanted, t_wanted
         if torch.is_autocast_enabled(device.type):
             network.autocast = torch.get_autocast_dtype(device.type)
+            network.narrow |= network.autocast == torch.float16
         a, b, start = A.detach(), B.detach(), x.detach()
         numbers = Coefficients(a, b, c_in.detach() if scaled else None, device, adjoint=True)
 
@@ -269,13 +287,11 @@ class _Rollout(torch.autograd.Function):
         return None, None, None, None, None, states.cotangent(), d_a, d_b, d_t, d_c
 
 
-def _vjp(graph: _Graph, mu: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    wanted = [leaf for leaf in (graph.x, graph.t) if leaf.requires_grad]
-    if not wanted or not graph.output.requires_grad:
-        return None, None
-    with phase("network"):
-        grads = iter(torch.autograd.grad(graph.output, wanted, mu, allow_unused=True))
-    return next(grads) if graph.x.requires_grad else None, next(grads) if graph.t.requires_grad else None
+def _power_of_two(mu: Tensor) -> Tensor:
+    """That of the largest number, for a division that is exact and leaves it between 1 and 2; never 0."""
+    largest = torch.linalg.vector_norm(mu, torch.inf).float()
+    exponent = largest.view(torch.int32) & 0x7F800000
+    return exponent.view(torch.float32).clamp(min=2.0**-100)
 
 
 def _check_state(denoiser: Denoiser, x: Tensor) -> None:

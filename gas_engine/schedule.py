@@ -199,5 +199,5 @@ def _float64(value: Tensor | Sequence[float] | float) -> Tensor:
 def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     """Piecewise-linear interpolation through ascending knots (xs, ys), extended by the end segments."""
     upper = torch.searchsorted(xs, x.detach().contiguous()).clamp(1, len(xs) - 1)
-    x0, x1, y0, y1 = xs[upper - 1], xs[upper], ys[upper - 1], ys[upper]
+    x0, x1, y0, y1 = xs.take(upper - 1), xs.take(upper), ys.take(upper - 1), ys.take(upper)  # xs[upper] would wait
     return y0 + (x - x0) * ((y1 - y0) / (x1 - x0))

@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ._cli import InputError, command, console, parse_seeds, pick_device, progress, writable
+from ._cli import InputError, command, console, parse_seeds, progress, writable
 from .adapters import load_denoiser
 from .denoiser import Denoiser, seeded
+from .distributed import ALONE, Group
 from .files import atomic, sha256, write_json
 from .rollout import rollout
 from .solvers.named import named_solver
@@ -63,30 +64,36 @@ class Config(TeacherSolver):
 @torch.no_grad()
 def teacher_samples(
     denoiser: Denoiser, seeds: Sequence[int], solver: TeacherSolver, batch: int = 128,
-    device: torch.device | None = None, advance: Any = None,
+    device: torch.device | None = None, advance: Any = None, group: Group = ALONE,
 ) -> Tensor:  # fmt: skip
-    """Samples of the given seeds, float32 on the CPU, [N, *shape]; ``advance(n)`` is told of every n finished."""
+    """Samples of the given seeds, float32 on the CPU, [N, *shape]; ``advance(n)`` is told of every n finished.
+
+    The processes of ``group`` take a batch each and tell each other: same bits for any number of them.
+    """
     device = device or torch.device("cpu")
     tableau = named_solver(solver.solver, denoiser.schedule, solver.steps, solver.grid, solver.t_eps)
-    done: list[Tensor] = []
-    for start in range(0, len(seeds), batch):
+
+    def samples(start: int) -> Tensor:
         noise, cond = seeded(denoiser, seeds[start : start + batch])
         cond = cond.to(device) if cond is not None else None
-        done.append(rollout(denoiser, noise.to(device), tableau, cond).cpu())
+        done = rollout(denoiser, noise.to(device), tableau, cond).cpu()
         if advance is not None:
             advance(len(noise))
-    return torch.cat(done)
+        return done
+
+    return torch.cat(group.map(samples, range(0, len(seeds), batch)))
 
 
 def make_teacher_set(
     denoiser: Denoiser, seeds: Sequence[int], solver: TeacherSolver, out: Path, *, batch: int = 128, shard: int = 1024,
-    device: torch.device | None = None,
+    device: torch.device | None = None, group: Group = ALONE,
 ) -> Path:  # fmt: skip
     """Write what a set lacks of the given seeds, or what is damaged of it; return its directory.
 
     Seeds that the set holds already stay, also those that this call does not name.
     Every shard is written atomically and entered into the index with its SHA-256 afterwards, so a killed run loses at
-    most one shard. Raises InputError if ``out`` holds a set that was made otherwise.
+    most one shard. The processes of ``group`` sample together and share ``out``, where rank 0 writes.
+    Raises InputError if ``out`` holds a set that was made otherwise.
     """
     if batch < 1 or shard < 1:
         raise InputError(f"batch and shard must be at least 1, got {batch} and {shard}")
@@ -96,7 +103,7 @@ def make_teacher_set(
         "model": denoiser.name, "fingerprint": denoiser.fingerprint(),
         **{name: getattr(solver, name) for name in TeacherSolver.__dataclass_fields__},
     }  # fmt: skip
-    index = _read_index(out) or {"made_by": made_by, "shards": []}
+    index = group.first(lambda: _read_index(out)) or {"made_by": made_by, "shards": []}
     changed = [key for key in made_by if index["made_by"].get(key) != made_by[key]]
     if changed:
         before, now = index["made_by"].get(changed[0]), made_by[changed[0]]
@@ -104,24 +111,30 @@ def make_teacher_set(
             f"{out} holds a teacher set made with another {changed[0]} ({before!r}, now {now!r}); "
             "delete it, or give another directory"
         )
-    kept = [entry for entry in index["shards"] if _intact(out, entry)]
+    kept = group.first(lambda: [entry for entry in index["shards"] if _intact(out, entry)])
     held = {seed for entry in kept for seed in entry["seeds"]}
     lacking = [seed for seed in seeds if seed not in held]
     missing = [lacking[i : i + shard] for i in range(0, len(lacking), shard)]
     with progress() as bar:
-        task = bar.add_task("teacher", note="", total=len(seeds), completed=len(seeds) - len(lacking))
-        for group in missing:
-            samples = teacher_samples(denoiser, group, solver, batch, device, lambda n: bar.advance(task, n))
+        done = len(seeds) - len(lacking)
+        task = bar.add_task("teacher", note="", total=len(seeds), completed=done)
+        for few in missing:
+            samples = teacher_samples(denoiser, few, solver, batch, device, lambda n: bar.advance(task, n), group)
+            done += len(few)
+            bar.update(task, completed=done)  # with what other ranks did
             if not bool(torch.isfinite(samples).all()):
                 raise InputError(
                     f"{denoiser.name} with {solver.solver} gave samples that are not finite; check the model"
                 )
-            file = f"shard-{group[0]:08d}-{group[-1]:08d}.safetensors"
+            if not group.main:
+                continue
+            file = f"shard-{few[0]:08d}-{few[-1]:08d}.safetensors"
             with atomic(out / file) as temporary:
-                save_file({"seeds": torch.tensor(group), "samples": samples.contiguous()}, temporary)
-            kept.append({"file": file, "seeds": group, "sha256": sha256(out / file)})
+                save_file({"seeds": torch.tensor(few), "samples": samples.contiguous()}, temporary)
+            kept.append({"file": file, "seeds": few, "sha256": sha256(out / file)})
             kept.sort(key=lambda entry: entry["seeds"])
             write_json(out / "index.json", {"format": FORMAT, "made_by": made_by, "shards": kept})
+    group.barrier()  # before anybody reads
     return out
 
 
@@ -160,13 +173,14 @@ def _intact(out: Path, entry: dict[str, Any]) -> bool:
 
 
 def run(config: Config) -> None:
-    device = pick_device(config.device)
-    denoiser = load_denoiser(config.model).to(device)
-    seeds = parse_seeds(config.seeds)
-    out = make_teacher_set(
-        denoiser, seeds, config, config.out, batch=config.batch, shard=config.shard, device=device
-    )  # fmt: skip
-    console.print(f"{len(seeds)} samples of {denoiser.name} in {out}", soft_wrap=True)
+    with Group.from_environment() as group:
+        device = group.device(config.device)
+        denoiser = load_denoiser(config.model).to(device)
+        seeds = parse_seeds(config.seeds)
+        out = make_teacher_set(
+            denoiser, seeds, config, config.out, batch=config.batch, shard=config.shard, device=device, group=group
+        )  # fmt: skip
+        console.print(f"{len(seeds)} samples of {denoiser.name} in {out}", soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

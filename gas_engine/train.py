@@ -6,12 +6,14 @@ checkpoints, the solver itself, and at the end a table against every classical s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Collection, Sequence
 
-from ._cli import InputError, command, console, pick_device
+from ._cli import InputError, command, console
 from .adapters import load_denoiser
+from .distributed import Group
 from .files import write_text
 from .losses import distillation_loss
 from .plan import as_csv
@@ -25,30 +27,44 @@ from .training.trainer import Trainer
 
 def run(config: Config, given: Collection[str] = ()) -> None:
     """Train, or go on training, and compare. ``given``: options that were given, be it with their default."""
-    directory, config = opened(config, given)
-    device = pick_device(config.device)
+    with Group.from_environment() as group:
+        _run(config, given, group)
+
+
+def _run(config: Config, given: Collection[str], group: Group) -> None:
+    directory, config = group.first(lambda: opened(config, given))
+    directory.writes = group.main
+    setup.check_shard(config, group)
+    group = dataclasses.replace(group, lockstep=config.shard)
+    device = group.device(config.device)
     model, recipe = load_denoiser(config.model), setup.recipe(config)
     solver = setup.solver(config, model, recipe)
     execution = setup.execution(config)
-    denoiser = execution.place(model, device)
-    plans = setup.plans(config, model, denoiser, recipe, solver, device)
+    loss = distillation_loss(config.loss, device, chunk=config.loss_chunk, cache=setup.cache_bytes(config))
+    adversary = setup.adversary(config, model, recipe, device)
+    denoiser = execution.place(model, "cpu" if config.shard else device)
+    plans = setup.plans(config, model, denoiser, recipe, solver, device, group, adversary)
     if plans is not None:
         execution = plans.choice.execution
-    loss = distillation_loss(config.loss, device)
-    seeds, targets = setup.teacher_set(config, denoiser, device)
+    if config.shard:
+        denoiser, execution = setup.sharded(denoiser, execution, device)
+        del model
+    seeds, targets = setup.teacher_set(config, denoiser, device, group)
     start = solver.tableau(denoiser.prediction)
-    trainer = Trainer(denoiser, solver, seeds, targets, loss, recipe, execution, config.seed, device)
+    trainer = Trainer(
+        denoiser, solver, seeds, targets, loss, recipe, execution, config.seed, device, adversary, group
+    )  # fmt: skip
     if plans is not None:
         trainer.cheaper = (plan.execution for plan in plans.choice.cheaper_ones())
     trainer.best.patience = config.patience
     if config.resume:
-        resume(trainer, directory, config, directory.restore(strict=config.resume != "auto"))
+        resume(trainer, directory, config, group.first(lambda: directory.restore(strict=config.resume != "auto")))
         console.print(f"resuming {directory.path} at update {trainer.step}", soft_wrap=True)
     else:
         directory.create(plain(config))
-    if plans is not None:
+    if plans is not None and directory.writes:
         write_text(directory.path / "plan.csv", as_csv(plans))
-    selection = setup.samples(denoiser, setup.SELECTION_SEEDS, config, device)
+    selection = setup.samples(denoiser, setup.SELECTION_SEEDS, config, device, group)
     train(trainer, directory, config, selection)
     try:
         finish(trainer, directory, config, selection, start)

@@ -16,6 +16,7 @@ from runs import brief, checkpoints, flat, hidden, options, rows, toy_trainer
 from gas_engine import Denoiser, load_solver, train
 from gas_engine.execution import Execution
 from gas_engine.losses import distillation_loss
+from gas_engine.training.adversary import Adversarial, Adversary
 from gas_engine.training.loop import train as loop
 from gas_engine.training.trainer import NotFinite, Trainer
 
@@ -51,7 +52,7 @@ def test_a_single_bad_update_is_skipped(value, micro_batch):
     """Whole, whichever of its samples was bad, and though the gradient of |x| is finite at infinity."""
     trainer, plain = toy_trainer(iterations=6, execution=Execution(micro_batch=micro_batch)), distillation_loss("l1")
     bad = torch.tensor([False, True, False, False])[:, None, None, None]
-    trainer.loss = lambda x, y: plain(torch.where(bad[: len(x)] & (trainer.step == 2), x + value, x), y)
+    trainer.loss = lambda x, y, rows: plain(torch.where(bad[: len(x)] & (trainer.step == 2), x + value, x), y, rows)
     kept = []
     for _ in trainer:
         kept.append((flat(trainer.solver), flat(trainer.average), trainer.state()[1]["skipped_in_a_row"]))
@@ -61,27 +62,20 @@ def test_a_single_bad_update_is_skipped(value, micro_batch):
         assert same == [False, True, False, False, False] and bool(torch.isfinite(kept[-1][part]).all())
 
 
-def test_the_adversary_goes_first_and_its_step_stays_where_the_solver_s_is_skipped():
-    """And its gradient is no part of the solver's: one order, whatever is finite."""
-    order = []
-
-    class Adversary:
-        notices = ()
-
-        def update(self, batch):
-            order.append(("adversary", batch))
-
-        def with_loss(self, distance, batch):
-            order.append(("solver", batch))
-            return lambda x, part: distance(x, part) * (torch.nan if len(order) == 4 else 1.0)
-
-    trainer = toy_trainer(iterations=3, adversary=Adversary())
+def test_the_discriminator_s_step_stays_where_the_solver_s_is_skipped():
+    """It goes first, and is whole by then; and a discriminator that is not finite does not step itself."""
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(18, 1), torch.nn.Flatten(0))
+    settings = Adversarial(rate=1e-2, method="double_backward")
+    trainer = toy_trainer(iterations=4, adversary=Adversary(network, settings))
+    bad, loss, draw = [1], trainer.loss, trainer.samples
+    trainer.loss = lambda x, y, rows: loss(x, y, rows) * (torch.nan if trainer.step in bad else 1.0)
+    trainer.samples = lambda *args: draw(*args) * (torch.nan if trainer.step == 3 else 1.0)
     kept = []
     for _ in trainer:
-        kept.append(flat(trainer.solver))
-    assert [name for name, _ in order] == ["adversary", "solver"] * 3
-    assert all(order[i][1] is order[i + 1][1] for i in (0, 2, 4)) and order[0][1].rows == trainer.rows(0)
-    assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[1], kept[2]) and trainer.skipped == 1
+        kept.append((flat(trainer.solver), network[1].weight.detach().clone()))
+    assert [torch.equal(kept[n][0], kept[n + 1][0]) for n in range(3)] == [True, False, False]
+    assert [torch.equal(kept[n][1], kept[n + 1][1]) for n in range(3)] == [False, False, True]
+    assert trainer.skipped == 1 and bool(torch.isfinite(network[1].weight).all())
 
 
 def test_skipped_updates_are_announced_and_the_student_alone_is_measured(
@@ -89,11 +83,11 @@ def test_skipped_updates_are_announced_and_the_student_alone_is_measured(
 ):
     calls = []
 
-    def loss(x, y):
+    def loss(x, y, rows):
         calls.append(1)
         return (x - y).abs().flatten(1).mean(1) * (torch.nan if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(train, "distillation_loss", lambda *_: loss)
+    monkeypatch.setattr(train, "distillation_loss", lambda *_, **__: loss)
     train.main(options(tmp_path / "run", "--iterations", "5", "--evaluation", "student"))
     assert "update 3: loss or gradient not finite, skipped (1 so far)" in capsys.readouterr().out
     assert len((tmp_path / "run" / "comparison.csv").read_text().splitlines()) == 2
@@ -162,12 +156,12 @@ def test_a_run_that_went_back_resumes_with_its_lower_rate(small, no_pictures, tm
         real(trainer, *args, **kwargs)
         current[:] = [trainer]
 
-    def loss(x, y):
+    def loss(x, y, rows):
         bad = current[0].rollbacks == 0 and current[0].step >= 6
         return distillation_loss("l1")(x, y) * (torch.nan if bad else 1.0)
 
     monkeypatch.setattr(Trainer, "__init__", remember)
-    monkeypatch.setattr(train, "distillation_loss", lambda *_: loss)
+    monkeypatch.setattr(train, "distillation_loss", lambda *_, **__: loss)
     more = ["--iterations", "12", "--save-every", "2", "--max-skipped", "3"]
     train.main(brief(tmp_path / "whole", *more))
     for stop_at, gone_back in ((5, 0), (9, 1)):

@@ -118,6 +118,15 @@ def test_gelu_forms() -> None:
         torch.testing.assert_close(got, F.gelu(F.group_norm(x, 2), approximate=kind))
 
 
+def test_relu_keeps_a_bit() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(16, 3, 3, padding=1))
+    inputs = [torch.randn(2, 3, 16, 16)]
+    y, grads, kept = run(lean(network.requires_grad_(False)), inputs)
+    want, want_grads, stock = run(network, inputs)
+    assert torch.equal(y, want) and torch.equal(grads[0], want_grads[0])
+    assert kept <= 2 * 16 * 16 * 16 / 8 and stock >= 2 * 16 * 16 * 16 * 4
+
+
 def test_hooks_and_train_mode_are_respected() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).requires_grad_(False)
     seen = []

@@ -13,31 +13,15 @@ import toy
 from runs import HERE, brief, checkpoints, flat_of, hidden, options, rows, toy_trainer
 
 from gas_engine import Denoiser, load_solver, train
+from gas_engine.training.adversary import Adversarial, Adversary
 from gas_engine.training.directory import RunDirectory
 
 
-class Adversary:
-    """State of every kind that a resumed run needs back."""
-
-    def __init__(self):
-        self.weight, self.steps, self.notices, self.seen = torch.ones(3), 0, [], []
-
-    def update(self, batch):
-        self.weight, self.steps = self.weight + batch.noise.mean() + torch.rand(3), self.steps + 1
-        self.seen.append(batch)
-
-    def with_loss(self, distance, batch):
-        assert batch is self.seen[-1]
-        return lambda x, part: distance(x, part) + 1e-3 * self.weight.sum() * x.flatten(1).mean(1)
-
-    def metrics(self):
-        return {"adversary_loss": float(self.weight.sum())}
-
-    def state(self):
-        return {"weight": self.weight}, {"steps": self.steps}
-
-    def load(self, tensors, numbers):
-        self.weight, self.steps = tensors["weight"], numbers["steps"]
+def adversary(fakes="fresh"):
+    torch.manual_seed(0)
+    layers = [torch.nn.Flatten(), torch.nn.Linear(18, 8), torch.nn.LeakyReLU(), torch.nn.Linear(8, 1)]
+    network = torch.nn.Sequential(*layers, torch.nn.Flatten(0))
+    return Adversary(network, Adversarial(rate=1e-2, method="double_backward", fakes=fakes, warm_up=2))
 
 
 def through_a_file(trainer, path):
@@ -47,10 +31,12 @@ def through_a_file(trainer, path):
     return directory.restore()
 
 
-@pytest.mark.parametrize(("optimizer", "adversarial"), [("adam", False), ("soap", False), ("soap", True)])
-def test_state_goes_on_bit_for_bit(tmp_path, optimizer, adversarial):
+@pytest.mark.parametrize(("optimizer", "fakes"), [("adam", None), ("soap", None), ("soap", "fresh"), ("adam", "reuse")])
+def test_state_goes_on_bit_for_bit(tmp_path, optimizer, fakes):
+    """Of solver, average, optimiser, discriminator, its optimiser, its fakes, the nearest solver."""
+
     def new():
-        return toy_trainer(optimizer=optimizer, rate_warm_up=3, adversary=Adversary() if adversarial else None)
+        return toy_trainer(optimizer=optimizer, rate_warm_up=3, adversary=adversary(fakes) if fakes else None)
 
     whole, first, second = new(), new(), new()
     for trainer, end in ((whole, 8), (first, 4)):
@@ -64,7 +50,9 @@ def test_state_goes_on_bit_for_bit(tmp_path, optimizer, adversarial):
     assert whole.state()[1] == second.state()[1]
     for key, value in whole.state()[0].items():
         assert torch.equal(value, second.state()[0][key]), key
-    assert any(key.startswith("adversary.") for key in whole.state()[0]) == adversarial
+    assert whole.state()[0].keys() == second.state()[0].keys()
+    assert any(key.startswith("adversary.discriminator.") for key in whole.state()[0]) == bool(fakes)
+    assert ("adversary.fake" in whole.state()[0]) == (fakes == "reuse")
 
 
 def test_what_did_not_fit_is_not_tried_again(tmp_path):
@@ -103,7 +91,8 @@ def test_run_directory_is_complete_and_resume_is_exact(small, tmp_path):
     names = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
     assert {
         "config.json", "metrics.jsonl", "best.safetensors", "solver.safetensors", "comparison.md",
-        "comparison.png", "schedule.png", "tableau.png", "samples/step-000006.png", "checkpoints/step-000006/manifest.json",
+        "comparison.png", "schedule.png", "tableau.png", "samples/step-000006.png",
+        "checkpoints/step-000006/manifest.json",
     } <= names  # fmt: skip
     assert any(name.startswith("events.") for name in names)
     assert not any(".tmp" in name for name in names)

@@ -12,6 +12,7 @@ from ..denoiser import EDMDenoiser
 from .edm import load_edm
 
 ASSETS = Path(__file__).parent.parent / "assets"
+HELD_OUT = 200  # the first images, which no embedded network was trained on
 
 
 def load_digits() -> EDMDenoiser:

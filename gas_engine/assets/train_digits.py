@@ -16,6 +16,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from gas_engine.adapters.digits import HELD_OUT
 from gas_engine.adapters.edm import save_edm
 from gas_engine.networks import build_edm
 
@@ -25,7 +26,7 @@ NETWORK = {
     "model_type": "SongUNet", "model_channels": 32, "channel_mult": [1], "num_blocks": 1,
     "attn_resolutions": [], "dropout": 0.1,
 }  # fmt: skip
-HELD_OUT, ITERATIONS, BATCH, RATE, EMA, SEED = 200, 2500, 128, 2e-3, 0.998, 0
+ITERATIONS, BATCH, RATE, EMA, SEED = 2500, 128, 2e-3, 0.998, 0
 
 
 def load_digits() -> tuple[Tensor, Tensor]:

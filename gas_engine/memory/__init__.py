@@ -3,7 +3,9 @@
 from .blocks import Blocks, checkpoint_blocks
 from .lean import Coverage, lean
 from .policy import MemoryPolicy
+from .precision import cast
 from .reversal import BitsLost
+from .sharding import shard_weights
 from .tracker import ByteTracker, phase
 from .weights import quantize_weights, stream_weights
 
@@ -13,9 +15,11 @@ __all__ = [
     "ByteTracker",
     "Coverage",
     "MemoryPolicy",
+    "cast",
     "checkpoint_blocks",
     "lean",
     "phase",
     "quantize_weights",
+    "shard_weights",
     "stream_weights",
 ]

@@ -10,6 +10,7 @@
 | GEGLU, SwiGLU feed-forward | projection, activation's output | the projection |
 | batch norm in eval mode | its input | a number per channel |
 | linear layer of quantised weights | the dequantised weights | nothing |
+| ReLU | its output | a bit per element |
 | average pooling by 2 | its input | nothing |
 | explicit softmax attention of diffusers | the attention matrix, several times | queries, keys, values, result |
 
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import conv_frozen, geglu, resample2d, silu_mul
+from ..ops import bias_leaky_relu, conv_frozen, geglu, resample2d, silu_mul
 from ._joined import Joined, joining
 from ._norms import DeferredGroupNorm, DeferredLayerNorm
 from ._quantised import is_quantised, quantised
@@ -189,6 +190,7 @@ _RULES: list[tuple[Callable[[nn.Module], bool], Callable[[Any], Forward | None]]
     (is_quantised, quantised),
     (lambda m: isinstance(m, nn.modules.batchnorm._BatchNorm), _batch_norm),
     (lambda m: type(m) is nn.AvgPool2d, _avg_pool),
+    (lambda m: type(m) is nn.ReLU, lambda m: lambda input: bias_leaky_relu(input, slope=0.0)),
     (lambda m: _of_diffusers(m, "GEGLU"), _geglu),
     (lambda m: _of_diffusers(m, "SwiGLU"), _swiglu),
     (lambda m: _of_diffusers(m, "Attention"), _attention),

@@ -67,7 +67,8 @@ class Reversible:
             )
         self.numbers, self.dtype, self.carry, self.meter = numbers, x.dtype, carry, meter
         below, a, b = A.diagonal(-1), A.diagonal(), B.diagonal()
-        self.coefficients = torch.stack([torch.cat([below.new_zeros(1), below]), a, b], 1).to(x.device).unbind()
+        rows = torch.stack([torch.cat([below.new_zeros(1), below]), a, b], 1)
+        self.coefficients = rows.to(x.device, non_blocking=True).unbind()
         self.low = self.high = x.detach().to(torch.float64 if carry else x.dtype)
         self.codes: dict[int, ResidualCodes | None] = {}
         self.seal = _seal(x.detach())

@@ -25,17 +25,18 @@ class Coefficients:
 
     def __init__(self, A: Tensor, B: Tensor, c_in: Tensor | None, device: torch.device, adjoint: bool) -> None:
         self.steps = len(A)
-        # An exact zero needs neither a read nor a slot. All the others cross to the device at once.
+        # An exact zero needs neither a read nor a slot. All the others cross to the device at once, and
+        # nobody waits for what the device was asked before.
         both = torch.cat([A, B], dim=1)
         used = [[j for j, value in enumerate(row) if value != 0.0] for row in both.tolist()]
-        self.rows = both[both != 0].to(device).split([len(columns) for columns in used])
+        self.rows = both[both != 0].to(device, non_blocking=True).split([len(columns) for columns in used])
         self.state_terms = [[j for j in columns if j < self.steps] for columns in used]
         self.output_terms = [[j - self.steps for j in columns if j >= self.steps] for columns in used]
-        self.c_in = None if c_in is None else c_in.to(device)
+        self.c_in = None if c_in is None else c_in.to(device, non_blocking=True)
         self.columns: list[Sequence[Tensor]] = []
         if adjoint:  # columns of A and B from the diagonal down
             lower = torch.ones_like(A, dtype=torch.bool).triu()
-            pairs = torch.stack([A.T[lower], B.T[lower]]).to(device)
+            pairs = torch.stack([A.T[lower], B.T[lower]]).to(device, non_blocking=True)
             self.columns = [pair.unbind() for pair in pairs.split(list(range(self.steps, 0, -1)), dim=1)]
 
     def input(self, j: int, x: Tensor, dtype: torch.dtype) -> Tensor:

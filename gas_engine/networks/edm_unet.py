@@ -17,9 +17,14 @@ from torch import Tensor, nn
 
 from ._layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, UNetBlock
 
+# Labels are embedded in the precision that they come in, whatever that of the image is.
+_EMBEDDING = ["map_noise", "map_label", "map_augment", "map_layer0", "map_layer1"]
+
 
 class SongUNet(nn.Module):
     """The DDPM++ / NCSN++ U-Net of Song et al. (arXiv 2011.13456) in EDM's form; x [B, C, H, W] -> [B, C_out, H, W]."""
+
+    _keep_in_fp32_modules = _EMBEDDING
 
     def __init__(
         self,
@@ -115,11 +120,11 @@ class SongUNet(nn.Module):
         # Published weights expect sines first, the embedding emits cosines first.
         embedding = embedding.unflatten(1, (2, -1)).flip(1).flatten(1)
         if self.map_label is not None and class_labels is not None:
-            labels = _drop_labels(class_labels, self.label_dropout if self.training else 0.0)
+            labels = _drop_labels(class_labels.to(embedding.dtype), self.label_dropout if self.training else 0.0)
             embedding = embedding + self.map_label(labels * math.sqrt(labels.shape[1]))
         if self.map_augment is not None and augment_labels is not None:
-            embedding = embedding + self.map_augment(augment_labels)
-        embedding = F.silu(self.map_layer1(F.silu(self.map_layer0(embedding))))
+            embedding = embedding + self.map_augment(augment_labels.to(embedding.dtype))
+        embedding = F.silu(self.map_layer1(F.silu(self.map_layer0(embedding)))).to(x.dtype)
 
         skips: list[Tensor] = []
         aux = x
@@ -152,6 +157,8 @@ class SongUNet(nn.Module):
 
 class DhariwalUNet(nn.Module):
     """The ADM U-Net of Dhariwal and Nichol (arXiv 2105.05233) in EDM's form; x [B, C, H, W] -> [B, C_out, H, W]."""
+
+    _keep_in_fp32_modules = _EMBEDDING
 
     def __init__(
         self,
@@ -216,13 +223,13 @@ class DhariwalUNet(nn.Module):
     ) -> Tensor:
         embedding = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
-            embedding = embedding + self.map_augment(augment_labels)
+            embedding = embedding + self.map_augment(augment_labels.to(embedding.dtype))
         embedding = self.map_layer1(F.silu(self.map_layer0(embedding)))
         if self.map_label is not None and class_labels is not None:
             embedding = embedding + self.map_label(
-                _drop_labels(class_labels, self.label_dropout if self.training else 0.0)
+                _drop_labels(class_labels.to(embedding.dtype), self.label_dropout if self.training else 0.0)
             )
-        embedding = F.silu(embedding)
+        embedding = F.silu(embedding).to(x.dtype)
 
         skips: list[Tensor] = []
         for module in self.enc.values():

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._cli import InputError, console, writable
-from ..files import atomic, sha256, sync, write_json
+from ..files import sha256, sync, write_json, write_text
 
 Checkpoint = tuple[int, dict[str, Tensor], dict[str, Any]]
 
@@ -31,13 +31,18 @@ class RunDirectory:
     ``step-*`` is always complete. Raises OSError where something cannot be written, and leaves no half of it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes  # of several processes one writes
         self._failing: set[str] = set()
 
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def history(self) -> Path:
+        """Times and tableau of the averaged solver in every row."""
+        return self.path / "history.jsonl"
 
     @property
     def solver(self) -> Path:
@@ -60,6 +65,8 @@ class RunDirectory:
 
     def create(self, config: Mapping[str, Any]) -> None:
         """Make the directory. Raises InputError if it already holds a run, or is not writable."""
+        if not self.writes:
+            return
         if self.exists():
             raise InputError(f"{self.path} already holds a run; continue it with --resume, or give another --out")
         writable(self.path)
@@ -76,6 +83,8 @@ class RunDirectory:
 
     def attempt(self, what: str, write: Callable[[], Any]) -> bool:
         """Write what the run can do without for now; where that begins to fail, say so in a line and go on."""
+        if not self.writes:
+            return True
         try:
             write()
         except OSError as error:
@@ -87,10 +96,10 @@ class RunDirectory:
         self._failing.discard(what)
         return True
 
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row of metrics, whole or not at all."""
+    def log(self, row: Mapping[str, Any], path: Path | None = None) -> None:
+        """Append one row to the metrics, or to another such file, whole or not at all."""
         line = (json.dumps(row) + "\n").encode()
-        with open(self.metrics, "ab", buffering=0) as file:
+        with open(path or self.metrics, "ab", buffering=0) as file:
             end = file.tell()
             if file.write(line) != len(line):
                 file.truncate(end)
@@ -98,10 +107,12 @@ class RunDirectory:
 
     def forget_after(self, step: int) -> None:
         """Drop metrics and checkpoints of later steps, which the run will write again."""
-        if self.metrics.exists():
-            rows = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step]
-            with atomic(self.metrics) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in rows))
+        if not self.writes:
+            return
+        for path in (self.metrics, self.history):
+            if path.exists():
+                rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+                write_text(path, "".join(f"{line}\n" for line in rows))
         for checkpoint in self.checkpoints():
             if _number(checkpoint) > step:
                 _remove(checkpoint)
@@ -115,6 +126,8 @@ class RunDirectory:
         distance: float | None = None,
     ) -> None:  # fmt: skip
         """Write a checkpoint, then drop all but the newest ``keep`` at multiples of ``every``, and the nearest."""
+        if not self.writes:
+            return
         final = self.path / "checkpoints" / f"step-{step:06d}"
         temporary = final.with_name(f".{final.name}")
         shutil.rmtree(temporary, ignore_errors=True)

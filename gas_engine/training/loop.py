@@ -24,8 +24,12 @@ from .trainer import NotFinite, Trainer
 
 def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples) -> None:
     """Update to the recipe's end, or to that of ``config.patience``; SystemExit where a signal asks for it."""
-    began, first, updates = time.monotonic(), trainer.step, 0
-    with logger(config.logger, directory.path, plain(config), first) as write, Stop() as stop, progress() as bar:
+    began, first, updates, asked = time.monotonic(), trainer.step, 0, False
+    with (
+        logger(config.logger if directory.writes else "none", directory.path, plain(config), first) as write,
+        Stop() as stop,
+        progress() as bar,
+    ):
         task = bar.add_task("train", total=trainer.recipe.iterations, completed=first, note="")
         if not first:
             _save(trainer, directory, config, None, last=False)  # a state to go back to
@@ -37,7 +41,7 @@ def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: 
                 continue
             finally:
                 _say_notices(trainer)
-            step, updates, asked = trainer.step, updates + 1, stop.asked
+            step, updates, asked = trainer.step, updates + 1, trainer.group.any(stop.asked is not None)
             if trainer.skipped_in_a_row:
                 console.print(f"update {step}: loss or gradient not finite, skipped ({trainer.skipped} so far)")
             row: dict[str, Any] = {}
@@ -55,16 +59,17 @@ def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: 
                 directory.attempt("metrics", partial(directory.log, {"step": step, **row}))
                 times = {f"times/{n}": t for n, t in enumerate(trainer.solver.times().tolist())}
                 write(step, row | times)
+                directory.attempt("the history", partial(directory.log, _numbers_of(trainer), directory.history))
             if step % config.sample_every == 0 or last:
-                directory.attempt("sample grids", partial(_picture, trainer, directory, selection))
+                _sample_grid(trainer, directory, selection)
             # A state from which updates are skipped is none to go back to.
             if (step % config.save_every == 0 and not trainer.skipped_in_a_row) or last or asked:
                 _save(trainer, directory, config, distance, last)
             if asked:
                 break
-    if stop.asked:
+    if trainer.group.any(stop.asked is not None) or asked:  # also if it came while the last state was written
         console.print(
-            f"{stop.asked.name}: stopped after update {trainer.step}; go on with --out {directory.path} --resume",
+            f"{stop.name}: stopped after update {trainer.step}; go on with --out {directory.path} --resume",
             soft_wrap=True,
         )
         raise SystemExit(stop.exit_code)
@@ -92,7 +97,11 @@ def measure(trainer: Trainer, directory: RunDirectory, config: Config, selection
     Draws nothing that training draws: an update seeds its own generators.
     """
     tableau = trainer.average.tableau(trainer.denoiser.prediction)
-    distance = comparison.distance(trainer.denoiser, tableau, selection, "", batch=config.sample_batch).l1
+    found = comparison.distance(
+        trainer.denoiser, tableau, selection, "", batch=config.sample_batch, group=trainer.group
+    )  # fmt: skip
+    trainer.notices += trainer.watch.samples(found.samples, selection.teacher.cpu())
+    distance = found.l1
     if trainer.best.see(trainer.step, distance, trainer.average):
         directory.attempt("the best solver", partial(_write_best, trainer, directory, config))
     return distance if math.isfinite(distance) else None
@@ -104,7 +113,7 @@ def _go_back(trainer: Trainer, directory: RunDirectory, config: Config, error: N
     found = None
     if rollbacks < trainer.recipe.max_rollbacks:
         # The one at the first of them is of no use: it would see them again.
-        found = directory.restore(first, config.save_every, strict=False)
+        found = trainer.group.first(lambda: directory.restore(first, config.save_every, strict=False))
     if found is None:
         raise error
     resume(trainer, directory, config, found)
@@ -119,8 +128,11 @@ def _go_back(trainer: Trainer, directory: RunDirectory, config: Config, error: N
 def _save(trainer: Trainer, directory: RunDirectory, config: Config, distance: float | None, last: bool) -> None:
     """A checkpoint. One that cannot be written is tried again at the next; the last one must be."""
 
+    tensors, numbers = trainer.state()
+    trainer.group.check_same(tensors, f"update {trainer.step}")
+
     def save() -> None:
-        directory.save(trainer.step, *trainer.state(), config.keep, config.save_every, distance)
+        directory.save(trainer.step, tensors, numbers, config.keep, config.save_every, distance)
 
     if not last:
         directory.attempt("checkpoints", save)
@@ -145,15 +157,26 @@ def _metrics(trainer: Trainer, loss: Tensor) -> dict[str, Any]:
     if meter is not None:
         row["bits_lost"] = round(meter.mean, 3)
         meter.reset()
-    if trainer.adversary is not None:
-        row |= trainer.adversary.metrics()
-    return row
+    adversary = trainer.adversary.read(trainer.group) if trainer.adversary is not None else {}
+    if math.isfinite(value):
+        distance = value - adversary.get("adversarial", 0.0)
+        trainer.notices += trainer.watch.losses(trainer.step, distance, adversary.get("adversarial"))
+    if trainer.adversary is not None and trainer.adversary.logits is not None:
+        trainer.notices += trainer.watch.logits(trainer.adversary.logits)
+    trainer.notices += trainer.watch.times(trainer.solver.times(), trainer.solver.schedule)
+    return row | adversary
+
+
+def _numbers_of(trainer: Trainer) -> dict[str, Any]:
+    """The averaged solver in numbers, from which its course is drawn."""
+    tableau = trainer.average.tableau(trainer.denoiser.prediction)
+    numbers = {"times": trainer.average.times(), "told": tableau.t_net, "A": tableau.A, "B": tableau.B}
+    return {"step": trainer.step} | {name: value.detach().tolist() for name, value in numbers.items()}
 
 
 def _say_notices(trainer: Trainer) -> None:
-    for source in (trainer, trainer.adversary):
-        while source is not None and source.notices:
-            console.print(source.notices.pop(0), soft_wrap=True)
+    while trainer.notices:
+        console.print(trainer.notices.pop(0), soft_wrap=True)
 
 
 def _write_best(trainer: Trainer, directory: RunDirectory, config: Config) -> None:
@@ -166,18 +189,17 @@ def _write_best(trainer: Trainer, directory: RunDirectory, config: Config) -> No
 
 
 @torch.no_grad()
-def _picture(trainer: Trainer, directory: RunDirectory, data: comparison.Samples) -> None:
-    if len(trainer.denoiser.shape or ()) != 3:
+def _sample_grid(trainer: Trainer, directory: RunDirectory, data: comparison.Samples) -> None:
+    if len(trainer.denoiser.shape or ()) != 3 or not (directory.writes or trainer.group.lockstep):
         return
     shown = slice(0, 12)
     cond = None if data.cond is None else data.cond[shown]
-    student = rollout(
-        trainer.denoiser, data.noise[shown], trainer.average.tableau(trainer.denoiser.prediction), cond
-    ).cpu()
+    tableau = trainer.average.tableau(trainer.denoiser.prediction)
+    student = rollout(trainer.denoiser, data.noise[shown], tableau, cond).cpu()
     teacher = data.teacher[shown].cpu()
     rows = [("teacher", teacher), ("student", student), ("|difference|", student - teacher)]
     path = directory.path / "samples" / f"step-{trainer.step:06d}.png"
-    pictures.image_rows(path, rows, f"{trainer.step} updates")
+    directory.attempt("sample grids", lambda: pictures.image_rows(path, rows, f"{trainer.step} updates"))
 
 
 def _memory_mib(device: torch.device) -> float:

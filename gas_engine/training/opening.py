@@ -14,11 +14,11 @@ from .options import Config, plain
 from .setup import CHOSEN, execution
 
 # What a resumed run may be given anew.
-RESUMABLE = ("out", "resume", "device", "evaluation", "sample_batch")
+RESUMABLE = ("out", "resume", "device", "evaluation", "sample_batch", "compare")
 # What a resumed run goes on with unless it is given anew: the result is the same to rounding.
 MEMORY = (
     "memory_budget", "checkpoint_every", "trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks",
-    "loss_alone", "weights",
+    "loss_alone", "weights", "shard",
 )  # fmt: skip
 # The same, and the result is the same to the bit.
 OUTPUT = ("keep", "logger")
@@ -66,7 +66,8 @@ def opened(config: Config, options: Collection[str]) -> tuple[RunDirectory, Conf
     kept |= {name: given[name] for name in anew}
     try:
         stored["teacher"] = TeacherSolver(**stored["teacher"])
-        stored["teacher_set"] = stored["teacher_set"] and Path(stored["teacher_set"])
+        for name in ("teacher_set", "discriminator", "start_from"):
+            stored[name] = stored[name] and Path(stored[name])
         return directory, Config(**{**stored, **kept})
     except (KeyError, TypeError) as error:
         raise InputError(f"{directory.path}/config.json is not one of this version ({error})") from None

@@ -23,8 +23,12 @@ class Config:
     """gs: corrections around DPM-Solver++ theory; s4s, linear: the forms without it; belm: reversible, two states."""
     order: int | None = None
     """Highest order; K unless given."""
-    loss: Literal["l1", "l2", "lpips"] = "l1"
-    """Distance to the teacher's samples."""
+    loss: str = "l1"
+    """Distance to the teacher's samples: l1, l2, huber, lpips, lpips-alex, lpips-squeeze, or 'lpips + 0.1 * l1'."""
+    loss_chunk: int | None = None
+    """Samples at a time within the loss, with the same gradient; 1 for LPIPS and all for others unless given."""
+    loss_cache: str | None = None
+    """Bytes of host memory, such as 4GiB, for features of the teacher's samples, which are then made once."""
     memory_budget: str | None = None
     """Bytes of the device for tensors, such as 8GiB: chooses what follows, down to --loss-alone, for the least time."""
     checkpoint_every: int = 1
@@ -45,6 +49,8 @@ class Config:
     """Let no network graph wait while the loss is taken."""
     weights: Literal["resident", "int8", "streamed"] = "resident"
     """Frozen weights on the device, in eight bits there (torchao), or in host memory, brought block by block."""
+    shard: bool = False
+    """Spread the frozen weights over the processes of torchrun, for a network that does not fit one card."""
     recipe: Literal["auto", "quick", "paper"] = "auto"
     """auto is quick for digits and paper for everything else."""
     iterations: int | None = None
@@ -79,6 +85,34 @@ class Config:
     """Updates between rows of metrics."""
     seed: int = 0
     """Order of the batches."""
+    # Adversarial training.
+    adversarial: bool = False
+    """Train against a discriminator as well, which is trained beside the solver (GAS)."""
+    adversarial_weight: float | None = None
+    """Of the adversarial loss beside the distance; the recipe's unless given."""
+    adversarial_loss: Literal["relativistic", "non_saturating", "plain"] = "relativistic"
+    """How the discriminator's logits become losses."""
+    discriminator: Path | None = None
+    """A published R3GAN snapshot (.pkl) to begin with; random weights of a size that fits the model unless given."""
+    discriminator_rate: float | None = None
+    """Learning rate of the discriminator; the recipe's unless given."""
+    discriminator_precision: Literal["fp32", "bf16"] = "fp32"
+    """That the discriminator computes in; its weights stay fp32."""
+    discriminator_micro_batch: int | None = None
+    """Pairs of samples at a time in the discriminator's step, with the same gradient; chosen unless given."""
+    gamma: float | None = None
+    """Of the gradient penalties on real and fake samples; the recipe's unless given."""
+    penalty: Literal["piecewise", "forward_over_reverse", "double_backward"] = "piecewise"
+    """How the penalties' gradient is made: the first is the fastest, and exact for R3GAN's discriminator."""
+    fakes: Literal["fresh", "reuse"] = "fresh"
+    """Samples that the discriminator sees: from fresh noise, or those of the update before, which saves K evaluations
+    and pairs them with the teacher's samples of the same noise."""
+    warm_up: int = 0
+    """Updates without the discriminator before those with it."""
+    start_from: Path | None = None
+    """A solver file of the same kind and K to begin with."""
+    compare: tuple[Path, ...] = ()
+    """Solver files to measure beside the result, such as one trained without --adversarial."""
     # Long runs.
     rate_schedule: Literal["constant", "cosine", "linear"] | None = None
     """Course of the learning rate over the run; the recipe's unless given."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
+from .adversary import Adversarial
 from .soap import SOAP
 
 RateSchedule = Literal["constant", "cosine", "linear"]
@@ -33,6 +34,7 @@ class Recipe:
     clip: float = 1.0
     max_skipped: int = 20
     max_rollbacks: int = 3
+    adversary: Adversarial = field(default_factory=Adversarial)
 
     def rate_at(self, step: int) -> float:
         """Learning rate of update ``step``, counted from 0: a line up to ``rate``, then constant or down to 0."""
@@ -46,6 +48,15 @@ class Recipe:
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "soap": SOAP}
 RECIPES = {
-    "quick": Recipe(800, 24, 1e-2, "cosine", ema=0.99, start_grid="quadratic", optimizer="soap"),
+    "quick": Recipe(
+        800,
+        24,
+        1e-2,
+        "cosine",
+        ema=0.99,
+        start_grid="quadratic",
+        optimizer="soap",
+        adversary=Adversarial(weight=1.0, rate=3e-4, gamma=1e-3),
+    ),
     "paper": Recipe(10_000, 24, 1e-3, "constant", ema=0.999, start_grid="uniform"),
 }

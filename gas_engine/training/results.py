@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 from torch import Tensor
@@ -10,7 +12,8 @@ from .. import comparison, pictures
 from .._cli import console, progress
 from ..denoiser import Denoiser
 from ..files import write_text
-from ..solvers import grid, save_solver
+from ..metrics import judge_of
+from ..solvers import grid, load_solver, save_solver
 from ..tableau import Tableau
 from . import setup
 from .directory import RunDirectory
@@ -22,40 +25,61 @@ def finish(
     trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples, start: Tableau
 ) -> None:
     """Write the solver, measure on held-out seeds, write the table and the pictures."""
-    denoiser, student, batch = trainer.denoiser, trainer.average, config.sample_batch
+    denoiser, student, batch, group = trainer.denoiser, trainer.average, config.sample_batch, trainer.group
     tableau = student.tableau(denoiser.prediction)
-    held_out = setup.samples(denoiser, setup.HELD_OUT_SEEDS, config, trainer.device)
+    held_out = setup.samples(denoiser, setup.HELD_OUT_SEEDS, config, trainer.device, group)
+    held_out = dataclasses.replace(held_out, judge=judge_of(denoiser.name))
     mine = comparison.distance(
-        denoiser, tableau, held_out, f"learned ({config.student})", f"{trainer.step} updates", batch
+        denoiser, tableau, held_out, f"learned ({_family(config)})", f"{trainer.step} updates", batch, group
     )  # fmt: skip
-    save_solver(
-        student, directory.solver, model=denoiser.name, guidance=1.0, loss=config.loss, version=_version(),
-        metrics={"l1": mine.l1, "rmse": mine.rmse, "psnr": mine.psnr, "held_out_seeds": "50000-50511"},
-    )  # fmt: skip
+    if directory.writes:
+        save_solver(
+            student, directory.solver, model=denoiser.name, guidance=1.0, loss=config.loss, version=_version(),
+            metrics={"l1": mine.l1, "rmse": mine.rmse, "psnr": mine.psnr, "held_out_seeds": "50000-50511"},
+        )  # fmt: skip
     rows = [mine]
+    for path in config.compare:
+        other = load_solver(path, denoiser.schedule, model=denoiser.name)
+        said = f"{path.parent.name or path.stem}, K = {other.steps}"
+        other_tableau = other.tableau(denoiser.prediction)
+        rows.append(comparison.distance(denoiser, other_tableau, held_out, said, str(path), batch, group))
     if config.evaluation == "full":
         with progress() as bar:
             task = bar.add_task("classical solvers", total=comparison.VARIANTS, note="")
             rows += comparison.classical_distances(
-                denoiser, config.steps, selection, held_out, batch, lambda: bar.advance(task)
+                denoiser, config.steps, selection, held_out, batch, lambda: bar.advance(task), group
             )  # fmt: skip
+            bar.update(task, completed=comparison.VARIANTS)
+    shown = rows[: len(config.compare) + 2]  # ours, and the best of the classical
+    if held_out.judge is not None:
+        rows.append(comparison.of_teacher(held_out, f"{config.teacher.solver}, {config.teacher.steps} evaluations"))
+    if not directory.writes:
+        return
     write_text(directory.path / "comparison.md", comparison.as_markdown(rows))
     write_text(directory.path / "comparison.csv", comparison.as_csv(rows))
-    _compare_pictures(directory.path / "comparison.png", denoiser, config, held_out.teacher.cpu(), rows[:2])
+    _compare_pictures(directory.path / "comparison.png", denoiser, config, held_out.teacher.cpu(), shown)
     times = {"learned": student.times()} | {
         name: grid(name, student.schedule, config.steps, config.t_eps) for name in ("uniform", "quadratic", "logSNR")
     }
     pictures.schedule_plot(directory.path / "schedule.png", student.schedule, times, {"learned": student.told_times()})
     pictures.tableau_plot(directory.path / "tableau.png", tableau, start)
+    _history(directory, f"{denoiser.name}: learned times, K = {config.steps}")
     console.print(
         comparison.as_rich(rows, f"distance to the {config.teacher.steps}-evaluation teacher at K = {config.steps}")
     )
     console.print(
         f"solver    {directory.solver} ({directory.solver.stat().st_size / 1024:.1f} kB)\n"
-        f"pictures  {directory.path}/comparison.png  schedule.png  tableau.png\n"
+        f"pictures  {directory.path}/comparison.png  schedule.png  tableau.png  history.png\n"
         f"sample    python -m gas_engine.sample --model {config.model} --solver {directory.solver} --out samples",
         soft_wrap=True,
     )
+
+
+def _family(config: Config) -> str:
+    """GAS is GS with an adversary."""
+    if not config.adversarial:
+        return config.student
+    return "gas" if config.student == "gs" else f"{config.student}, adversarial"
 
 
 def _compare_pictures(
@@ -71,6 +95,15 @@ def _compare_pictures(
     drawn += [("|classical - teacher|", best.samples - teacher) for best in others]
     title = f"{denoiser.name}: {config.steps} evaluations, held-out seeds 50000 on; L1 {mine.l1:.4f}"
     pictures.image_rows(path, drawn, title + "".join(f" against {best.l1:.4f}" for best in others))
+
+
+def _history(directory: RunDirectory, title: str) -> None:
+    """The course of times and tableau, from the rows that were written over the run."""
+    lines = directory.history.read_text().splitlines() if directory.history.exists() else []
+    rows = [json.loads(line) for line in lines]
+    if rows:
+        updates, times, told, a, b = ([row[name] for row in rows] for name in ("step", "times", "told", "A", "B"))
+        pictures.history_plot(directory.path / "history.png", updates, times, told, a, b, title)
 
 
 def _version() -> str:

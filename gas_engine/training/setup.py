@@ -6,19 +6,23 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import comparison
 from .._cli import InputError, console, parse_seeds, progress
+from ..adapters.r3gan import load_r3gan
 from ..denoiser import Denoiser, seeded
+from ..distributed import ALONE, Group
 from ..execution import BLOCKS, Execution
-from ..memory import BitsLost, MemoryPolicy
+from ..memory import BitsLost, MemoryPolicy, shard_weights
+from ..networks import discriminator_for
 from ..planner import Plans, parse_bytes, plan, show_bytes
-from ..solvers import GRIDS, BELMSolver, GeneralizedSolver, LearnedTimes
+from ..solvers import GRIDS, BELMSolver, GeneralizedSolver, LearnedTimes, load_solver
 from ..teacher import load_teacher_set, make_teacher_set, teacher_samples
+from .adversary import Adversary
 from .recipe import RECIPES, Recipe
 
 if TYPE_CHECKING:
@@ -34,7 +38,7 @@ FORMS: dict[str, bool | str] = {"gs": True, "s4s": False, "linear": "linear"}
 def recipe(config: Config) -> Recipe:
     """The recipe by its name, and what was given instead of its values."""
     name = config.recipe if config.recipe != "auto" else ("quick" if config.model == "digits" else "paper")
-    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)}
+    given = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(Recipe)}
     found = dataclasses.replace(RECIPES[name], **{k: v for k, v in given.items() if v is not None})
     if found.iterations < 1 or found.batch < 1 or found.rate <= 0 or not 0 <= found.ema < 1:
         raise InputError(f"iterations and batch must be at least 1, rate above 0 and ema in [0, 1), got {found}")
@@ -60,10 +64,49 @@ def solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> LearnedTimes:
     if config.student == "belm":
         if config.order is not None:
             raise InputError(f"--student belm is of second order and takes no --order, got {config.order}")
-        return BELMSolver(config.steps, denoiser.schedule, config.t_eps, start)
-    return GeneralizedSolver(
-        config.steps, denoiser.schedule, config.t_eps, config.order, theory=FORMS[config.student], start=start
-    )
+        new: LearnedTimes = BELMSolver(config.steps, denoiser.schedule, config.t_eps, start)
+    else:
+        new = GeneralizedSolver(
+            config.steps, denoiser.schedule, config.t_eps, config.order, theory=FORMS[config.student], start=start
+        )
+    if config.start_from is None:
+        return new
+    found = load_solver(config.start_from, denoiser.schedule, config.t_eps, denoiser.name)
+    differing = [name for name, value in new.config().items() if found.config().get(name) != value and name != "start"]
+    if differing:
+        name = differing[0]
+        raise InputError(
+            f"--start-from {config.start_from} is a solver with {name}={found.config().get(name)!r}, and the run is to "
+            f"have {new.config()[name]!r}; give the options that it was trained with"
+        )
+    return found
+
+
+def adversary(config: Config, denoiser: Denoiser, recipe: Recipe, device: torch.device) -> Adversary | None:
+    """The discriminator beside the solver, or None without --adversarial; its random weights follow from --seed."""
+    asked: dict[str, Any] = {
+        "weight": config.adversarial_weight, "rate": config.discriminator_rate, "gamma": config.gamma,
+        "kind": config.adversarial_loss, "method": config.penalty, "fakes": config.fakes, "warm_up": config.warm_up,
+        "micro_batch": config.discriminator_micro_batch,
+        "precision": torch.bfloat16 if config.discriminator_precision == "bf16" else None,
+    }  # fmt: skip
+    settings = dataclasses.replace(recipe.adversary, **{k: v for k, v in asked.items() if v is not None})
+    if not config.adversarial:
+        return None
+    shape = denoiser.shape or ()
+    if config.discriminator is not None:
+        network = load_r3gan(config.discriminator)
+        network.check(torch.empty(1, *shape))
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            network = discriminator_for(shape)
+    return Adversary(network, settings, device)
+
+
+def cache_bytes(config: Config) -> int:
+    """What --loss-cache says."""
+    return 0 if config.loss_cache is None else parse_bytes(config.loss_cache)
 
 
 def execution(config: Config) -> Execution:
@@ -86,9 +129,33 @@ def execution(config: Config) -> Execution:
     return Execution(memory, micro_batch, config.lean, config.checkpoint_blocks, config.weights)
 
 
+def sharded(denoiser: Denoiser, execution: Execution, device: torch.device) -> tuple[Denoiser, Execution]:
+    """A denoiser on the host, seen as updates see it and then spread over the processes; nothing is left to view."""
+    fingerprint = denoiser.fingerprint()
+    shared = shard_weights(execution.view(denoiser), device)
+    assert isinstance(shared, Denoiser)
+    shared.fingerprint = lambda: fingerprint  # type: ignore[method-assign]  # its weights were whole then
+    return shared, dataclasses.replace(execution, lean=False, blocks="none")
+
+
+def check_shard(config: Config, group: Group) -> None:
+    """Raises InputError for what --shard does not go with."""
+    if config.shard and group.size == 1:
+        raise InputError("--shard spreads the weights over processes, and there is one; torchrun --nproc-per-node N")
+    if config.shard and config.weights != "resident":
+        raise InputError(f"--shard and --weights {config.weights} are two places for the weights; leave one out")
+    if config.shard and config.memory_budget is not None:
+        raise InputError(
+            "--memory-budget cannot plan for --shard; choose --micro-batch, --lean and --checkpoint-blocks by hand"
+        )
+    if config.shard:
+        dataclasses.replace(group, lockstep=True).part(recipe(config).batch)
+
+
 def plans(
-    config: Config, model: Denoiser, placed: Denoiser, recipe: Recipe, solver: LearnedTimes, device: torch.device
-) -> Plans | None:
+    config: Config, model: Denoiser, placed: Denoiser, recipe: Recipe, solver: LearnedTimes, device: torch.device,
+    group: Group = ALONE, adversary: Adversary | None = None,
+) -> Plans | None:  # fmt: skip
     """Ways to run an update within the budget, the choice said in a line; None without a budget.
 
     One evaluation of the placed model is timed for predictions in seconds; the choice does not hang on it, so that a
@@ -97,12 +164,14 @@ def plans(
     if config.memory_budget is None:
         return None
     parse_bytes(config.memory_budget)
-    seconds = evaluation_seconds(placed, recipe.batch, device)
+    batch = group.most(recipe.batch)
+    seconds = evaluation_seconds(placed, batch, device)
     with progress() as bar:
         task = bar.add_task("plan", total=2 + len(BLOCKS), note="")
         found = plan(
-            model, config.steps, recipe.batch, config.memory_budget, loss=config.loss, weights=(config.weights,),
+            model, config.steps, batch, config.memory_budget, loss=config.loss, weights=(config.weights,),
             tableau=solver.tableau(model.prediction), evaluation_seconds=seconds,
+            beside=None if adversary is None else adversary.beside(model.shape or (), batch, config.steps),
             on_probe=lambda what: bar.update(task, advance=1, note=what),
         )  # fmt: skip
         bar.update(task, completed=2 + len(BLOCKS), note="")
@@ -131,7 +200,9 @@ def evaluation_seconds(denoiser: Denoiser, batch: int, device: torch.device) -> 
     return seconds * batch / few
 
 
-def teacher_set(config: Config, denoiser: Denoiser, device: torch.device) -> tuple[list[int], Tensor]:
+def teacher_set(
+    config: Config, denoiser: Denoiser, device: torch.device, group: Group = ALONE
+) -> tuple[list[int], Tensor]:
     """Training seeds and the teacher's samples for them, made where they are missing."""
     seeds = parse_seeds(config.train_seeds)
     if {*SELECTION_SEEDS, *HELD_OUT_SEEDS} & {*seeds}:
@@ -142,13 +213,15 @@ def teacher_set(config: Config, denoiser: Denoiser, device: torch.device) -> tup
     name = f"teacher-{Path(config.model).stem.replace(':', '-')}-{teacher.solver}-{teacher.steps}-{teacher.grid}"
     name += "-int8" if config.weights == "int8" else ""
     out = config.teacher_set or Path("runs") / name
-    make_teacher_set(denoiser, seeds, teacher, out, batch=config.sample_batch, device=device)
+    make_teacher_set(denoiser, seeds, teacher, out, batch=config.sample_batch, device=device, group=group)
     found, samples = load_teacher_set(out)
     row = {seed: i for i, seed in enumerate(found)}
     return seeds, samples[[row[seed] for seed in seeds]]
 
 
-def samples(denoiser: Denoiser, seeds: range, config: Config, device: torch.device) -> comparison.Samples:
+def samples(
+    denoiser: Denoiser, seeds: range, config: Config, device: torch.device, group: Group = ALONE
+) -> comparison.Samples:
     """Seeds with the teacher's samples, to measure against."""
-    teacher = teacher_samples(denoiser, seeds, config.teacher, config.sample_batch, device)
+    teacher = teacher_samples(denoiser, seeds, config.teacher, config.sample_batch, device, group=group)
     return comparison.Samples.of(denoiser, seeds, teacher, device)

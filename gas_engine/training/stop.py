@@ -21,9 +21,13 @@ class Stop:
         self._before: dict[signal.Signals, Any] = {}
 
     @property
+    def name(self) -> str:
+        return self.asked.name if self.asked else "a signal to another rank"
+
+    @property
     def exit_code(self) -> int:
         """What a shell calls a process that the signal ended: 143 or 130."""
-        return 128 + (self.asked or 0)
+        return 128 + (self.asked or signal.SIGTERM)
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # Python knows handlers there only

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser, seeded
+from ..distributed import ALONE, Group
 from ..execution import Execution, out_of_memory
-from ..gradients import loss_backward
+from ..gradients import loss_backward, take
 from ..losses.distillation import Loss
 from ..memory import offload, phase
+from ..rollout import rollout
 from ..solvers import LearnedTimes
+from ..watch import Watch
+from .adversary import FRESH, Adversary
 from .best import Best
 from .directory import load_optimizer, optimizer_tensors, under
 from .recipe import OPTIMIZERS, Recipe
@@ -32,12 +36,15 @@ class OutOfMemory(ValueError):
 
 @dataclass(frozen=True)
 class Batch:
-    """What one update sees: rows of the teacher set, with their noise, conditions and targets [B, *shape]."""
+    """This rank's part of what one update sees: rows of the teacher set, with their noise, conditions and targets
+    [B, *shape], seeds of noise that nobody has seen, and its share of the whole batch."""
 
     rows: list[int]
     noise: Tensor
     cond: Any
     targets: Tensor
+    fresh: list[int]
+    share: float
 
 
 class Trainer:
@@ -55,15 +62,14 @@ class Trainer:
     def __init__(
         self, denoiser: Denoiser, solver: LearnedTimes, seeds: list[int], targets: Tensor, loss: Loss,
         recipe: Recipe, execution: Execution, seed: int = 0, device: torch.device | None = None,
-        adversary: Any = None,
+        adversary: Adversary | None = None, group: Group = ALONE,
     ) -> None:  # fmt: skip
         self.denoiser, self.solver, self.average = denoiser, solver, deepcopy(solver).requires_grad_(False)
         self.seeds, self.targets, self.loss, self.recipe = seeds, targets, loss, recipe
-        self.seed, self.device = seed, device or torch.device("cpu")
-        # update(batch), which may have to start over; with_loss(distance, batch); metrics(); state(), load(); notices
-        self.adversary = adversary
+        self.seed, self.device, self.group = seed, device or torch.device("cpu"), group
+        self.adversary, self.watch = adversary, Watch(solver.times())
         self.execution, self._view, self._asked = execution, execution.view(denoiser), str(execution)
-        self.cheaper = execution.cheaper(denoiser, recipe.batch)  # what to try when memory runs out
+        self.cheaper = execution.cheaper(denoiser, group.most(recipe.batch))  # what to try when memory runs out
         self.notices: list[str] = []
         self.optimizer = OPTIMIZERS[recipe.optimizer](solver.parameters(), lr=recipe.rate)
         self.best = Best()
@@ -98,25 +104,30 @@ class Trainer:
         return self._permutation
 
     def batch(self, step: int) -> Batch:
-        """The batch of update ``step`` on the device."""
+        """This rank's part of the batch of update ``step``, on the device."""
         rows = self.rows(step)
-        noise, cond = seeded(self.denoiser, [self.seeds[row] for row in rows])
-        cond = cond.to(self.device, non_blocking=True) if cond is not None else None
-        noise, targets = (v.to(self.device, non_blocking=True) for v in (noise, self.targets[rows]))
-        return Batch(rows, noise, cond, targets)
+        mine = rows[self.group.part(len(rows))]
+        noise, cond = seeded(self.denoiser, [self.seeds[row] for row in mine] or self.seeds[:1])
+        noise, targets = noise[: len(mine)], self.targets[mine]  # a rank may have no rows
+        cond = cond[: len(mine)].to(self.device, non_blocking=True) if cond is not None else None
+        noise, targets = (v.to(self.device, non_blocking=True) for v in (noise, targets))
+        fresh = [FRESH + step * len(self.seeds) + row for row in mine]
+        return Batch(mine, noise, cond, targets, fresh, len(mine) / len(rows))
 
     def update(self) -> Tensor:
         """One update; returns the loss (a scalar on the device, not read here, so that nothing waits for it).
 
-        The host waits for the device where the gradient of the solver arrives on the CPU, with its parameters: once for
-        each micro-batch. It knows then all that it needs, since a loss that is not finite leaves a gradient that is not.
+        The host waits for the device where a gradient of the solver arrives on the CPU, with its parameters: once for
+        each micro-batch. It knows then all that it needs: a loss that is not finite has left a gradient that is not.
         """
         torch.manual_seed(self.seed * 1_000_003 + self.step)  # for networks that draw from the global generators
         batch = self._enough(lambda: self.batch(self.step))
-        if self.adversary is not None:
-            self._enough(lambda: self.adversary.update(batch))
-        loss = self._enough(lambda: self._gradient(batch))
-        # The gradients are complete here.
+        adversary = self.adversary if self.adversary is not None and self.adversary.active(self.step) else None
+        if adversary is not None:
+            self._enough(lambda: adversary.gradient(batch.targets, lambda: self.samples(batch.fresh, batch.cond)))
+            adversary.update(self.group, batch.share)
+        loss = self._enough(lambda: self._gradient(batch, adversary))
+        loss = self._complete(loss, batch.share)
         norm = torch.nn.utils.clip_grad_norm_(self.solver.parameters(), self.recipe.clip)
         self.step += 1
         if not bool(torch.isfinite(norm)):
@@ -133,30 +144,60 @@ class Trainer:
                     shadow.lerp_(parameter, 1 - decay)
         return loss
 
-    def _gradient(self, batch: Batch) -> Tensor:
-        """The mean loss of the batch, its gradient left in the parameters."""
+    @torch.no_grad()
+    def samples(self, seeds: list[int], cond: Any) -> Tensor:
+        """The student's samples from the noise of these seeds, [len(seeds), *shape], micro-batch by micro-batch."""
+        tableau = self.solver.tableau(self.denoiser.prediction)
+        done, size = [], self.execution.micro_batch or len(seeds)
+        for rows in (slice(i, i + size) for i in range(0, len(seeds), size)):
+            noise = seeded(self.denoiser, seeds[rows])[0].to(self.device, non_blocking=True)
+            done.append(rollout(self._view, noise, tableau, take(cond, rows, len(seeds))))
+        return torch.cat(done) if len(done) > 1 else done[0]
 
-        def distance(x: Tensor, part: slice) -> Tensor:
-            return self.loss(x, batch.targets[part])
+    def _gradient(self, batch: Batch, adversary: Adversary | None) -> Tensor:
+        """The mean loss of the (rank's) batch, its gradient left in the parameters."""
 
-        whole = distance if self.adversary is None else self.adversary.with_loss(distance, batch)
+        def loss(x: Tensor, part: slice) -> Tensor:
+            values = self.loss(x, batch.targets[part], batch.rows[part])
+            return _telling(values if adversary is None else values + adversary.loss(x, batch.targets, part))
+
         self.optimizer.zero_grad()
+        if not batch.rows:
+            return torch.zeros(())
         tableau = self.solver.tableau(self.denoiser.prediction)
         return loss_backward(
-            self._view, batch.noise, tableau, lambda x, part: _telling(whole(x, part)), batch.cond,
-            self.execution.memory, self.execution.micro_batch,
+            self._view, batch.noise, tableau, loss, batch.cond, self.execution.memory, self.execution.micro_batch
         ).mean()  # fmt: skip
 
+    def _complete(self, loss: Tensor, share: float) -> Tensor:
+        """The mean loss of the whole batch, its gradient in the parameters: the sum of the ranks' by their shares."""
+        if self.group.size == 1:
+            return loss
+        loss = loss.cpu().double() * share
+        for p in self.solver.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.mul_(share)
+        self.group.sum_([loss, *(p.grad for p in self.solver.parameters() if p.grad is not None)])
+        return loss
+
     def _enough(self, part: Callable[[], Any]) -> Any:
-        """The result of a part of an update, which starts over with a cheaper execution where memory runs out."""
+        """The result of a part of an update, which starts over with a cheaper execution where memory runs out.
+
+        On any rank: all of them go on with the same.
+        """
         while True:
+            result, shortage = None, ""
             try:
-                return part()
+                result = part()
             except Exception as error:
-                if not out_of_memory(error):
+                # The other ranks of a network in lockstep wait within it, for a call that will not come.
+                if not out_of_memory(error) or self.group.lockstep:
                     raise
                 shortage = str(error).splitlines()[0]
-            self._go_on_with_less(shortage)  # outside the handler, which holds the frames that hold the memory
+            if not self.group.any(bool(shortage)):
+                return result
+            del result
+            # Outside the handler, which holds the frames that hold the memory.
+            self._go_on_with_less(shortage or "on another rank")
 
     def _go_on_with_less(self, shortage: str) -> None:
         """The next cheaper execution."""
@@ -187,9 +228,13 @@ class Trainer:
         """(tensors, numbers) from which ``load`` goes on bit for bit."""
         parts = {"solver": self.solver.state_dict(), "average": self.average.state_dict(), "best": self.best.tensors}
         numbers = {name: getattr(self, name) for name in ("skipped", "skipped_in_a_row", "rollbacks")}
-        numbers |= {"best": self.best.numbers(), "execution": [self._asked, str(self.execution)]}
+        numbers |= {
+            "best": self.best.numbers(),
+            "watch": self.watch.state(),
+            "execution": [self._asked, str(self.execution)],
+        }
         if self.adversary is not None:
-            parts["adversary"], numbers["adversary"] = self.adversary.state()
+            parts["adversary"] = self.adversary.state(self.group)
         tensors = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
         return tensors | optimizer_tensors(self.optimizer), numbers
 
@@ -200,7 +245,8 @@ class Trainer:
         self.best.load(under("best", tensors), numbers.get("best", {}))
         load_optimizer(self.optimizer, tensors)
         if self.adversary is not None:
-            self.adversary.load(under("adversary", tensors), numbers["adversary"])
+            self.adversary.load(under("adversary", tensors), self.group)
+        self.watch.load(numbers["watch"])
         self.step, self.skipped, self.skipped_in_a_row = step, numbers["skipped"], numbers["skipped_in_a_row"]
         self.rollbacks = numbers.get("rollbacks", 0)
         # Where nothing else was asked for, what did not fit before is not tried again: other ways round otherwise.

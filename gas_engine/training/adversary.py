@@ -1,0 +1,183 @@
+"""The discriminator that is trained beside a solver (GAS: arXiv 2510.17699, section 4.2, with the loss of R3GAN)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..costs import step_cost
+from ..distributed import ALONE, Group
+from ..iteration import Beside
+from ..losses.adversarial import discriminator_loss, generator_loss
+from ..memory import phase
+from .directory import load_optimizer, optimizer_tensors, under
+
+# Seeds of fresh noise lie beyond all that a teacher set or an evaluation is made of.
+FRESH = 2**40
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """How a discriminator takes part (the defaults are those of arXiv 2510.17699 for CIFAR-10).
+
+    ``weight``: of the generator's loss beside the distillation loss. ``rate``: of the discriminator's Adam. ``gamma``:
+    of R1 and R2. ``kind``, ``method``: of ``discriminator_loss``. ``fakes``: "fresh", the student's samples from noise
+    that it is not trained on, at the cost of K evaluations; or "reuse", those of the update before, which cost nothing,
+    but are paired with the teacher's samples of the same noise, and made by a solver that is one update old.
+    ``warm_up``: updates of the distillation loss alone, without the discriminator. ``micro_batch``: pairs at a time.
+    ``precision``: that the discriminator computes in, the samples' own unless given; its weights stay float32.
+    """
+
+    weight: float = 0.1
+    rate: float = 1e-5
+    gamma: float = 0.2
+    kind: Literal["relativistic", "non_saturating", "plain"] = "relativistic"
+    method: Literal["piecewise", "forward_over_reverse", "double_backward"] = "piecewise"
+    fakes: Literal["fresh", "reuse"] = "fresh"
+    warm_up: int = 0
+    micro_batch: int | None = None
+    precision: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("weight", 0.0), ("gamma", 0.0), ("warm_up", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.rate > 0:
+            raise ValueError(f"the discriminator's rate must be above 0, got {self.rate}")
+
+
+class Adversary:
+    """A discriminator with its optimiser: its own step first, then its ``loss`` within the solver's gradient.
+
+    The two share no graph, so an iteration's peak is the larger of theirs, not the sum. A gradient that is not finite
+    leaves weights and moments as they were, without the host waiting to know.
+
+    Memory: weights, two moments, and while it steps a gradient and what ``discriminator_loss`` takes.
+
+        adversary = Adversary(discriminator_for((3, 32, 32)), Adversarial(weight=0.1), device)
+        adversary.gradient(real, draw=lambda: rollout(denoiser, noise, tableau, cond))
+        adversary.update()
+        loss_backward(denoiser, x, tableau, lambda y, rows: distance(y, real[rows]) + adversary.loss(y, real, rows))
+    """
+
+    def __init__(self, discriminator: nn.Module, settings: Adversarial, device: torch.device | str = "cpu") -> None:
+        self.discriminator = discriminator.to(device).eval()
+        self.settings = settings
+        # Fused: one launch, and a step that the device itself leaves out when told of an infinity.
+        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=settings.rate, fused=True)
+        self.logits: Tensor | None = None  # D(real) - D(fake) of the newest step
+        self._seen: tuple[Tensor, Tensor] | None = None  # the solver's samples of its newest update, and the teacher's
+        self._sums: dict[str, Tensor] = {}
+
+    def active(self, step: int) -> bool:
+        """Whether update ``step``, counted from 0, has an adversarial part."""
+        return step >= self.settings.warm_up
+
+    def gradient(self, real: Tensor, draw: Callable[[], Tensor]) -> None:
+        """The gradient of a step on the pairs (real[i], fake[i]), [B, *shape] both; the samples get none.
+
+        Fakes are ``draw()``, or those of the update before if they are to be reused. B may be zero.
+        """
+        self.discriminator.requires_grad_(True)
+        self.optimizer.zero_grad()
+        if len(real) == 0:
+            return
+        fake, real = self._seen if self._seen is not None else (draw(), real)
+        losses = discriminator_loss(
+            self.discriminator, real.to(self.settings.precision), fake.to(self.settings.precision), **self._options
+        )  # fmt: skip
+        self.logits = losses.relativistic
+        for name, values in {
+            "d_loss": losses.loss, "d_gap": losses.relativistic.abs(), "r1": losses.r1, "r2": losses.r2
+        }.items():  # fmt: skip
+            self._add(name, values)
+
+    def update(self, group: Group = ALONE, share: float = 1.0) -> None:
+        """The step, on the mean of the ranks' gradients by their shares of the batch."""
+        network = self.discriminator
+        group.mean_gradients_(network, share)
+        norms = torch._foreach_norm([p.grad for p in network.parameters() if p.grad is not None])
+        infinite = ~torch.isfinite(torch.stack(norms)).all()
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, infinite.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        network.requires_grad_(False)
+        self._seen = None
+
+    def loss(self, samples: Tensor, real: Tensor, rows: slice) -> Tensor:
+        """The generator's loss of ``samples`` [b, *shape] against ``real[rows]``, weighted, [b]."""
+        self.discriminator.requires_grad_(False)
+        if self.settings.fakes == "reuse":
+            self._seen = self._seen or (torch.empty_like(real), real)
+            self._seen[0][rows] = samples.detach()
+        values = self.settings.weight * self._generator(samples, real[rows])
+        self._add("adversarial", values.detach())
+        return values
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self.settings, name) for name in ("gamma", "method", "kind", "micro_batch")}
+
+    def _generator(self, samples: Tensor, real: Tensor) -> Tensor:
+        given, real = samples.to(self.settings.precision), real.to(self.settings.precision)
+        return generator_loss(self.discriminator, given, real, kind=self.settings.kind).to(samples.dtype)
+
+    def _add(self, name: str, values: Tensor) -> None:
+        """Sum and number stay on the device until they are read."""
+        new = torch.stack([values.sum(dtype=torch.float64), values.new_full((), len(values), dtype=torch.float64)])
+        self._sums[name] = self._sums[name] + new if name in self._sums else new
+
+    def read(self, group: Group = ALONE) -> dict[str, float]:
+        """Means since the last call, over all ranks: the weighted adversarial loss, and the discriminator's, with its
+        mean |D(real) - D(fake)| and penalties. This waits for the device."""
+        names = ("adversarial", "d_loss", "d_gap", "r1", "r2")
+        sums = torch.stack([self._sums.get(name, torch.zeros(2, dtype=torch.float64)).cpu() for name in names])
+        group.sum_([sums])
+        self._sums = {}
+        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
+
+    def state(self, group: Group = ALONE) -> dict[str, Tensor]:
+        """What ``load`` goes on from, bit for bit."""
+        tensors = {f"discriminator.{key}": value for key, value in self.discriminator.state_dict().items()}
+        tensors |= optimizer_tensors(self.optimizer)
+        if self._seen is not None:
+            parts = group.gather([v.cpu() for v in self._seen])
+            tensors |= {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(("fake", "real"))}
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor], group: Group = ALONE) -> None:
+        """Inverse of ``state``, on any number of ranks."""
+        self.discriminator.load_state_dict(under("discriminator", tensors))
+        load_optimizer(self.optimizer, tensors)
+        device = next(self.discriminator.parameters()).device
+        self._seen = None
+        if "fake" in tensors:
+            mine = group.part(len(tensors["fake"]))
+            self._seen = (tensors["fake"][mine].to(device), tensors["real"][mine].to(device))
+
+    def beside(self, shape: Sequence[int], batch: int, steps: int) -> Beside:
+        """What an iteration of this batch takes for it, measured in fake tensors, for a plan of the whole."""
+        settings, network = self.settings, self.discriminator
+        weights, buffers = (sum(t.nbytes for t in ts) for ts in (network.parameters(), network.buffers()))
+        states = 4 * batch * math.prod(shape)
+
+        def step(fake: nn.Module) -> None:
+            with phase("host"):  # the samples are counted below
+                one, other = (torch.empty(batch, *shape) for _ in range(2))
+            discriminator_loss(fake, one.to(settings.precision), other.to(settings.precision), **self._options)
+
+        def loss(samples: Tensor, rows: slice) -> Tensor:
+            return settings.weight * self._generator(samples, torch.zeros_like(samples))
+
+        reuse = settings.fakes == "reuse"
+        peak, flops = step_cost(network, step)
+        # Weights and two moments; the gradient lives as long as the step.
+        return Beside(
+            3 * weights + buffers + (2 * states if reuse else 0), 0 if reuse else states, 0 if reuse else steps, peak,
+            flops, loss,
+        )  # fmt: skip
