@@ -106,12 +106,12 @@ class Trainer:
     def batch(self, step: int) -> Batch:
         """This rank's part of the batch of update ``step``, on the device."""
         rows = self.rows(step)
-        mine = rows[self.group.part(len(rows))]
+        part = self.group.part(len(rows))
+        mine, fresh = rows[part], [*range(FRESH + step * len(rows), FRESH + (step + 1) * len(rows))][part]
         noise, cond = seeded(self.denoiser, [self.seeds[row] for row in mine] or self.seeds[:1])
         noise, targets = noise[: len(mine)], self.targets[mine]  # a rank may have no rows
         cond = cond[: len(mine)].to(self.device, non_blocking=True) if cond is not None else None
         noise, targets = (v.to(self.device, non_blocking=True) for v in (noise, targets))
-        fresh = [FRESH + step * len(self.seeds) + row for row in mine]
         return Batch(mine, noise, cond, targets, fresh, len(mine) / len(rows))
 
     def update(self) -> Tensor:
