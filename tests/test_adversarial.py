@@ -190,9 +190,15 @@ def test_float32_is_near_float64():
 def test_bfloat16_images_and_float32_weights():
     D, (real, fake) = drawn(discriminator_for((3, 8, 8)), 0.1), images(4, 3, 8, 8)
     _, wanted = joint(D, real, fake)
-    losses = discriminator_loss(D.float(), real.bfloat16(), fake.bfloat16(), micro_batch=2)
-    assert losses.loss.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in gradients(D).values())
-    assert_same(D, wanted, 0.05)
+    errors = {}
+    for method in ("piecewise", "double_backward"):
+        D.float().zero_grad()
+        losses = discriminator_loss(D, real.bfloat16(), fake.bfloat16(), method=method, micro_batch=2)
+        assert losses.loss.dtype == torch.bfloat16
+        errors[method] = max(relative(g, wanted[name]) for name, g in gradients(D).items())
+    assert all(g.dtype == torch.float32 for g in gradients(D).values())
+    # Signs flip where rounding crosses a kink, in any method: the two are about as far from float64.
+    assert errors["piecewise"] < 2 * errors["double_backward"] < 0.6
 
 
 def test_the_same_bits_every_time():
