@@ -73,7 +73,9 @@ class Cache:
         size = sum(t.nbytes for t in made)
         if made and self.bytes + size <= self.limit:
             with phase("host"):
-                self._kept[piece, row] = tuple(t.to("cpu", copy=True) for t in made)
+                self._kept[piece, row] = tuple(
+                    torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t) for t in made
+                )
             self.bytes += size
         return made
 
