@@ -53,8 +53,8 @@ class Config:
     """Of the weights; the usual one of the model unless given."""
     guidance: bool = False
     """Train with classifier-free guidance: two network calls an evaluation."""
-    loss: Literal["l1", "l2", "lpips"] = "l1"
-    """Distance to the teacher's samples."""
+    loss: str = "l1"
+    """l1, l2, huber, lpips, lpips-alex, lpips-squeeze, or a sum such as lpips+0.1*l1."""
     weights: tuple[Weights, ...] = ("resident",)
     """What may be done with the weights: resident, streamed (from the host), int8, nf4."""
     evaluation_seconds: float | None = None

@@ -211,12 +211,12 @@ def plan(
     """Ways to run one training iteration of ``steps`` evaluations in ``budget`` bytes, fastest first.
 
     Nothing of the network is computed: it runs in fake tensors, and may itself be made of them. ``cond``: the condition
-    of one sample or more; ``loss``: "l1", "l2", "lpips", or ``loss(samples, rows) -> [b]`` as ``loss_backward`` takes
-    it, run once on zeros; ``dtype``: of the network's weights, if not their own. ``weights``: what may be done with
-    them. ``tableau``: the solver, a GeneralizedSolver of full order
-    unless given. ``evaluation_seconds``: measured, of one evaluation of the whole batch. ``beside``: what else
-    an iteration runs, such as a discriminator. ``probe``: measurements of
-    the same denoiser to go on with. ``on_probe`` hears what is measured next.
+    of one sample or more; ``loss``: a name as ``distillation_loss`` takes it, or ``loss(samples, rows) -> [b]`` as
+    ``loss_backward`` does, run once on zeros; ``dtype``: of the network's weights, if not their own. ``weights``: what
+    may be done with them. ``tableau``: the solver, a GeneralizedSolver of full order unless given.
+    ``evaluation_seconds``: measured, of one evaluation of the whole batch. ``beside``: what else an iteration runs,
+    such as a discriminator. ``probe``: measurements of the same denoiser to go on with. ``on_probe`` hears what is
+    measured next.
 
     Bytes are tensors': a CUDA context and the allocator's rounding come on top.
     Raises ValueError for numbers below 1, unknown names, a budget without a unit.
