@@ -146,8 +146,9 @@ class RunDirectory:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         older = self.checkpoints()
-        nearest = min(older, key=_distance)
-        kept = {final, nearest, *[path for path in older if _number(path) % every == 0][-keep:]}
+        measured = [path for path in older if _distance(path) < math.inf]
+        nearest = sorted(measured, key=_distance)[:1]
+        kept = {final, *nearest, *[path for path in older if _number(path) % every == 0][-keep:]}
         for path in older:
             if path not in kept:
                 _remove(path)

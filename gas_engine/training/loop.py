@@ -48,7 +48,7 @@ def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: 
             distance = None
             if config.evaluate_every and (step % config.evaluate_every == 0 or trainer.finished):
                 distance = measure(trainer, directory, config, selection)
-                row["distance"] = distance if math.isfinite(distance) else None
+                row["distance"] = distance
             last = trainer.finished
             if step % config.log_every == 0 or last:
                 row |= _metrics(trainer, loss)
@@ -59,7 +59,7 @@ def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: 
                 directory.attempt("metrics", partial(directory.log, {"step": step, **row}))
                 times = {f"times/{n}": t for n, t in enumerate(trainer.solver.times().tolist())}
                 write(step, row | times)
-                directory.attempt("metrics", partial(directory.log, _numbers_of(trainer), directory.history))
+                directory.attempt("the history", partial(directory.log, _numbers_of(trainer), directory.history))
             if step % config.sample_every == 0 or last:
                 _sample_grid(trainer, directory, selection)
             # A state from which updates are skipped is none to go back to.
@@ -67,7 +67,7 @@ def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: 
                 _save(trainer, directory, config, distance, last)
             if asked:
                 break
-    if asked:
+    if trainer.group.any(stop.asked is not None) or asked:  # also if it came while the last state was written
         console.print(
             f"{stop.name}: stopped after update {trainer.step}; go on with --out {directory.path} --resume",
             soft_wrap=True,
@@ -91,8 +91,8 @@ def resume(trainer: Trainer, directory: RunDirectory, config: Config, checkpoint
         directory.attempt("the best solver", partial(_write_best, trainer, directory, config))
 
 
-def measure(trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples) -> float:
-    """L1 distance of the averaged solver to the teacher on the selection seeds; the solver is kept if it is the best.
+def measure(trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples) -> float | None:
+    """L1 distance of the averaged solver to the teacher on the selection seeds, None if not finite; keeps the best.
 
     Draws nothing that training draws: an update seeds its own generators.
     """
@@ -104,7 +104,7 @@ def measure(trainer: Trainer, directory: RunDirectory, config: Config, selection
     distance = found.l1
     if trainer.best.see(trainer.step, distance, trainer.average):
         directory.attempt("the best solver", partial(_write_best, trainer, directory, config))
-    return distance
+    return distance if math.isfinite(distance) else None
 
 
 def _go_back(trainer: Trainer, directory: RunDirectory, config: Config, error: NotFinite) -> None:

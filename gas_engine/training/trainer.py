@@ -117,8 +117,8 @@ class Trainer:
     def update(self) -> Tensor:
         """One update; returns the loss (a scalar on the device, not read here, so that nothing waits for it).
 
-        The host waits for the device once, when the gradient of the solver arrives on the CPU, where its parameters
-        are; it knows then all that it needs, since a loss that is not finite has left a gradient that is not.
+        The host waits for the device where a gradient of the solver arrives on the CPU, with its parameters: once for
+        each micro-batch. It knows then all that it needs: a loss that is not finite has left a gradient that is not.
         """
         torch.manual_seed(self.seed * 1_000_003 + self.step)  # for networks that draw from the global generators
         batch = self._enough(lambda: self.batch(self.step))
