@@ -18,6 +18,8 @@ RESUMABLE = ("out", "resume", "device", "evaluation", "sample_batch")
 MEMORY = (
     "memory_budget", "checkpoint_every", "trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks",
     "loss_alone", "weights",
+    # Speed of the frozen network; its precision and its compiler stay what they were.
+    "channels_last", "cuda_graphs",
 )  # fmt: skip
 
 
