@@ -85,7 +85,7 @@ def discriminator_loss(
     | method | passes of each convolution, a side | keeps | exact for |
     |---|---|---|---|
     | piecewise | 4 | cotangents of convolutions, bits | piecewise linear networks; refuses others |
-    | forward_over_reverse | 9 | activations and their tangents | any network |
+    | forward_over_reverse | 9 | activations and their tangents | networks whose gradient has a forward derivative |
     | double_backward | 6 (7 at the fake side) | the graph of a side, and that of its gradient | any network |
     | random_direction | 6 | the graphs of two calls | nothing: a noisy estimate, see below |
 
