@@ -68,9 +68,9 @@ class CallCost:
 class Probe:
     """A denoiser in fake tensors, and what its calls cost; each is measured once.
 
-    ``dtype``: of its weights and arithmetic, if not their own. The denoiser is left as it is. ``cond``: its condition for one sample
-    or more. Modules that a plain function closes over are found; lean and block views need a function that is a
-    module. One that is built under FakeTensorMode must allow inputs that are not fake.
+    ``dtype``: of its weights and arithmetic, if not their own. The denoiser is left as it is. ``cond``: its condition
+    for one sample or more. Modules that a plain function closes over are found; lean and block views need a function
+    that is a module. One that is built under FakeTensorMode must allow inputs that are not fake.
     """
 
     def __init__(self, denoiser: Denoiser, cond: Any = None, dtype: torch.dtype | None = None) -> None:

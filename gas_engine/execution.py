@@ -30,8 +30,8 @@ class Execution:
     host memory block by block, which rebuilds the blocks as well; "nf4" (four bits) can be planned, and not run yet.
     ``precision``: of the network's weights and arithmetic, "fp32" as the model has them, or narrower, an approximation;
     states and told times keep theirs. ``channels_last``: the layout of its images. ``compile``: the network through
-    torch.compile, which then chooses what a graph keeps; ``cuda_graphs``: its calls replayed as CUDA graphs, one network
-    graph at a time. Both without blocks.
+    torch.compile, which then chooses what a graph keeps. ``cuda_graphs``: its calls replayed as CUDA graphs, one
+    network graph at a time. The latter two run no blocks.
 
         execution = Execution(MemoryPolicy(1), micro_batch=4, lean=True, blocks="auto")
         loss_backward(execution.view(denoiser), x, tableau, loss, cond, execution.memory, execution.micro_batch)
@@ -165,9 +165,9 @@ def _check_viewable(denoiser: Denoiser) -> None:
 def hidden(denoiser: Denoiser) -> str:
     """Why no view of this network can be made, and what to do."""
     return (
-        f"the function of {denoiser.name} closes over its network, so no view of the network (lean, blocks, streamed "
-        "or int8 weights, another precision, compiled) can take its place; make the function an nn.Module that holds the network, or derive from "
-        "Denoiser"
+        f"the function of {denoiser.name} closes over its network, so no view of the network (lean, blocks, compiled, "
+        "with streamed, int8 or narrower weights) can take its place; make the function an nn.Module that holds the "
+        "network, or derive from Denoiser"
     )
 
 

@@ -56,7 +56,9 @@ def test_precision(tiny, precision: str) -> None:
     for got, want in zip(grads, wanted_grads, strict=True):  # theta, xi (through the time label) and phi
         assert got.dtype == want.dtype and want.abs().sum() > 0
         assert relative(got, want) < second
-    assert all(torch.equal(p, before[name]) and p.dtype == before[name].dtype for name, p in denoiser.named_parameters())
+    assert all(
+        torch.equal(p, before[name]) and p.dtype == before[name].dtype for name, p in denoiser.named_parameters()
+    )
     small, large = (sum(p.nbytes for p in core(d).parameters()) for d in (half, denoiser))
     embedding = sum(p.nbytes for n, p in core(denoiser).named_parameters() if n.startswith("map_"))
     assert small == (large + embedding) // 2

@@ -66,8 +66,6 @@ def test_nothing_waits_inside_an_iteration(way: str, monkeypatch: pytest.MonkeyP
     tableau, x = solver.tableau("data"), torch.empty(4, *denoiser.shape, device="meta")
     memory = MemoryPolicy(1, split_guidance=way == "split")
     with Waits() as waits:
-        loss_backward(
-            execution.view(denoiser), x, tableau, lambda y, rows: y.abs().flatten(1).mean(1), cond, memory, 2
-        )
+        loss_backward(execution.view(denoiser), x, tableau, lambda y, rows: y.abs().flatten(1).mean(1), cond, memory, 2)
     assert waits.count == 2
     assert all(p.grad is not None for p in solver.parameters())

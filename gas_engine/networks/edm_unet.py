@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ._layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, UNetBlock
 
-
 # Labels are embedded in the precision that they come in, whatever that of the image is.
 _EMBEDDING = ["map_noise", "map_label", "map_augment", "map_layer0", "map_layer1"]
 
