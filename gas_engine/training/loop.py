@@ -54,18 +54,15 @@ def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: 
                 directory.save(step, tensors, numbers)
 
 
-class _NoEvents(contextlib.nullcontext[Any]):
+class _NoEvents:
     """Events of a process that writes none."""
-
-    def __enter__(self) -> Any:
-        return self
 
     def add_scalar(self, *_: Any) -> None: ...
 
 
 def _events(directory: RunDirectory, first: int) -> Any:
     if not directory.writes:
-        return _NoEvents()
+        return contextlib.nullcontext(_NoEvents())
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
 
     return SummaryWriter(str(directory.path), purge_step=first or None)

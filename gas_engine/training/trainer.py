@@ -50,6 +50,7 @@ class Trainer:
         self.execution, self._view = execution, execution.view(denoiser)
         self.cheaper = execution.cheaper(denoiser, group.most(recipe.batch))  # what to try when memory runs out
         self.notices: list[str] = []
+        self._shortage = "on another rank"
         self.optimizer = OPTIMIZERS[recipe.optimizer](solver.parameters(), lr=recipe.rate)
         self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
 
@@ -92,25 +93,12 @@ class Trainer:
         return loss
 
     def _gradient(self) -> Tensor | None:
-        """The mean loss of this step's batch, its gradient left in the parameters; None if memory ran out.
-
-        The gradient of the mean over the batch is the sum of those over the ranks' parts, by their sizes.
-        """
+        """The mean loss of this step's batch, its gradient left in the parameters; None if memory ran out anywhere."""
         rows = self.rows(self.step)
         mine = rows[self.group.part(len(rows))]
         self.optimizer.zero_grad()
         loss = self._gradient_of(mine) if mine else torch.zeros(())
-        if self.group.size == 1:
-            return loss
-        share, short = len(mine) / len(rows), torch.tensor(float(loss is None))
-        total = torch.zeros((), dtype=torch.float64) if loss is None else loss.detach().cpu().double() * share
-        for p in self.solver.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.mul_(share)
-        self.group.sum_([total, short, *(p.grad for p in self.solver.parameters() if p.grad is not None)])
-        if short > 0:
-            self._shortage = self._shortage if loss is None else "on another rank"
-            return None
-        return total
+        return self.group.mean_(self.solver.parameters(), loss, len(mine) / len(rows))
 
     def _gradient_of(self, rows: list[int]) -> Tensor | None:
         """The mean loss of the rows, its gradient left in the parameters; None if memory ran out."""
