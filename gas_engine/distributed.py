@@ -261,7 +261,8 @@ class Group:
             dist.destroy_process_group()
 
     def _alone(self, error: BaseException) -> RankLost:
-        reason = next(iter(str(error).strip().splitlines()), "no reason given")
+        # "[where in the library] what happened. What that is typically caused by. ..."
+        reason = str(error).strip().partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
         return RankLost(
             f"rank {self.rank} of {self.size} stops, since another process ended or does not answer ({reason}); what "
             "was written is whole: start all processes again, a training run with --resume"

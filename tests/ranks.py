@@ -150,10 +150,12 @@ def sharded(group: Group) -> dict[str, dict[str, Any]]:
     for name, seen, memory in (
         ("perceptron", "plain", MemoryPolicy(1)), ("perceptron", "lean", MemoryPolicy(2)),
         ("perceptron", "blocks", MemoryPolicy(1, "offload", loss_alone=True)),
-        ("perceptron", "both", MemoryPolicy(0)), ("unet", "both", MemoryPolicy(1)),
+        ("perceptron", "both", MemoryPolicy(0)), ("tied", "plain", MemoryPolicy(1)), ("unet", "both", MemoryPolicy(1)),
     ):  # fmt: skip
         torch.manual_seed(0)
-        whole = toy.make_perceptron() if name == "perceptron" else architecture("cifar10").denoiser(small=True)
+        whole = architecture("cifar10").denoiser(small=True) if name == "unet" else toy.make_perceptron()
+        if name == "tied":  # like the embeddings of some transformers
+            whole.function.layers[1].up = whole.function.layers[0].up
         whole = views[seen](whole.requires_grad_(False))
         assert isinstance(whole, Denoiser | EDMDenoiser) and whole.shape is not None
         noise = torch.randn(4, *whole.shape)[group.part(4)]
@@ -169,7 +171,8 @@ def sharded(group: Group) -> dict[str, dict[str, Any]]:
         found[f"{name} {seen}"] = {
             "wanted": gradient(whole),
             "found": [gradient(parts), gradient(parts)],
-            "share": sum(p.to_local().nbytes for p in parts.parameters()) / sum(p.nbytes for p in whole.parameters()),
+            "share": sum(getattr(p, "_local_tensor", p).nbytes for p in parts.parameters())
+            / sum(p.nbytes for p in whole.parameters()),
         }
     return found
 
