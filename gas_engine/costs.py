@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from .denoiser import Denoiser
-from .execution import Execution
+from .execution import Execution, viewable
 from .losses.distillation import distillation_loss
-from .memory import ByteTracker, phase
+from .memory import ByteTracker, cast, phase
 from .memory.blocks import repeated_blocks
 from .schedule import Schedule
 
@@ -68,9 +68,9 @@ class CallCost:
 class Probe:
     """A denoiser in fake tensors, and what its calls cost; each is measured once.
 
-    ``dtype``: of its weights, if not their own. The denoiser is left as it is. ``cond``: its condition for one sample
-    or more. Modules that a plain function closes over are found; lean and block views need a function that is a
-    module. One that is built under FakeTensorMode must allow inputs that are not fake.
+    ``dtype``: of its weights and arithmetic, if not their own. The denoiser is left as it is. ``cond``: its condition
+    for one sample or more. Modules that a plain function closes over are found; lean and block views need a function
+    that is a module. One that is built under FakeTensorMode must allow inputs that are not fake.
     """
 
     def __init__(self, denoiser: Denoiser, cond: Any = None, dtype: torch.dtype | None = None) -> None:
@@ -81,7 +81,9 @@ class Probe:
             raise ValueError(f"{denoiser.name} does not say the shape of its states; give shape= to plan its memory")
         self.shape, self.cond = denoiser.shape, cond
         with self.mode:
-            self.denoiser = _in_fake_tensors(denoiser, tensors, dtype)
+            self.denoiser = _in_fake_tensors(denoiser, tensors, None if viewable(denoiser) else dtype)
+            if dtype is not None and viewable(denoiser):
+                self.denoiser = cast(self.denoiser, dtype)  # type: ignore[assignment]
         self.device = next((t.device for t in tensors if not isinstance(t, FakeTensor)), torch.device("cpu"))
         sizes = {id(p): p.nbytes for p in (*self.denoiser.parameters(), *self.denoiser.buffers())}
         self.weights = sum(sizes.values())

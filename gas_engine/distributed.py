@@ -6,7 +6,8 @@ hundred numbers. The network is frozen and needs no word, unless its weights are
 
 | | says | how |
 |---|---|---|
-| solver | its gradient, the loss, whether memory ran out | `sum_`: one all-reduce of float64 on the host |
+| solver | its gradient and the loss | `mean_`: one all-reduce of float64 on the host |
+| any part of an update | whether memory ran out | `any` |
 | discriminator | its gradients | `mean_gradients_`: buckets, where they are |
 | teacher, evaluation | samples, distances | `map`: whole batches, one process each |
 | directory, resuming | what rank 0 found | `first` |
@@ -52,9 +53,10 @@ class Group:
     equally many.
 
         with Group.from_environment() as group:
-            rows = rows[group.part(len(rows))]
+            mine = rows[group.part(len(rows))]
             ...
-            group.sum_([loss, *gradients])
+            loss = group.mean_(solver.parameters(), loss, len(mine) / len(rows))
+            optimizer.step()
     """
 
     rank: int = 0
@@ -160,6 +162,21 @@ class Group:
         for t, values in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             t.copy_(values.view_as(t))
 
+    def mean_(self, parameters: Iterable[nn.Parameter], loss: Tensor, share: float) -> Tensor:
+        """The mean loss over a batch, from that over this rank's ``share`` of it, and the parameters' gradients
+        likewise, in place.
+
+        One ``sum_``: a float64 of 8 bytes for every number. A gradient that is not finite on one rank is so on all.
+        """
+        if self.size == 1:
+            return loss
+        parameters = [*parameters]
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.mul_(share)
+        total = loss.detach().cpu().double() * share
+        self.sum_([total, *(p.grad for p in parameters if p.grad is not None)])
+        return total
+
     def mean_gradients_(self, module: nn.Module, weight: float, bucket_bytes: int = 25 * 2**20) -> None:
         """Replace the ``.grad`` of trainable parameters by ``sum over ranks of weight * grad``.
 
@@ -240,13 +257,14 @@ class Group:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Leave the group; a lost connection becomes ``RankLost``."""
-        if self.size > 1 and error is None:
-            dist.destroy_process_group()
-        elif self.size > 1 and error is not None and _lost(error):
+        if self.size > 1 and error is not None and _lost(error):
             raise self._alone(error) from error
+        if self.size > 1:
+            dist.destroy_process_group()
 
     def _alone(self, error: BaseException) -> RankLost:
-        reason = next(iter(str(error).strip().splitlines()), "no reason given")
+        # "[where in the library] what happened. What that is typically caused by. ..."
+        reason = str(error).strip().partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
         return RankLost(
             f"rank {self.rank} of {self.size} stops, since another process ended or does not answer ({reason}); what "
             "was written is whole: start all processes again, a training run with --resume"

@@ -30,7 +30,8 @@ class Execution:
     host memory block by block, which rebuilds the blocks as well; "nf4" (four bits) can be planned, and not run yet.
     ``precision``: of the network's weights and arithmetic, "fp32" as the model has them, or narrower, an approximation;
     states and told times keep theirs. ``channels_last``: the layout of its images. ``compile``: the network through
-    torch.compile; ``cuda_graphs``: its calls replayed as CUDA graphs, one graph at a time; both without blocks.
+    torch.compile, which then chooses what a graph keeps. ``cuda_graphs``: its calls replayed as CUDA graphs, one
+    network graph at a time. The latter two run no blocks.
 
         execution = Execution(MemoryPolicy(1), micro_batch=4, lean=True, blocks="auto")
         loss_backward(execution.view(denoiser), x, tableau, loss, cond, execution.memory, execution.micro_batch)
@@ -63,8 +64,11 @@ class Execution:
                     f"{name} makes one piece of a network's call, and blocks={self.blocks!r} with {self.weights} "
                     f"weights run it block by block; leave out one or the other"
                 )
-        if self.compile and self.cuda_graphs:
-            raise ValueError("compile and cuda_graphs are two ways to run the network's call; leave out one of them")
+        if self.compile and (self.cuda_graphs or self.lean):
+            other = "cuda_graphs replays" if self.cuda_graphs else "lean chooses"
+            raise ValueError(
+                f"compile makes the network's code and chooses what its graph keeps, and {other} another; leave out one"
+            )
         if self.cuda_graphs and self.memory.checkpoint_every != 1:
             raise ValueError(
                 "cuda_graphs has the memory of one network graph, so checkpoint_every must be 1, "
@@ -121,7 +125,7 @@ class Execution:
         if now.memory.checkpoint_every != 1:
             now = replace(now, memory=replace(now.memory, checkpoint_every=1))
             yield now
-        if not now.lean and viewable(denoiser):
+        if not now.lean and not now.compile and viewable(denoiser):
             now = replace(now, lean=True)
             yield now
         size = min(now.micro_batch or batch, batch)
@@ -161,9 +165,9 @@ def _check_viewable(denoiser: Denoiser) -> None:
 def hidden(denoiser: Denoiser) -> str:
     """Why no view of this network can be made, and what to do."""
     return (
-        f"the function of {denoiser.name} closes over its network, so no view of the network (lean, blocks, streamed "
-        "or int8 weights, another precision, compiled) can take its place; make the function an nn.Module that holds the network, or derive from "
-        "Denoiser"
+        f"the function of {denoiser.name} closes over its network, so no view of the network (lean, blocks, compiled, "
+        "with streamed, int8 or narrower weights) can take its place; make the function an nn.Module that holds the "
+        "network, or derive from Denoiser"
     )
 
 

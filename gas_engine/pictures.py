@@ -125,15 +125,18 @@ def history_plot(
     top.legend(fontsize=8, loc="center right")
     lags = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, max(steps, 2)))
     for line, (name, values) in enumerate((("A", a - a[0]), ("B", b - b[0])), start=1):
-        limit = 1.05 * max(float(np.abs(np.tril(values)).max()), 1e-12)
+        limit = 1.3 * max(float(np.abs(np.tril(values)).max()), 1e-12)
+        mark = float(f"{limit / 1.5:.0e}")
+        ticks = [-mark, -mark / 10, 0, mark / 10, mark]
         for n in range(steps):
             axis = figure.add_subplot(grid[line, n])
             for j in range(n + 1):
                 axis.plot(updates, values[:, n, j], color=lags[n - j], lw=1.2, label=f"{n - j}")
             axis.axhline(0, color="0.8", lw=0.8, zorder=0)
-            axis.set_yscale(
-                "symlog", linthresh=limit / 20
-            )  # small moves of early steps beside large ones of late steps
+            # Early steps move little, late ones much: linear up to a tenth, then logarithmic.
+            axis.set_yscale("symlog", linthresh=mark / 10)
+            axis.set_yticks(ticks, [f"{v:g}" for v in ticks])
+            axis.minorticks_off()
             axis.set(ylim=(-limit, limit))
             axis.set_title(f"{name}, step {n + 1}", fontsize=9)
             axis.tick_params(labelsize=7, labelleft=n == 0)

@@ -23,7 +23,7 @@ from ._cli import InputError, command, console, progress, writable
 from .adapters import load_denoiser
 from .architectures import ARCHITECTURES
 from .denoiser import Denoiser
-from .execution import BLOCKS, WEIGHTS, Weights
+from .execution import BLOCKS, DTYPES, WEIGHTS, Weights
 from .files import atomic
 from .guidance import guided
 from .memory import MemoryPolicy
@@ -34,7 +34,6 @@ HEADS = {
     "weights": "kind", "trajectory": "states", "graphs": "kept", "micro_batch": "micro", "forward_bytes": "fwd",
     "loss_bytes": "loss", "backward_bytes": "bwd", "before_bytes": "before", "weight_bytes": "weights", "bytes": "peak",
 }  # fmt: skip
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -50,11 +49,11 @@ class Config:
     memory_budget: str = "8GiB"
     """Bytes of the device for tensors, such as 8GiB; a CUDA context needs about half a GiB more."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the weights; the usual one of the model unless given."""
+    """Of the network's weights and arithmetic (train --precision); the usual one of the model unless given."""
     guidance: bool = False
     """Train with classifier-free guidance: two network calls an evaluation."""
-    loss: Literal["l1", "l2", "lpips"] = "l1"
-    """Distance to the teacher's samples."""
+    loss: str = "l1"
+    """l1, l2, huber, lpips, lpips-alex, lpips-squeeze, or a sum such as lpips+0.1*l1."""
     weights: tuple[Weights, ...] = ("resident",)
     """What may be done with the weights: resident, streamed (from the host), int8, nf4."""
     evaluation_seconds: float | None = None

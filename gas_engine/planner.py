@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from .costs import Loss, Probe, loss_against_zeros
 from .denoiser import Denoiser
-from .execution import BLOCKS, WEIGHTS, Execution, Weights, hidden, viewable
+from .execution import BLOCKS, DTYPES, WEIGHTS, Execution, Weights, hidden, viewable
 from .guidance import GuidedDenoiser, guided
 from .iteration import Beside, Iteration, Speed, Way
 from .memory import MemoryPolicy
@@ -84,7 +84,10 @@ class Plan:
     @property
     def execution(self) -> Execution:
         """What runs the iteration so."""
-        return Execution(self.memory, self.micro_batch, self.lean, self.blocks, self.weights)
+        return replace(
+            self._plans.like, memory=self.memory, micro_batch=self.micro_batch, lean=self.lean, blocks=self.blocks,
+            weights=self.weights,
+        )  # fmt: skip
 
     def cheaper(self, fraction: float = 0.85) -> Plan:
         """The fastest plan that needs at most this fraction of the bytes that are not weights.
@@ -111,8 +114,8 @@ class Plans(Sequence[Plan]):
     ``choice`` is the first feasible one. Raises ValueError there if no plan fits, with the smallest that there is.
     """
 
-    def __init__(self, iteration: Iteration, ways: list[Way], budget: int) -> None:
-        self.iteration, self.ways, self.budget = iteration, ways, budget
+    def __init__(self, iteration: Iteration, ways: list[Way], budget: int, like: Execution) -> None:
+        self.iteration, self.ways, self.budget, self.like = iteration, ways, budget, like
         self.plans = sorted(
             (self._plan(way, weights, budget) for weights, way in self._combinations()),
             key=lambda plan: (plan.passes, WEIGHTS.index(plan.weights), plan.bytes),
@@ -149,7 +152,7 @@ class Plans(Sequence[Plan]):
 
     def within(self, budget: int) -> Plans:
         """The same ways for another budget; nothing is measured again."""
-        return Plans(self.iteration, self.ways, budget)
+        return Plans(self.iteration, self.ways, budget, self.like)
 
     def groups(self) -> list[Plan]:
         """For each weights, blocks, guidance and trajectory: the fastest that fits, else the smallest."""
@@ -201,6 +204,7 @@ def plan(
     lean: bool = True,
     blocks: Sequence[str] = BLOCKS,
     weights: Sequence[Weights] = ("resident",),
+    like: Execution | None = None,
     tableau: Tableau | None = None,
     evaluation_seconds: float | None = None,
     speed: Speed | None = None,
@@ -211,12 +215,13 @@ def plan(
     """Ways to run one training iteration of ``steps`` evaluations in ``budget`` bytes, fastest first.
 
     Nothing of the network is computed: it runs in fake tensors, and may itself be made of them. ``cond``: the condition
-    of one sample or more; ``loss``: "l1", "l2", "lpips", or ``loss(samples, rows) -> [b]`` as ``loss_backward`` takes
-    it, run once on zeros; ``dtype``: of the network's weights, if not their own. ``weights``: what may be done with
-    them. ``tableau``: the solver, a GeneralizedSolver of full order
-    unless given. ``evaluation_seconds``: measured, of one evaluation of the whole batch. ``beside``: what else
-    an iteration runs, such as a discriminator. ``probe``: measurements of
-    the same denoiser to go on with. ``on_probe`` hears what is measured next.
+    of one sample or more; ``loss``: a name as ``distillation_loss`` takes it, or ``loss(samples, rows) -> [b]`` as
+    ``loss_backward`` does, run once on zeros; ``dtype``: of the network's weights and arithmetic, if not their own.
+    ``weights``: what may be done with them. ``like``: an execution with what no plan chooses (precision, channels
+    last), which plans hand on. ``tableau``: the solver, a GeneralizedSolver of full order unless given.
+    ``evaluation_seconds``: measured, of one evaluation of the whole batch. ``beside``: what else an iteration runs,
+    such as a discriminator. ``probe``: measurements of the same denoiser to go on with. ``on_probe`` hears what is
+    measured next.
 
     Bytes are tensors': a CUDA context and the allocator's rounding come on top.
     Raises ValueError for numbers below 1, unknown names, a budget without a unit.
@@ -239,6 +244,14 @@ def plan(
         guide = lambda network: guided(network, scale, null)  # noqa: E731
     if cond is None and base.classes:
         cond = torch.zeros(1, dtype=torch.int64)
+    like = like or Execution()
+    if like.compile or like.cuda_graphs:
+        raise ValueError(
+            "a plan counts the bytes of the network as it is, not of what compile or cuda_graphs makes of it; leave "
+            "out one or the other"
+        )
+    if dtype is None and like.precision != "fp32":
+        dtype = DTYPES[like.precision]
     if not viewable(base):  # nothing can take the place of its network
         if tuple(weights) != ("resident",):
             raise ValueError(hidden(base))
@@ -275,7 +288,7 @@ def plan(
         probe, steps, batch, lean, tuple(weights), 1 if guide is _as_it_is else 2, loss_flops, loss_bytes,
         speed or Speed(), evaluation_seconds, beside,
     )  # fmt: skip
-    return Plans(iteration, ways, size)
+    return Plans(iteration, ways, size, like)
 
 
 def _sum(one: Loss, other: Loss) -> Loss:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gas_engine.costs import Probe, loss_against_zeros
 from gas_engine.losses import VAE, DistillationLoss, decoded, distillation_loss
 from gas_engine.losses.distillation import LOSSES
 from gas_engine.losses.perceptual import NETWORKS, Perceptual, _Layer
@@ -209,6 +210,19 @@ def test_lpips_keeps_less_than_the_package():
             value_and_gradient(lambda a, b, loss=loss: loss(a, b).flatten(), *samples)
         peaks.append(bytes.peak)
     assert peaks[0] < 2 / 3 * peaks[1]
+
+
+def test_a_plan_sees_the_chunk(tiny):
+    """What batches 1 and 2 take tells what any batch takes: a chunk of one is in the numbers of a plan."""
+    pytest.importorskip("lpips", reason="needs lpips: pip install lpips torchvision")
+    probe = Probe(tiny())
+    loss, weights = loss_against_zeros("lpips-alex + l1", probe)
+    of_many = distillation_loss("lpips-alex + l1", trained=False)
+    one, two = (probe.loss_cost(loss, n)[0] for n in (1, 2))
+    six, _ = probe.loss_cost(lambda x, rows: of_many(x, torch.zeros(6, *probe.shape)[rows]), 6)
+    target = 6 * 4 * torch.Size(probe.shape).numel()
+    assert six - target == pytest.approx(one + 5 * (two - one), abs=2048) and six < 1.1 * one
+    assert weights == of_many.weight_bytes > 4 * 2_000_000
 
 
 # Caches

@@ -134,13 +134,12 @@ class _Reader(pickle.Unpickler):
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
     def _tensor(self, storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> Tensor:
-        if not isinstance(storage, torch.storage.TypedStorage | torch.UntypedStorage):
+        if not isinstance(storage, torch.storage.TypedStorage):
             raise ValueError(f"a tensor's storage is {type(storage).__name__}")
+        count = storage._untyped_storage.nbytes() // storage.dtype.itemsize
         reach = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
-        if min((offset, *size, *stride)) < 0 or (0 not in size and reach > storage.size()):
-            raise ValueError(
-                f"a tensor of size {tuple(size)} reaches outside of its storage of {storage.size()} numbers"
-            )
+        if min((offset, *size, *stride)) < 0 or (0 not in size and reach > count):
+            raise ValueError(f"a tensor of size {tuple(size)} reaches outside of its storage of {count} numbers")
         return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, OrderedDict())
 
     def _parameter(self, data: Any, *rest: Any) -> Tensor:

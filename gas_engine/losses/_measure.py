@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from ..memory import phase
 
 Made = tuple[Tensor, ...]
+Values = Callable[[Tensor, slice], Tensor]  # of the samples of a chunk, and their rows in the batch
 
 
 class Measure:
@@ -59,10 +60,8 @@ class Cache:
 
     def made(self, piece: int, rows: Sequence[int], y: Tensor, make: Callable[[Tensor], Made]) -> Made:
         """``make(y)`` of the samples y [b, ...] with these rows of the teacher set."""
-        return tuple(
-            torch.cat(parts) for parts in zip(*(self._one(piece, *v, make) for v in zip(rows, y.split(1), strict=True)),
-                                              strict=True)
-        )  # fmt: skip
+        ones = [self._one(piece, row, sample, make) for row, sample in zip(rows, y.split(1), strict=True)]
+        return tuple(torch.cat(parts) for parts in zip(*ones, strict=True))
 
     def _one(self, piece: int, row: int, y: Tensor, make: Callable[[Tensor], Made]) -> Made:
         if (kept := self._kept.get((piece, row))) is not None:
@@ -71,14 +70,13 @@ class Cache:
         self.misses += 1
         made = make(y)
         size = sum(t.nbytes for t in made)
-        if made and self.bytes + size <= self.limit:
+        if self.bytes + size <= self.limit:
             with phase("host"):
-                self._kept[piece, row] = tuple(t.to("cpu", copy=True) for t in made)
+                self._kept[piece, row] = tuple(
+                    torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t) for t in made
+                )
             self.bytes += size
         return made
-
-
-Values = Callable[[Tensor, slice], Tensor]
 
 
 class ByPieces(torch.autograd.Function):

@@ -87,13 +87,21 @@ def forward_over_reverse(
     (a, v_real), (b, v_fake) = first(real), first(fake)
     for x, v, s in zip((real, fake), (v_real, v_fake), _slopes(pairing, a, b), strict=True):
         with forward_ad.dual_level():
-            logits = logits_of(D, forward_ad.make_dual(x, gamma * v), cond)
             cotangent = forward_ad.make_dual(torch.ones_like(s), s)
-            gradients = torch.autograd.grad(logits, parameters, cotangent, allow_unused=True)
-            for p, g in zip(parameters, gradients, strict=True):
+
+            def gradients(x: Tensor, cotangent: Tensor, again: bool) -> Any:
+                logits = logits_of(D, x, cond)
+                return torch.autograd.grad(logits, parameters, cotangent, allow_unused=True, create_graph=again)
+
+            moving = forward_ad.make_dual(x, gamma * v)
+            try:
+                found = gradients(moving, cotangent, False)
+            except NotImplementedError:  # of some gradients PyTorch knows the derivative only where a tape asks for it
+                found = gradients(moving, cotangent, True)
+            for p, g in zip(parameters, found, strict=True):
                 tangent = None if g is None else forward_ad.unpack_dual(g).tangent
                 if tangent is not None:
-                    accumulate(p, weight * tangent)
+                    accumulate(p, weight * tangent.detach())
     return a, b, _squared(v_real), _squared(v_fake)
 
 

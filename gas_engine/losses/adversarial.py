@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..gradients import take
 from ..networks.r3gan import R3GANDiscriminator
 from ._penalty import (
     Pairing,
@@ -85,7 +86,7 @@ def discriminator_loss(
     | method | passes of each convolution, a side | keeps | exact for |
     |---|---|---|---|
     | piecewise | 4 | cotangents of convolutions, bits | piecewise linear networks; refuses others |
-    | forward_over_reverse | 9 | activations and their tangents | any network |
+    | forward_over_reverse | 9 | activations and their tangents | networks whose gradient has a forward derivative |
     | double_backward | 6 (7 at the fake side) | the graph of a side, and that of its gradient | any network |
     | random_direction | 6 | the graphs of two calls | nothing: a noisy estimate, see below |
 
@@ -94,9 +95,10 @@ def discriminator_loss(
     micro_batch: pairs at a time, the result is the same up to rounding; by default all, in `piecewise` on a CPU as many
     as fit the caches.
 
-    Shapes and dtypes: real, fake [B, C, H, W] floating, cond what D takes, with B in front; results [B] in the dtype of
-    D's output. Raises ValueError for unlike shapes, unknown names, a micro-batch below one, gamma below zero, and in
-    `piecewise` for a network that is not piecewise linear, naming the module.
+    Shapes and dtypes: real, fake [B, C, H, W] in the dtype that D shall run in, cond what D takes, tensors of B rows
+    (or one) in any container; results [B] in the dtype of D's output, gradients in that of the weights.
+    Raises ValueError for unlike shapes, unknown names, a micro-batch below one, gamma below zero, and in `piecewise`
+    for a network that is not piecewise linear, naming the module.
 
         losses = discriminator_loss(D, real, fake)
         optimizer.step(), optimizer.zero_grad()
@@ -114,7 +116,7 @@ def discriminator_loss(
         micro_batch = _fitting(D, real) if method == "piecewise" else len(real)
     run = run if gamma else without_penalty
     parts = [
-        run(D, real[rows], fake[rows], _of(cond, rows, len(real)), gamma, pairing, 1 / len(real))
+        run(D, real[rows], fake[rows], take(cond, rows, len(real)), gamma, pairing, 1 / len(real))
         for rows in _rows(len(real), micro_batch)
     ]
     a, b, r1, r2 = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -157,11 +159,6 @@ def _fitting(D: nn.Module, real: Tensor) -> int:
 
 def _rows(count: int, size: int) -> Iterator[slice]:
     return (slice(i, i + size) for i in range(0, count, size))
-
-
-def _of(cond: Any, rows: slice, count: int) -> Any:
-    """The condition of these samples: tensors and lists with one entry a sample are cut, anything else is shared."""
-    return cond[rows] if isinstance(cond, Tensor | list | tuple) and len(cond) == count else cond
 
 
 def _named(name: str, known: dict[str, Any], what: str) -> Any:

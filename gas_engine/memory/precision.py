@@ -24,12 +24,12 @@ __all__ = ["cast", "core"]
 
 def core(network: nn.Module) -> nn.Module:
     """The innermost module with children that holds all the weights: what is around it only scales and labels."""
-    while True:
-        inside = [m for m in network.children() if any(True for _ in m.parameters())]
-        own = any(True for _ in network.parameters(recurse=False))
-        if own or len(inside) != 1 or not any(True for _ in inside[0].children()):
-            return network
-        network = inside[0]
+    inside = [m for m in network.children() if any(True for _ in m.parameters())]
+    own = any(True for _ in network.parameters(recurse=False))
+    if own or len(inside) != 1 or not any(True for _ in inside[0].children()):
+        return network
+    # A list of layers is nobody's network: it is not called itself.
+    return network if isinstance(inside[0], nn.ModuleList | nn.ModuleDict) else core(inside[0])
 
 
 def cast(

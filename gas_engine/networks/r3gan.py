@@ -145,7 +145,8 @@ class R3GANDiscriminator(nn.Module):
         if self.classes:
             state["EmbeddingLayer.weight"] = torch.ones_like(self.EmbeddingLayer.weight)
         for name, kernel in self.named_buffers():
-            if name in state and not torch.allclose(state[name].to(kernel), kernel, atol=1e-6):
+            given = state.get(name, kernel).to(kernel)
+            if given.shape != kernel.shape or not torch.allclose(given, kernel, atol=1e-6):
                 raise ValueError(f"{name} is not the filter of this network: give its row sums as resample_filter")
         try:
             self.load_state_dict(state, strict=True)

@@ -202,7 +202,7 @@ def gradients(
     small = (weight, bias, scale, shift)
     check(x, num_groups, act, *small)
     dx, dscale, dshift = grads = _gradients(g, x, scale, shift, wanted, over)
-    if isinstance(x, torch._subclasses.FakeTensor):
+    if x.is_meta or isinstance(x, torch._subclasses.FakeTensor):
         return grads
     if x.numel() == 0:
         for t in grads:

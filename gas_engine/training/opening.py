@@ -19,6 +19,8 @@ RESUMABLE = ("out", "resume", "device", "evaluation", "sample_batch", "compare")
 MEMORY = (
     "memory_budget", "checkpoint_every", "trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks",
     "loss_alone", "weights", "shard",
+    # Speed of the frozen network; its precision and its compiler stay what they were.
+    "channels_last", "cuda_graphs",
 )  # fmt: skip
 # The same, and the result is the same to the bit.
 OUTPUT = ("keep", "logger")

@@ -51,6 +51,15 @@ class Config:
     """Frozen weights on the device, in eight bits there (torchao), or in host memory, brought block by block."""
     shard: bool = False
     """Spread the frozen weights over the processes of torchrun, for a network that does not fit one card."""
+    # Speed of the frozen network.
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of its weights and arithmetic, in all of the run; states and times keep theirs. fp32 is as the model has them."""
+    channels_last: bool = False
+    """Lay out its images with their channels last."""
+    compile: bool = False
+    """Run it through torch.compile in updates."""
+    cuda_graphs: bool = False
+    """Replay its calls as CUDA graphs in updates, for small networks."""
     recipe: Literal["auto", "quick", "paper"] = "auto"
     """auto is quick for digits and paper for everything else."""
     iterations: int | None = None

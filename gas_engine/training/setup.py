@@ -126,7 +126,15 @@ def execution(config: Config) -> Execution:
     meter = BitsLost() if where == "reversible" and not config.carry else None
     memory = MemoryPolicy(config.checkpoint_every, where, config.carry, loss_alone=config.loss_alone, meter=meter)
     micro_batch = None if config.micro_batch == "auto" else config.micro_batch
-    return Execution(memory, micro_batch, config.lean, config.checkpoint_blocks, config.weights)
+    if config.memory_budget is not None and (config.compile or config.cuda_graphs):
+        raise InputError(
+            "--memory-budget counts the bytes of the network as it is, not of what --compile or --cuda-graphs makes of "
+            "it; leave out one or the other"
+        )
+    return Execution(
+        memory, micro_batch, config.lean, config.checkpoint_blocks, config.weights,
+        config.precision, config.channels_last, config.compile, config.cuda_graphs,
+    )  # fmt: skip
 
 
 def sharded(denoiser: Denoiser, execution: Execution, device: torch.device) -> tuple[Denoiser, Execution]:
@@ -170,7 +178,7 @@ def plans(
         task = bar.add_task("plan", total=2 + len(BLOCKS), note="")
         found = plan(
             model, config.steps, batch, config.memory_budget, loss=config.loss, weights=(config.weights,),
-            tableau=solver.tableau(model.prediction), evaluation_seconds=seconds,
+            like=execution(config), tableau=solver.tableau(model.prediction), evaluation_seconds=seconds,
             beside=None if adversary is None else adversary.beside(model.shape or (), batch, config.steps),
             on_probe=lambda what: bar.update(task, advance=1, note=what),
         )  # fmt: skip
@@ -212,6 +220,7 @@ def teacher_set(
     teacher = config.teacher
     name = f"teacher-{Path(config.model).stem.replace(':', '-')}-{teacher.solver}-{teacher.steps}-{teacher.grid}"
     name += "-int8" if config.weights == "int8" else ""
+    name += f"-{config.precision}" if config.precision != "fp32" else ""
     out = config.teacher_set or Path("runs") / name
     make_teacher_set(denoiser, seeds, teacher, out, batch=config.sample_batch, device=device, group=group)
     found, samples = load_teacher_set(out)

@@ -106,12 +106,12 @@ class Trainer:
     def batch(self, step: int) -> Batch:
         """This rank's part of the batch of update ``step``, on the device."""
         rows = self.rows(step)
-        mine = rows[self.group.part(len(rows))]
+        part = self.group.part(len(rows))
+        mine, fresh = rows[part], [*range(FRESH + step * len(rows), FRESH + (step + 1) * len(rows))][part]
         noise, cond = seeded(self.denoiser, [self.seeds[row] for row in mine] or self.seeds[:1])
         noise, targets = noise[: len(mine)], self.targets[mine]  # a rank may have no rows
         cond = cond[: len(mine)].to(self.device, non_blocking=True) if cond is not None else None
         noise, targets = (v.to(self.device, non_blocking=True) for v in (noise, targets))
-        fresh = [FRESH + step * len(self.seeds) + row for row in mine]
         return Batch(mine, noise, cond, targets, fresh, len(mine) / len(rows))
 
     def update(self) -> Tensor:
@@ -127,7 +127,7 @@ class Trainer:
             self._enough(lambda: adversary.gradient(batch.targets, lambda: self.samples(batch.fresh, batch.cond)))
             adversary.update(self.group, batch.share)
         loss = self._enough(lambda: self._gradient(batch, adversary))
-        loss = self._complete(loss, batch.share)
+        loss = self.group.mean_(self.solver.parameters(), loss, batch.share)
         norm = torch.nn.utils.clip_grad_norm_(self.solver.parameters(), self.recipe.clip)
         self.step += 1
         if not bool(torch.isfinite(norm)):
@@ -168,16 +168,6 @@ class Trainer:
         return loss_backward(
             self._view, batch.noise, tableau, loss, batch.cond, self.execution.memory, self.execution.micro_batch
         ).mean()  # fmt: skip
-
-    def _complete(self, loss: Tensor, share: float) -> Tensor:
-        """The mean loss of the whole batch, its gradient in the parameters: the sum of the ranks' by their shares."""
-        if self.group.size == 1:
-            return loss
-        loss = loss.cpu().double() * share
-        for p in self.solver.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.mul_(share)
-        self.group.sum_([loss, *(p.grad for p in self.solver.parameters() if p.grad is not None)])
-        return loss
 
     def _enough(self, part: Callable[[], Any]) -> Any:
         """The result of a part of an update, which starts over with a cheaper execution where memory runs out.
