@@ -135,10 +135,10 @@ def test_a_network_that_is_nan_for_a_while_sends_the_run_back_with_half_the_rate
     assert bool(torch.isfinite(flat(load_solver(out / "solver.safetensors"))).all())
 
 
-@pytest.mark.parametrize(("times", "gone_back"), [(3, 3), (1, 1), (0, 0)])
-def test_a_network_that_stays_nan_stops_the_run(small, no_pictures, tmp_path, capsys, sick, times, gone_back):
-    """Back by one checkpoint after the other, since none is of use, to the start; the sentence says what to try."""
-    more = ["--iterations", "30", "--save-every", "2", "--max-rollbacks", str(times)]
+@pytest.mark.parametrize(("times", "keep", "gone_back"), [(3, 5, 3), (3, 3, 2), (1, 3, 1), (0, 3, 0)])
+def test_a_network_that_stays_nan_stops_the_run(small, no_pictures, tmp_path, capsys, sick, times, keep, gone_back):
+    """Back by one checkpoint after the other, since none is of use, to the oldest; a sentence says what to try."""
+    more = ["--iterations", "30", "--save-every", "2", "--max-rollbacks", str(times), "--keep", str(keep)]
     with pytest.raises(SystemExit) as stop:
         train.main(brief(tmp_path / "run", *sick(7, 10**9), *more))
     said, error = capsys.readouterr()
