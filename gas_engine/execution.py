@@ -81,7 +81,7 @@ class Execution:
         Raises ValueError where a plain function hides the network, and for CUDA graphs on another device.
         """
         if self.cuda_graphs and torch.device(device).type != "cuda":
-            raise ValueError(f"cuda_graphs needs a CUDA device, got {device}; leave it out there")
+            raise ValueError(f"cuda_graphs needs a CUDA device, got {device}; leave it out")
         narrow = self.precision != "fp32"
         if self.weights == "resident" and not narrow and not self.channels_last:
             return denoiser.to(device)

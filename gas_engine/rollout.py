@@ -28,6 +28,7 @@ from .denoiser import Denoiser
 from .memory import MemoryPolicy, phase
 from .memory.blocks import changes_in_training
 from .memory.offload import Offloaded
+from .memory.precision import power_of_two
 from .memory.reversal import Reversible
 from .memory.trajectory import Coefficients, Kept
 from .ops import MAX_STATES, lincomb
@@ -108,9 +109,7 @@ class _Network:
         self.kept = memory.kept(len(t_net) * len(self.conds))
         self.x_wanted = self.t_wanted = False
         self.autocast: torch.dtype | None = None  # of the forward pass, which the backward pass must repeat
-        # Cotangents are small where the loss is a mean, and float16 ends at 6e-8.
-        weights = denoiser.parameters() if isinstance(denoiser, nn.Module) else ()
-        self.narrow = any(p.dtype == torch.float16 for p in weights)
+        self.narrow = False  # cotangents are small where the loss is a mean, and float16 ends at 6e-8
         self.graphs: dict[tuple[int, int], _Graph] = {}
 
     def __call__(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
@@ -176,7 +175,7 @@ class _Network:
         wanted = [leaf for leaf in (graph.x, graph.t) if leaf.requires_grad]
         if not wanted or not graph.output.requires_grad:
             return None, None
-        scale = _power_of_two(mu) if self.narrow else None
+        scale = power_of_two(mu) if self.narrow else None
         with phase("network"):
             mu = mu if scale is None else mu / scale
             found = torch.autograd.grad(graph.output, wanted, mu, allow_unused=True)
@@ -230,7 +229,8 @@ class _Rollout(torch.autograd.Function):
         network.x_wanted, network.t_wanted = x_wanted or c_wanted, t_wanted
         if torch.is_autocast_enabled(device.type):
             network.autocast = torch.get_autocast_dtype(device.type)
-            network.narrow |= network.autocast == torch.float16
+        weights = denoiser.parameters() if isinstance(denoiser, nn.Module) else ()
+        network.narrow = torch.float16 in (network.autocast, *(p.dtype for p in weights))
         a, b, start = A.detach(), B.detach(), x.detach()
         numbers = Coefficients(a, b, c_in.detach() if scaled else None, device, adjoint=True)
 
@@ -285,13 +285,6 @@ class _Rollout(torch.autograd.Function):
         lower = torch.ones(steps, steps, dtype=torch.bool).triu()
         d_a, d_b = (torch.zeros(steps, steps, dtype=torch.float64).masked_scatter(lower, half).T for half in halves)
         return None, None, None, None, None, states.cotangent(), d_a, d_b, d_t, d_c
-
-
-def _power_of_two(mu: Tensor) -> Tensor:
-    """That of the largest number, for a division that is exact and leaves it between 1 and 2; never 0."""
-    largest = torch.linalg.vector_norm(mu, torch.inf).float()
-    exponent = largest.view(torch.int32) & 0x7F800000
-    return exponent.view(torch.float32).clamp(min=2.0**-100)
 
 
 def _check_state(denoiser: Denoiser, x: Tensor) -> None:

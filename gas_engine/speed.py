@@ -20,6 +20,8 @@ from .memory.precision import core
 
 __all__ = ["captured", "compiled"]
 
+GRAPHS_ON = "cuda"
+
 
 def compiled(denoiser: Denoiser, **options: Any) -> Denoiser:
     """A view of a denoiser whose network runs through ``torch.compile(**options)``; scalings around it stay eager.
@@ -87,7 +89,7 @@ class _Captured:
         leaves, spec = tree_flatten((args, kwargs))
         at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         tensors = [leaves[i] for i in at]
-        elsewhere = next((t.device for t in tensors if not t.is_cuda), None)
+        elsewhere = next((t.device for t in tensors if t.device.type != GRAPHS_ON), None)
         if elsewhere is not None:
             raise ValueError(f"CUDA graphs need all of the network's inputs on a CUDA device, got one on {elsewhere}")
         others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]

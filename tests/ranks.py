@@ -25,8 +25,10 @@ from gas_engine.execution import Execution
 from gas_engine.gradients import loss_backward
 from gas_engine.losses import distillation_loss
 from gas_engine.memory import checkpoint_blocks, lean, shard_weights
+from gas_engine.networks import discriminator_for
 from gas_engine.solvers.named import named_solver
 from gas_engine.training import setup, trainer
+from gas_engine.training.adversary import Adversarial, Adversary
 from gas_engine.training.recipe import Recipe
 from gas_engine.training.trainer import Trainer
 
@@ -78,7 +80,8 @@ def twenty_updates(group: Group) -> dict[int, dict[str, torch.Tensor]]:
     with in_float64():
         for batch in (4, 5, 1):
             fit = toy_trainer(batch, group)
-            fit._gradient()
+            part = fit.batch(0)
+            group.mean_(fit.solver.parameters(), fit._gradient(part, None), part.share)
             gradient = torch.cat([p.grad.flatten() for p in fit.solver.parameters()])
             losses = torch.stack([loss.double() for _, loss in fit])
             found[batch] = {"gradient": gradient, "losses": losses, "solver": flat(fit.solver)}
@@ -107,7 +110,7 @@ def skipped(group: Group, stricken: int) -> dict[str, Any]:
     fit, calls = toy_trainer(4, group, iterations=4), []
     loss = fit.loss
 
-    def broken(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def broken(x: torch.Tensor, y: torch.Tensor, rows: list[int]) -> torch.Tensor:
         calls.append(1)
         return loss(x, y) * (torch.nan if group.rank == stricken and len(calls) == 2 else 1.0)
 
@@ -115,6 +118,41 @@ def skipped(group: Group, stricken: int) -> dict[str, Any]:
     for _ in fit:
         pass
     return {"skipped": fit.skipped, "solver": flat(fit.solver)}
+
+
+def adversarial(group: Group) -> dict[str, dict[str, torch.Tensor]]:
+    """Six updates against a discriminator, of batches that do not divide evenly, its state taken over half way."""
+
+    def network(x: torch.Tensor, t: torch.Tensor, cond: Any) -> torch.Tensor:
+        return torch.tanh(x * (1 + t.to(x.dtype)) + 0.1 * x.flip(-1))
+
+    shape, schedule = (1, 8, 8), toy.mixture().schedule
+    denoiser = Denoiser(network, schedule, "data", shape)
+
+    def made(fakes: Any) -> Trainer:
+        torch.manual_seed(3)
+        adversary = Adversary(discriminator_for(shape).double(), Adversarial(1.0, 1e-3, fakes=fakes))
+        solver = GeneralizedSolver(3, schedule, start="quadratic")
+        targets = torch.linspace(-1, 1, 640, dtype=torch.float64).view(10, *shape)
+        recipe = Recipe(6, 5, 1e-2, "cosine", ema=0.9, start_grid="")
+        return Trainer(
+            denoiser, solver, list(range(10)), targets, distillation_loss("l1"), recipe, Execution(),
+            adversary=adversary, group=group,
+        )  # fmt: skip
+
+    found = {}
+    with in_float64():
+        for fakes in ("fresh", "reuse"):
+            fit, on = made(fakes), made(fakes)
+            for _ in range(3):
+                fit.update()
+            on.load(3, *fit.state())
+            for _ in on:
+                pass
+            assert on.adversary is not None
+            read = torch.tensor([*on.adversary.read(group).values()])
+            found[fakes] = {"solver": flat(on.solver), "critic": flat(on.adversary.discriminator), "read": read}
+    return found
 
 
 def discriminator(group: Group) -> list[torch.Tensor]:
@@ -219,7 +257,8 @@ def main(directory: Path, ports: list[str]) -> None:
     os.environ["MASTER_PORT"] = ports.pop()
     with Group.from_environment() as group:
         found = {
-            "updates": twenty_updates(group), "shortage": shortage(group, 1), "skipped": skipped(group, 0),
+            "updates": twenty_updates(group), "adversarial": adversarial(group),
+            "shortage": shortage(group, 1), "skipped": skipped(group, 0),
             "discriminator": discriminator(group), "evaluation": evaluation(group), "refusals": refusals(group),
             "map": replace(group, lockstep=True).map(lambda item: (item, group.rank), range(5)),
             "any": [group.any(group.rank == 1), group.any(False)], "sharded": sharded(group),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,9 @@ def sample(denoiser, x, tableau):
     return states[-1]
 
 
-@pytest.mark.parametrize(("kind", "fakes"), [("relativistic", "fresh"), ("non_saturating", "fresh"), ("plain", "reuse")])
+@pytest.mark.parametrize(
+    ("kind", "fakes"), [("relativistic", "fresh"), ("non_saturating", "fresh"), ("plain", "reuse")]
+)
 def test_iterations_are_those_written_out(tiny, monkeypatch, kind, fakes):
     """Parameters of solver and discriminator after three updates, in float64, by plain autograd through everything."""
     monkeypatch.setattr("gas_engine.training.trainer.seeded", doubles)
@@ -127,7 +130,7 @@ def test_an_iteration_peaks_in_one_of_its_phases_and_a_plan_foretells_it():
         batch = trainer.batch(trainer.step)
         noise = batch.noise.nbytes + batch.targets.nbytes
         with ByteTracker() as alone:
-            adversary.gradient(batch.targets, lambda: trainer.samples(batch.fresh, batch.cond))
+            adversary.gradient(batch.targets, partial(trainer.samples, batch.fresh, batch.cond))
             adversary.update()
         with ByteTracker() as solvers:
             trainer._gradient(batch, adversary)
@@ -179,7 +182,9 @@ def test_state_goes_on_bit_for_bit(tiny, fakes):
     second.load(3, {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(numbers)))
     for _ in range(3):
         second.update()
-    assert torch.equal(flat(whole.solver), flat(second.solver)) and torch.equal(flat(whole.average), flat(second.average))
+    assert torch.equal(flat(whole.solver), flat(second.solver)) and torch.equal(
+        flat(whole.average), flat(second.average)
+    )
     a, b = (t.adversary.discriminator.state_dict() for t in (whole, second))
     assert all(torch.equal(a[name], b[name]) for name in a)
 

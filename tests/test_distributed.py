@@ -97,6 +97,17 @@ def test_gradients_and_losses_do_not_depend_on_the_number_of_processes(pair, bat
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("fakes", ["fresh", "reuse"])
+def test_adversarial_training_does_not_depend_on_the_number_of_processes(pair, fakes):
+    """Solver, discriminator and what is read of them, in float64; the same bits on both ranks."""
+    _, found, _ = pair
+    wanted = ranks.adversarial(ALONE)[fakes]
+    first, second = (rank["adversarial"][fakes] for rank in found)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert relative(first["solver"], wanted["solver"]) < 1e-10 and relative(first["critic"], wanted["critic"]) < 1e-10
+    assert relative(first["read"], wanted["read"]) < 1e-6
+
+
 def test_memory_that_runs_out_on_one_rank_is_saved_on_all(pair):
     _, found, _ = pair
     first, second = (rank["shortage"] for rank in found)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from toy import SHAPE, make_perceptron
 from twin import relative
 
-from gas_engine import Denoiser, EDMDenoiser, GeneralizedSolver, MemoryPolicy, Schedule, rollout
+from gas_engine import Denoiser, EDMDenoiser, GeneralizedSolver, MemoryPolicy, Schedule, rollout, speed
 from gas_engine.architectures import architecture
 from gas_engine.execution import Execution
 from gas_engine.gradients import loss_backward
@@ -235,11 +235,60 @@ def test_plans_know_the_precision() -> None:
     assert chosen.peaks.largest == pytest.approx(bytes.peak - inputs, rel=0.05)
 
 
+def one_memory(function, samples, allow_unused_input):
+    """What ``torch.cuda.make_graphed_callables`` promises: each replay writes over the results of the one before."""
+    static = [t.detach().clone().requires_grad_(t.requires_grad) for t in samples]
+    held: dict[str, Tensor] = {}
+
+    def place(name: str, value: Tensor) -> Tensor:
+        held[name] = held[name].copy_(value) if name in held else value.detach().clone()
+        return held[name].detach()
+
+    class Graphed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            with torch.no_grad():
+                for s, t in zip(static, inputs, strict=True):
+                    s.copy_(t)
+            with torch.enable_grad():
+                held_graph[0] = function(*static)
+            return place("output", held_graph[0])
+
+        @staticmethod
+        def backward(ctx, g):
+            wanted = [t for t in static if t.requires_grad]
+            found = torch.autograd.grad(held_graph[0], wanted, g, retain_graph=True, allow_unused=allow_unused_input)
+            grads = iter([None if v is None else place(f"gradient {i}", v) for i, v in enumerate(found)])
+            return tuple(next(grads) if t.requires_grad else None for t in static)
+
+    held_graph: list = [None]
+    made.append(samples)
+    return Graphed.apply
+
+
+made: list = []
+
+
+@pytest.mark.parametrize("model", [make_perceptron, small_edm])
+def test_captured_calls_keep_what_outlives_a_replay(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in for CUDA graphs: one pair of graphs for each size of micro-batch, and the same bits."""
+    monkeypatch.setattr(speed, "GRAPHS_ON", "cpu")
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", one_memory)
+    made.clear()
+    denoiser = model().requires_grad_(False)
+    graphs = captured(denoiser)
+    for _ in range(2):
+        got, wanted = (iteration(d, micro_batch=2) for d in (graphs, denoiser))
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert [len(samples[0]) for samples in made] == [2, 1]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run bench/gpu.sh on one")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_captured(precision: str) -> None:
-    """The values and gradients of the same calls without graphs; micro-batches of two sizes."""
+@pytest.mark.parametrize("way", ["cuda_graphs", "compile", "channels_last"])
+def test_on_a_device(way: str, precision: str) -> None:
+    """The values and gradients of the plain calls; micro-batches of two sizes."""
 
     def on_device(execution: Execution) -> list[Tensor]:
         denoiser = execution.view(execution.place(small_edm(), "cuda"))
@@ -253,6 +302,6 @@ def test_captured(precision: str) -> None:
 
     wanted = on_device(Execution(precision=precision))
     for _ in range(2):
-        got = on_device(Execution(precision=precision, cuda_graphs=True))
+        got = on_device(Execution(precision=precision, **{way: True}))
         tolerance = 1e-4 if precision == "fp32" else 2e-2
         assert all(relative(a, b) < tolerance for a, b in zip(got, wanted, strict=True))

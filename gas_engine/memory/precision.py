@@ -89,3 +89,13 @@ def _in_precision(forward: Forward, dtype: torch.dtype | None, channels_last: bo
         return tree_map(lambda v: moved(v, state, torch.contiguous_format), output)
 
     return call
+
+
+def power_of_two(mu: Tensor) -> Tensor:
+    """That of mu's largest number, which divides it exactly and leaves it between 1 and 2; at least 2^-100.
+
+    A cotangent so divided has float16's range to itself, and its products, multiplied back, are exact.
+    """
+    largest = torch.linalg.vector_norm(mu, torch.inf).float()
+    exponent = largest.view(torch.int32) & 0x7F800000
+    return exponent.view(torch.float32).clamp(min=2.0**-100)
