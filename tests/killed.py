@@ -7,6 +7,7 @@ while it trains, or from within, at a random one of the calls that put files in 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -25,6 +26,7 @@ OPTIONS = [
     "--model", "toy:make", "--steps", "2", "--recipe", "quick", "--train-seeds", "0-31", "--batch", "4",
     "--device", "cpu", "--evaluation", "student", "--iterations", str(UPDATES), "--save-every", "3",
     "--evaluate-every", "5", "--patience", "50", "--sample-every", "50", "--log-every", "4", "--resume", "auto",
+    "--adversarial", "--penalty", "double_backward", "--fakes", "reuse", "--discriminator-rate", "1e-3",
 ]  # fmt: skip
 
 
@@ -63,6 +65,12 @@ def _die_at(call: int) -> None:
         setattr(os, name, deadly(getattr(os, name)))
 
 
+def discriminator(shape: tuple[int, ...]) -> torch.nn.Module:
+    """A small one, for states of the toy model."""
+    layers = [torch.nn.Flatten(), torch.nn.Linear(math.prod(shape), 8), torch.nn.LeakyReLU(), torch.nn.Linear(8, 1)]
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(0))
+
+
 def newest(out: Path) -> int:
     return max((int(p.name.removeprefix("step-")) for p in out.glob("checkpoints/step-*")), default=-1)
 
@@ -88,6 +96,7 @@ def main() -> None:
     root, kills, draw = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
     torch.set_num_threads(1)
     setup.SELECTION_SEEDS, setup.HELD_OUT_SEEDS = range(40_000, 40_008), range(50_000, 50_016)
+    setup.discriminator_for = discriminator
     assert os.waitpid(started(root / "whole"), 0)[1] == 0, (root / "whole.log").read_text()
     kinds = ["training", "writing", "training", "setting up"]
     report = [
