@@ -6,6 +6,7 @@ import pytest
 import torch
 import toy
 from runs import flat, toy_trainer
+from test_waits import Waits
 from twin import relative
 
 from gas_engine import Denoiser, GeneralizedSolver, MemoryPolicy, train
@@ -136,3 +137,18 @@ def test_quick_recipe_beats_every_classical_solver(tmp_path, monkeypatch):
     rows = (tmp_path / "runs" / "digits-gs-k4" / "comparison.csv").read_text().splitlines()[1:]
     l1 = [float(row.rsplit(",", 3)[1]) for row in rows]
     assert l1[0] * 2.5 <= min(l1[1:]) and len(rows) == 8
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_an_update_waits_for_its_gradient_alone(micro_batch, monkeypatch):
+    """Not for the loss, which is read where a row of metrics is made: one copy to the host for each micro-batch."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # which meta has none of
+    torch.manual_seed(0)
+    network = torch.nn.Conv2d(2, 2, 3, padding=1).to("meta").requires_grad_(False)
+    denoiser = Denoiser(lambda x, t, cond: network(x), toy.mixture().schedule, "data", toy.SHAPE, network=network)
+    trainer = toy_trainer(denoiser, Execution(micro_batch=micro_batch))
+    trainer.device = torch.device("meta")
+    with Waits() as waits:
+        loss = trainer.update()
+        trainer.update()
+    assert waits.count == 2 * (4 // (micro_batch or 4)) and loss.is_meta and trainer.skipped == 0
