@@ -188,7 +188,7 @@ class Plans(Sequence[Plan]):
         before = beside.samples + max(beside.step, peaks.forward) if beside.samples else beside.step
         return Plan(
             micro, way.memory, it.lean, way.blocks, weights, peaks, before, weight_bytes, it.input_bytes,
-            (2 * calls - way.memory.kept(calls)) * math.ceil(it.batch / micro), passes, seconds, most >= 1, self,
+            (2 * calls - way.memory.kept(calls) + beside.evaluations) * math.ceil(it.batch / micro), passes, seconds, most >= 1, self,
         )  # fmt: skip
 
 
