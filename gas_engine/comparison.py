@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .denoiser import Denoiser, seeded
 from .distributed import ALONE, Group
+from .metrics import Judge
 from .rollout import rollout
 from .solvers.grids import GRIDS
 from .solvers.named import FAMILIES, named_solver
@@ -26,18 +27,18 @@ VARIANTS = sum(map(len, FAMILIES.values()))
 class Samples:
     """Seeds with their noise, conditions and teacher samples, [N, *shape], on one device.
 
-    ``judge``: samples -> their Frechet distance to the data, where there are features for it.
+    ``judge``: takes Frechet distances, where there are features for it.
     """
 
     noise: Tensor
     cond: Any
     teacher: Tensor
-    judge: Callable[[Tensor], float] | None = None
+    judge: Judge | None = None
 
     @classmethod
     def of(
         cls, denoiser: Denoiser, seeds: Iterable[int], teacher: Tensor, device: torch.device,
-        judge: Callable[[Tensor], float] | None = None,
+        judge: Judge | None = None,
     ) -> Samples:  # fmt: skip
         noise, cond = seeded(denoiser, list(seeds))
         return cls(noise.to(device), cond.to(device) if cond is not None else None, teacher.to(device), judge)
@@ -45,15 +46,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far samples are from the teacher's: mean |x-y|, root mean square, PSNR in dB for a range of 2; and how far
-    from the data, by the Frechet distance on features, where there are any."""
+    """How far samples are from the teacher's: mean |x-y|, root mean square, PSNR in dB for a range of 2; and
+    their Frechet distances on features to the data and to the teacher's samples, where there are features."""
 
     solver: str
     setting: str
     l1: float
     rmse: float
     samples: Tensor
-    frechet: float | None = None
+    frechet: tuple[float, float] | None = None
 
     @property
     def psnr(self) -> float:
@@ -76,16 +77,17 @@ def distance(
     samples = torch.cat(group.map(run, range(0, len(data.noise), batch)))
     error = (samples - data.teacher.cpu()).double()
     far = float(error.abs().mean()), float(error.square().mean().sqrt())
-    return Distance(name, setting, *far, samples, _judged(data, samples))
+    return Distance(name, setting, *far, samples, _judged(samples, data))
 
 
 def of_teacher(data: Samples, setting: str) -> Distance:
     """The teacher's own row."""
-    return Distance("teacher", setting, 0.0, 0.0, data.teacher.cpu(), _judged(data, data.teacher.cpu()))
+    samples = data.teacher.cpu()
+    return Distance("teacher", setting, 0.0, 0.0, samples, _judged(samples, data))
 
 
-def _judged(data: Samples, samples: Tensor) -> float | None:
-    return data.judge(samples) if data.judge is not None and bool(samples.isfinite().all()) else None
+def _judged(samples: Tensor, data: Samples) -> tuple[float, float] | None:
+    return None if data.judge is None else data.judge.distances(samples, data.teacher.cpu())
 
 
 def classical_distances(
@@ -122,34 +124,36 @@ def classical_distances(
 def as_rich(rows: list[Distance], title: str) -> Table:
     """The comparison for a terminal; ratio is L1 over that of the first row."""
     table, judged = Table(title=title), any(row.frechet is not None for row in rows)
+    if judged:
+        table.caption = "FD: Frechet distance on features, to the data and to the teacher's samples"
     table.add_column("solver", no_wrap=True, min_width=16)
     table.add_column("setting")
-    for column, width in (("L1", 6), ("RMSE", 6), ("PSNR", 5), ("ratio", 5), *([("Frechet", 7)] if judged else [])):
-        table.add_column(column, no_wrap=True, min_width=width, justify="right")
-    student = rows[0].l1
+    widths = {"L1": 6, "RMSE": 6, "PSNR": 5, "ratio": 5} | ({"FD": 5, "to teacher": 6} if judged else {})
+    for column, width in widths.items():
+        table.add_column(column, no_wrap=column != "to teacher", min_width=width, justify="right")
     for row in rows:
-        numbers = [f"{row.l1:.4f}", f"{row.rmse:.4f}", f"{row.psnr:.1f}", f"{row.l1 / student:.2f}", _frechet(row)]
+        numbers = [f"{row.l1:.4f}", f"{row.rmse:.4f}", f"{row.psnr:.1f}", f"{row.l1 / rows[0].l1:.2f}", *_frechet(row)]
         style = "bold" if row is rows[0] else None
-        table.add_row(row.solver, row.setting, *numbers[: len(table.columns) - 2], style=style)
+        table.add_row(row.solver, row.setting, *numbers[: len(widths)], style=style)
     return table
 
 
 def as_markdown(rows: list[Distance]) -> str:
     """The comparison as a Markdown table."""
-    lines = [
-        "| solver | setting (variant, grid, t_eps) | L1 | RMSE | PSNR, dB | Frechet |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [f"| {r.solver} | {r.setting} | {r.l1:.4f} | {r.rmse:.4f} | {r.psnr:.1f} | {_frechet(r)} |" for r in rows]
-    return "\n".join(lines) + "\n"
+    heads = ["solver", "setting (variant, grid, t_eps)", "L1", "RMSE", "PSNR, dB", "FD to data", "FD to teacher"]
+    lines = [heads, ["---"] * len(heads)]
+    lines += [[r.solver, r.setting, f"{r.l1:.4f}", f"{r.rmse:.4f}", f"{r.psnr:.1f}", *_frechet(r)] for r in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def as_csv(rows: list[Distance]) -> str:
-    """The comparison as CSV."""
-    lines = ["solver,setting,l1,rmse,psnr,frechet"]
-    lines += [f'{r.solver},"{r.setting}",{r.l1:.6g},{r.rmse:.6g},{r.psnr:.4g},{_frechet(r)}' for r in rows]
+    """The comparison as CSV; fd_data and fd_teacher are Frechet distances."""
+    lines = ["solver,setting,l1,rmse,psnr,fd_data,fd_teacher"]
+    lines += [
+        f'{r.solver},"{r.setting}",{r.l1:.6g},{r.rmse:.6g},{r.psnr:.4g},{",".join(_frechet(r))}' for r in rows
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def _frechet(row: Distance) -> str:
-    return "" if row.frechet is None else f"{row.frechet:.4f}"
+def _frechet(row: Distance) -> tuple[str, str]:
+    return ("", "") if row.frechet is None else (f"{row.frechet[0]:.3f}", f"{row.frechet[1]:.4f}")

@@ -6,6 +6,7 @@ Shape legend: N samples, F features, C channels, H W height and width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from safetensors.torch import load_file
@@ -99,13 +100,27 @@ def digits_features(batch: int = 512) -> Features:
     return features
 
 
-def judge_of(model: str) -> Callable[[Tensor], float] | None:
-    """``samples -> Frechet distance`` to a model's data, on features that come with it; None for all but digits."""
+@dataclass(frozen=True)
+class Judge:
+    """Features by which samples are judged, and those of the data, [M, F]."""
+
+    features: Features
+    data: Tensor
+
+    def distances(self, samples: Tensor, teacher: Tensor) -> tuple[float, float] | None:
+        """Frechet distances of samples [N, ...] to the data and to the teacher; None if not all are finite."""
+        if not bool(samples.isfinite().all()):
+            return None
+        mine = self.features(samples)
+        return frechet_distance(mine, self.data), frechet_distance(mine, self.features(teacher))
+
+
+def judge_of(model: str) -> Judge | None:
+    """The judge that comes with a model; None for all but the embedded digits."""
     if model != "digits":
         return None
     features = digits_features()
-    real = features(real_digits())
-    return lambda samples: frechet_distance(features(samples), real)
+    return Judge(features, features(real_digits()))
 
 
 def real_digits() -> Tensor:

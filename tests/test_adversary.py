@@ -250,9 +250,9 @@ def test_a_run_writes_its_table_and_resumes(small, tmp_path, capsys):
     gas = ("--adversarial", "--compare", str(tmp_path / "gs" / "solver.safetensors"), "--log-every", "2")
     train.main(options(tmp_path / "gas", *gas, "--fakes", "reuse"))
     lines = (tmp_path / "gas" / "comparison.csv").read_text().splitlines()
-    assert lines[0] == "solver,setting,l1,rmse,psnr,frechet"
+    assert lines[0] == "solver,setting,l1,rmse,psnr,fd_data,fd_teacher"
     assert [line.partition(",")[0] for line in lines[1:]] == ["learned (gas)", "gs", "teacher"]
-    assert all(float(line.split(",")[-1]) > 0 for line in lines[1:])
+    assert all(float(line.split(",")[-2]) > 0 for line in lines[1:])
     rows = [json.loads(line) for line in (tmp_path / "gas" / "metrics.jsonl").read_text().splitlines()]
     assert {"adversarial", "d_loss", "d_gap", "r1", "r2"} <= {*rows[-1]}
     for picture in ("history.png", "comparison.png", "samples/step-000004.png"):
