@@ -19,6 +19,8 @@ from .directory import load_optimizer, optimizer_tensors, under
 
 # Seeds of fresh noise lie beyond all that a teacher set or an evaluation is made of.
 FRESH = 2**40
+# What ``Adversary.read`` tells.
+COLUMNS = ("adversarial", "d_loss", "d_gap", "r1", "r2")
 
 
 @dataclass(frozen=True)
@@ -135,16 +137,20 @@ class Adversary:
     def read(self, group: Group = ALONE) -> dict[str, float]:
         """Means since the last call, over all ranks: the weighted adversarial loss, and the discriminator's, with its
         mean |D(real) - D(fake)| and penalties. This waits for the device."""
-        names = ("adversarial", "d_loss", "d_gap", "r1", "r2")
-        sums = torch.stack([self._sums.get(name, torch.zeros(2, dtype=torch.float64)).cpu() for name in names])
-        group.sum_([sums])
+        sums = self._totals(group)
         self._sums = {}
-        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
+        return {name: total / count for name, (total, count) in zip(COLUMNS, sums.tolist(), strict=True) if count}
+
+    def _totals(self, group: Group) -> Tensor:
+        """Sum and number of every column, over all ranks, on the host."""
+        sums = torch.stack([self._sums.get(name, torch.zeros(2, dtype=torch.float64)).cpu() for name in COLUMNS])
+        group.sum_([sums])
+        return sums
 
     def state(self, group: Group = ALONE) -> dict[str, Tensor]:
         """What ``load`` goes on from, bit for bit."""
         tensors = {f"discriminator.{key}": value for key, value in self.discriminator.state_dict().items()}
-        tensors |= optimizer_tensors(self.optimizer)
+        tensors |= {**optimizer_tensors(self.optimizer), "sums": self._totals(group)}
         if self._seen is not None:
             parts = group.gather([v.cpu() for v in self._seen])
             tensors |= {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(("fake", "real"))}
@@ -155,6 +161,7 @@ class Adversary:
         self.discriminator.load_state_dict(under("discriminator", tensors))
         load_optimizer(self.optimizer, tensors)
         device = next(self.discriminator.parameters()).device
+        self._sums = dict(zip(COLUMNS, tensors["sums"].to(device), strict=True)) if group.main else {}
         self._seen = None
         if "fake" in tensors:
             mine = group.part(len(tensors["fake"]))
