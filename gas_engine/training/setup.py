@@ -145,7 +145,6 @@ def execution(config: Config) -> Execution:
 
 def sharded(denoiser: Denoiser, execution: Execution, device: torch.device) -> tuple[Denoiser, Execution]:
     """A denoiser on the host, seen as updates see it and then spread over the processes; nothing is left to view."""
-    denoiser = execution.place(denoiser, "cpu")
     fingerprint = denoiser.fingerprint()
     shared = shard_weights(execution.view(denoiser), device)
     assert isinstance(shared, Denoiser)
