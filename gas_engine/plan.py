@@ -27,12 +27,14 @@ from .execution import BLOCKS, DTYPES, WEIGHTS, Weights
 from .files import atomic
 from .guidance import guided
 from .memory import MemoryPolicy
+from .networks import discriminator_for
 from .planner import Plan, Plans, plan, show_bytes
 from .rehearsal import PHASES
+from .training.adversary import Adversarial, Adversary
 
 HEADS = {
     "weights": "kind", "trajectory": "states", "graphs": "kept", "micro_batch": "micro", "forward_bytes": "fwd",
-    "loss_bytes": "loss", "backward_bytes": "bwd", "before_bytes": "before", "weight_bytes": "weights", "bytes": "peak",
+    "loss_bytes": "loss", "backward_bytes": "bwd", "weight_bytes": "weights", "bytes": "peak",
 }  # fmt: skip
 
 
@@ -54,6 +56,8 @@ class Config:
     """Train with classifier-free guidance: two network calls an evaluation."""
     loss: str = "l1"
     """l1, l2, huber, lpips, lpips-alex, lpips-squeeze, or a sum such as lpips+0.1*l1."""
+    adversarial: bool = False
+    """Train against a discriminator of the usual size as well."""
     weights: tuple[Weights, ...] = ("resident",)
     """What may be done with the weights: resident, streamed (from the host), int8, nf4."""
     evaluation_seconds: float | None = None
@@ -79,13 +83,19 @@ def run(config: Config) -> Plans:
         def tell(what: str) -> None:
             bar.update(task, advance=1, note=what)
 
+        beside = None
+        if config.adversarial:
+            adversary = Adversary(discriminator_for(denoiser.shape or ()), Adversarial())
+            beside = adversary.beside(denoiser.shape or (), config.batch, config.steps)
         plans = plan(
             denoiser, config.steps, config.batch, config.memory_budget, cond=cond, loss=config.loss, dtype=dtype,
-            weights=config.weights, evaluation_seconds=config.evaluation_seconds, on_probe=tell,
+            weights=config.weights, evaluation_seconds=config.evaluation_seconds, beside=beside,
+            on_probe=tell,
         )  # fmt: skip
         bar.update(task, completed=2 + len(BLOCKS), note="")
     title = f"{bundled.title if bundled else denoiser.name}, batch {config.batch}, K = {config.steps}"
-    title += f"{', guidance' if config.guidance else ''}, {show_bytes(plans.budget)}"
+    said = [word for word in ("guidance", "adversarial") if getattr(config, word)]
+    title = ", ".join([title, *said, show_bytes(plans.budget)])
     console.print(table(plans, title), width=max(console.width, 110), crop=False, soft_wrap=False)
     directory = writable(config.out)
     _write(directory / "plan.csv", as_csv(plans))
@@ -122,7 +132,7 @@ def table(plans: Plans, title: str) -> Table:
     rows = [(p, row(p, plans)) for p in plans.groups()]
     skipped = {"seconds"} if plans.iteration.evaluation_seconds is None else set()
     skipped |= {name for name in ("guidance", "weights") if len({r[name] for _, r in rows}) == 1}
-    skipped |= {"input_bytes", "feasible", *([] if plans.iteration.beside.step else ["before_bytes"])}
+    skipped |= {"input_bytes", "before_bytes", "feasible"}
     for name in rows[0][1]:
         if name not in skipped:
             shown.add_column(HEADS.get(name, name), justify="right", no_wrap=True)

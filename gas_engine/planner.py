@@ -186,9 +186,10 @@ class Plans(Sequence[Plan]):
         peaks = way.peaks(micro)
         # Sampling takes less than a forward pass with its graph.
         before = beside.samples + max(beside.step, peaks.forward) if beside.samples else beside.step
+        calls = (2 * calls - way.memory.kept(calls) + beside.evaluations) * math.ceil(it.batch / micro)
         return Plan(
             micro, way.memory, it.lean, way.blocks, weights, peaks, before, weight_bytes, it.input_bytes,
-            (2 * calls - way.memory.kept(calls)) * math.ceil(it.batch / micro), passes, seconds, most >= 1, self,
+            calls, passes, seconds, most >= 1, self,
         )  # fmt: skip
 
 

@@ -279,6 +279,11 @@ def test_bad_input_names_the_value():
         discriminator_loss(D, real, fake[:1])
     with pytest.raises(ValueError, match=r"got \[3\]"):
         generator_loss(D, fake, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"takes \[B, 3, 4, 4\], got \[2, 3, 8, 8\]"):
+        discriminator_loss(D, *images(2, 3, 8, 8))
+    along_rows = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Linear(4, 1), nn.Flatten(), nn.Linear(4, 1), nn.Flatten(0))
+    with pytest.raises(ValueError, match=r"\[B, C\] alone, got \[2, 1, 4, 4\]"):
+        discriminator_loss(along_rows.double(), real, fake)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(48, 1)).double()
     for method in EXACT:
         with pytest.raises(ValueError, match=r"one logit a sample, \[2\], got \[2, 1\]"):

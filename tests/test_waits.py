@@ -34,14 +34,14 @@ class Waits(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@pytest.mark.parametrize("way", ["plain", "lean, blocks", "guided", "split", "fp16", "discrete"])
+@pytest.mark.parametrize("way", ["lean, blocks", "guided", "split", "fp16", "discrete"])
 def test_nothing_waits_inside_an_iteration(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a number raises; one copy for each micro-batch brings the gradient of the tableau."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # which meta has none of
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda *device: torch.bfloat16)
     schedule = Schedule.vp_discrete(torch.linspace(0.9999, 0.01, 1000)) if way == "discrete" else Schedule.flow()
     execution = Execution(lean=way == "lean, blocks", blocks="auto" if "blocks" in way else "none")
-    if way in ("plain", "lean, blocks", "fp16"):
+    if way in ("lean, blocks", "fp16"):
         denoiser: Denoiser = architecture("cifar10").denoiser(small=True)
     else:
         base = make_perceptron().requires_grad_(False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
+from ..networks.r3gan import R3GANDiscriminator
 from ._piecewise import pieces
 
 Pairing = Callable[[Tensor, Tensor], Tensor]  # logits of real and fake, [B] each -> loss [B]
@@ -110,6 +111,8 @@ def piecewise(
     D: nn.Module, real: Tensor, fake: Tensor, cond: Any, gamma: float, pairing: Pairing, weight: float
 ) -> Four:
     """Three sweeps over the network at the signs of its activations, see `_pieces`."""
+    if isinstance(D, R3GANDiscriminator):
+        D.check(real)
     real, fake = _dense(real), _dense(fake)
     at_real, at_fake = pieces(D, accumulate, cond), pieces(D, accumulate, cond)
     a, b = _one_each(at_real.forward(real), real), _one_each(at_fake.forward(fake), fake)

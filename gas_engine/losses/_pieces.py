@@ -96,7 +96,8 @@ class Affine(Piece):
         return self.transpose(u)
 
     def push(self, w: Tensor, s: Tensor) -> Tensor:
-        self.accumulate(self.m.weight, self.gradient(w, self.u))
+        if self.m.weight.requires_grad:
+            self.accumulate(self.m.weight, self.gradient(w, self.u))
         del self.u
         return self.biased(self.apply(w), s)
 
@@ -138,6 +139,8 @@ class Convolution(Affine):
 
 class Linear(Affine):
     def apply(self, x: Tensor) -> Tensor:
+        if x.dim() != 2:
+            raise ValueError(f"the piecewise method takes linear layers of [B, C] alone, got {list(x.shape)}")
         return F.linear(x, self.matrix(x))
 
     def transpose(self, u: Tensor) -> Tensor:

@@ -12,41 +12,41 @@ from ..networks.r3gan import R3GANDiscriminator
 from ._pieces import Accumulate, Activation, Chain, Convolution, Flatten, Half, Linear, Piece, Readout, Residual
 
 
-def pieces(m: Any, accumulate: Accumulate, cond: Any = None, name: str = "D") -> Piece:
+def pieces(D: nn.Module, accumulate: Accumulate, cond: Any = None) -> Piece:
     """The network as pieces, for one side of one micro-batch.
 
     Modules are known by their exact class: of a subclass nobody knows what its forward does. Raises ValueError for any
     other, with its name, for hooks, and for padding modes other than zeros.
     """
-    kind = type(m)
-    inside = {id(child): f"{name}.{key}" for key, child in m.named_modules() if key}
+    names = {id(m): f"D.{name}" if name else "D" for name, m in D.named_modules()}
 
-    def chain(modules: Any) -> list[Piece]:
-        return [pieces(child, accumulate, cond, inside[id(child)]) for child in modules]
+    def build(m: Any) -> Piece:
+        kind = type(m)
+        if hooked(m):
+            raise ValueError(_REFUSED.format(name=names[id(m)], kind=f"{kind.__name__} with hooks"))
+        if kind is R3GANDiscriminator:
+            return Chain([*map(build, m.chain()), Readout(m, cond, accumulate)])
+        if kind is layers.ResidualBlock:
+            return Residual([*map(build, m.chain())])
+        if kind in (layers.Stage, layers.Transition, layers.Head, layers.Layer, nn.Sequential):
+            return Chain([*map(build, m if kind is nn.Sequential else m.chain())])
+        if kind in (layers.Conv2d, nn.Conv2d) and m.padding_mode == "zeros" and not isinstance(m.padding, str):
+            return Convolution(m, accumulate)
+        if kind in (layers.Linear, nn.Linear):
+            return Linear(m, accumulate)
+        if kind is layers.BiasedActivation:
+            return Activation(m.Bias, layers.SLOPE, accumulate)
+        if kind in (nn.LeakyReLU, nn.ReLU):
+            return Activation(None, getattr(m, "negative_slope", 0.0), accumulate)
+        if kind is layers.Downsample:
+            return Half(m.taps)
+        if kind is nn.Flatten:
+            return Flatten(m)
+        if kind is nn.Identity:
+            return Chain([])
+        raise ValueError(_REFUSED.format(name=names[id(m)], kind=kind.__name__))
 
-    if hooked(m):
-        raise ValueError(_REFUSED.format(name=name, kind=f"{kind.__name__} with hooks"))
-    if kind is R3GANDiscriminator:
-        return Chain([*chain(m.chain()), Readout(m, cond, accumulate)])
-    if kind is layers.ResidualBlock:
-        return Residual(chain(m.chain()))
-    if kind in (layers.Stage, layers.Transition, layers.Head, layers.Layer, nn.Sequential):
-        return Chain(chain(m if kind is nn.Sequential else m.chain()))
-    if kind in (layers.Conv2d, nn.Conv2d) and m.padding_mode == "zeros" and not isinstance(m.padding, str):
-        return Convolution(m, accumulate)
-    if kind in (layers.Linear, nn.Linear):
-        return Linear(m, accumulate)
-    if kind is layers.BiasedActivation:
-        return Activation(m.Bias, layers.SLOPE, accumulate)
-    if kind in (nn.LeakyReLU, nn.ReLU):
-        return Activation(None, getattr(m, "negative_slope", 0.0), accumulate)
-    if kind is layers.Downsample:
-        return Half(m.taps)
-    if kind is nn.Flatten:
-        return Flatten(m)
-    if kind is nn.Identity:
-        return Chain([])
-    raise ValueError(_REFUSED.format(name=name, kind=kind.__name__))
+    return build(D)
 
 
 _REFUSED = (

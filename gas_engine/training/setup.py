@@ -139,6 +139,7 @@ def execution(config: Config) -> Execution:
 
 def sharded(denoiser: Denoiser, execution: Execution, device: torch.device) -> tuple[Denoiser, Execution]:
     """A denoiser on the host, seen as updates see it and then spread over the processes; nothing is left to view."""
+    denoiser = execution.place(denoiser, "cpu")
     fingerprint = denoiser.fingerprint()
     shared = shard_weights(execution.view(denoiser), device)
     assert isinstance(shared, Denoiser)
@@ -152,6 +153,11 @@ def check_shard(config: Config, group: Group) -> None:
         raise InputError("--shard spreads the weights over processes, and there is one; torchrun --nproc-per-node N")
     if config.shard and config.weights != "resident":
         raise InputError(f"--shard and --weights {config.weights} are two places for the weights; leave one out")
+    if config.shard and (config.compile or config.cuda_graphs):
+        raise InputError(
+            "--shard fetches weights between the pieces of a call, and --compile and --cuda-graphs make it one piece; "
+            "leave out one or the other"
+        )
     if config.shard and config.memory_budget is not None:
         raise InputError(
             "--memory-budget cannot plan for --shard; choose --micro-batch, --lean and --checkpoint-blocks by hand"
