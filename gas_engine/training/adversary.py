@@ -145,9 +145,10 @@ class Adversary:
         """What ``load`` goes on from, bit for bit."""
         tensors = {f"discriminator.{key}": value for key, value in self.discriminator.state_dict().items()}
         tensors |= optimizer_tensors(self.optimizer)
-        if self._seen is not None:
-            parts = group.gather([v.cpu() for v in self._seen])
-            tensors |= {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(("fake", "real"))}
+        # A rank that had no rows has seen none, and is asked all the same.
+        parts = group.gather(None if self._seen is None else [v.cpu() for v in self._seen])
+        if seen := [part for part in parts if part is not None]:
+            tensors |= {name: torch.cat([part[i] for part in seen]) for i, name in enumerate(("fake", "real"))}
         return tensors
 
     def load(self, tensors: dict[str, Tensor], group: Group = ALONE) -> None:
