@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -123,18 +125,20 @@ def classical_distances(
 
 def as_rich(rows: list[Distance], title: str) -> Table:
     """The comparison for a terminal; ratio is L1 over that of the first row."""
-    table, judged = Table(title=title), any(row.frechet is not None for row in rows)
-    if judged:
-        table.caption = "FD: Frechet distance on features, to the data and to the teacher's samples"
-    table.add_column("solver", no_wrap=True, min_width=16)
+    table = Table(title=title, box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("solver", no_wrap=True)
     table.add_column("setting")
-    widths = {"L1": 6, "RMSE": 6, "PSNR": 5, "ratio": 5} | ({"FD": 5, "to teacher": 6} if judged else {})
-    for column, width in widths.items():
-        table.add_column(column, no_wrap=column != "to teacher", min_width=width, justify="right")
+    heads = ["L1", "RMSE", "ratio"]
+    if any(row.frechet is not None for row in rows):
+        heads = ["L1", "ratio", "FD data", "teacher"]
+        table.caption = "FD: Frechet distance on features to the data, and to the teacher's samples"
+    for head in heads:
+        table.add_column(head, no_wrap=True, justify="right")
     for row in rows:
-        numbers = [f"{row.l1:.4f}", f"{row.rmse:.4f}", f"{row.psnr:.1f}", f"{row.l1 / rows[0].l1:.2f}", *_frechet(row)]
+        cells = {"L1": f"{row.l1:.4f}", "RMSE": f"{row.rmse:.4f}", "ratio": f"{row.l1 / rows[0].l1:.2f}"}
+        cells |= dict(zip(("FD data", "teacher"), _frechet(row), strict=True))
         style = "bold" if row is rows[0] else None
-        table.add_row(row.solver, row.setting, *numbers[: len(widths)], style=style)
+        table.add_row(row.solver, row.setting, *(cells[head] for head in heads), style=style)
     return table
 
 
@@ -148,12 +152,14 @@ def as_markdown(rows: list[Distance]) -> str:
 
 def as_csv(rows: list[Distance]) -> str:
     """The comparison as CSV; fd_data and fd_teacher are Frechet distances."""
-    lines = ["solver,setting,l1,rmse,psnr,fd_data,fd_teacher"]
-    lines += [
-        f'{r.solver},"{r.setting}",{r.l1:.6g},{r.rmse:.6g},{r.psnr:.4g},{",".join(_frechet(r))}' for r in rows
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["solver", "setting", "l1", "rmse", "psnr", "fd_data", "fd_teacher"])
+    for row in rows:
+        numbers = (f"{row.l1:.6g}", f"{row.rmse:.6g}", f"{row.psnr:.4g}")
+        writer.writerow([row.solver, row.setting, *numbers, *_frechet(row)])
+    return text.getvalue()
 
 
 def _frechet(row: Distance) -> tuple[str, str]:
-    return ("", "") if row.frechet is None else (f"{row.frechet[0]:.3f}", f"{row.frechet[1]:.4f}")
+    return ("", "") if row.frechet is None else (f"{row.frechet[0]:.3g}", f"{row.frechet[1]:.3g}")

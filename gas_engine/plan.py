@@ -28,7 +28,7 @@ from .files import atomic
 from .guidance import guided
 from .memory import MemoryPolicy
 from .networks import discriminator_for
-from .planner import Plan, Plans, plan, show_bytes
+from .planner import Plan, Plans, parse_bytes, plan, show_bytes
 from .rehearsal import PHASES
 from .training.adversary import Adversarial, Adversary
 
@@ -83,10 +83,11 @@ def run(config: Config) -> Plans:
         def tell(what: str) -> None:
             bar.update(task, advance=1, note=what)
 
-        beside = None
+        adversary, beside = None, None
         if config.adversarial:
-            adversary = Adversary(discriminator_for(denoiser.shape or ()), Adversarial())
-            beside = adversary.beside(denoiser.shape or (), config.batch, config.steps)
+            adversary = Adversary(discriminator_for(denoiser.shape or ()), Adversarial(micro_batch=config.batch))
+            room = parse_bytes(config.memory_budget) - sum(p.nbytes for p in denoiser.parameters())
+            beside = adversary.fitted(denoiser.shape or (), config.batch, config.steps, room)
         plans = plan(
             denoiser, config.steps, config.batch, config.memory_budget, cond=cond, loss=config.loss, dtype=dtype,
             weights=config.weights, evaluation_seconds=config.evaluation_seconds, beside=beside,
@@ -104,7 +105,9 @@ def run(config: Config) -> Plans:
     chosen = plans.choice
     console.print(
         f"choice: micro-batch {chosen.micro_batch}, {_short(chosen.memory)}, blocks={chosen.blocks!r}, "
-        f"{chosen.weights} weights: {show_bytes(chosen.bytes)}",
+        f"{chosen.weights} weights"
+        + (f", {adversary.settings.micro_batch} pairs at a time" if adversary else "")
+        + f": {show_bytes(chosen.bytes)}",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
     return plans

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ def skipped(group: Group, stricken: int) -> dict[str, Any]:
 
 
 def adversarial(group: Group) -> dict[str, dict[str, torch.Tensor]]:
-    """Six updates against a discriminator, of batches that do not divide evenly, its state taken over half way."""
+    """Six updates against a discriminator, of batches that do not divide evenly, its state taken over half way; of one
+    row, a rank is idle."""
 
     def network(x: torch.Tensor, t: torch.Tensor, cond: Any) -> torch.Tensor:
         return torch.tanh(x * (1 + t.to(x.dtype)) + 0.1 * x.flip(-1))
@@ -129,12 +131,12 @@ def adversarial(group: Group) -> dict[str, dict[str, torch.Tensor]]:
     shape, schedule = (1, 8, 8), toy.mixture().schedule
     denoiser = Denoiser(network, schedule, "data", shape)
 
-    def made(fakes: Any) -> Trainer:
+    def made(fakes: Any, batch: int) -> Trainer:
         torch.manual_seed(3)
         adversary = Adversary(discriminator_for(shape).double(), Adversarial(1.0, 1e-3, fakes=fakes))
         solver = GeneralizedSolver(3, schedule, start="quadratic")
         targets = torch.linspace(-1, 1, 640, dtype=torch.float64).view(10, *shape)
-        recipe = Recipe(6, 5, 1e-2, "cosine", ema=0.9, start_grid="")
+        recipe = Recipe(6, batch, 1e-2, "cosine", ema=0.9, start_grid="")
         return Trainer(
             denoiser, solver, list(range(10)), targets, distillation_loss("l1"), recipe, Execution(),
             adversary=adversary, group=group,
@@ -142,8 +144,8 @@ def adversarial(group: Group) -> dict[str, dict[str, torch.Tensor]]:
 
     found = {}
     with in_float64():
-        for fakes in ("fresh", "reuse"):
-            fit, on = made(fakes), made(fakes)
+        for fakes, batch in (("fresh", 5), ("reuse", 5), ("fresh", 1), ("reuse", 1)):
+            fit, on = made(fakes, batch), made(fakes, batch)
             for _ in range(3):
                 fit.update()
             on.load(3, *fit.state())
@@ -151,7 +153,11 @@ def adversarial(group: Group) -> dict[str, dict[str, torch.Tensor]]:
                 pass
             assert on.adversary is not None
             read = torch.tensor([*on.adversary.read(group).values()])
-            found[fakes] = {"solver": flat(on.solver), "critic": flat(on.adversary.discriminator), "read": read}
+            found[f"{fakes} {batch}"] = {
+                "solver": flat(on.solver),
+                "critic": flat(on.adversary.discriminator),
+                "read": read,
+            }
     return found
 
 
@@ -177,6 +183,11 @@ def evaluation(group: Group) -> list[Any]:
     tableau = named_solver("unipc3-bh1", denoiser.schedule, 3)
     mine = distance(denoiser, tableau, data, "mine", batch=8, group=group)
     return [mine, *classical_distances(denoiser, 3, data, data, 8, group=group)]
+
+
+def held(network: torch.nn.Module) -> int:
+    """Bytes of weights on this rank."""
+    return sum(getattr(p, "_local_tensor", p).nbytes for p in network.parameters())
 
 
 def sharded(group: Group) -> dict[str, dict[str, Any]]:
@@ -209,8 +220,7 @@ def sharded(group: Group) -> dict[str, dict[str, Any]]:
         found[f"{name} {seen}"] = {
             "wanted": gradient(whole),
             "found": [gradient(parts), gradient(parts)],
-            "share": sum(getattr(p, "_local_tensor", p).nbytes for p in parts.parameters())
-            / sum(p.nbytes for p in whole.parameters()),
+            "share": held(parts) / held(whole),
         }
     return found
 
@@ -229,6 +239,30 @@ def refusals(group: Group) -> list[str]:
     return said
 
 
+@contextlib.contextmanager
+def trouble(name: str) -> Iterator[None]:
+    """For this process alone: SIGTERM within update 4, or losses of updates 5 and 6 that are not finite."""
+    original, calls = Trainer.update, []
+
+    def update(self: Trainer) -> torch.Tensor:
+        calls.append(1)
+        if name == "stopped" and len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        loss = self.loss
+        if name == "not-finite" and len(calls) in (5, 6):
+            self.loss = lambda *given: loss(*given) * torch.nan
+        try:
+            return original(self)
+        finally:
+            self.loss = loss
+
+    Trainer.update = update  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Trainer.update = original  # type: ignore[method-assign]
+
+
 def verbs(directory: Path, ports: list[str]) -> dict[str, str]:
     """The command line; every call meets at a port of its own. What it printed, and its exit code."""
     short_evaluation()
@@ -239,12 +273,15 @@ def verbs(directory: Path, ports: list[str]) -> dict[str, str]:
         ("resume", train, ["--out", str(directory / "resumed-by-two"), "--resume", "--device", "cpu"]),
         ("shard", train, options(directory, "parts", "--model", "toy:make_perceptron", "--batch", "4", "--shard",
                                  "--teacher-set", str(directory / "parts-set"))),
+        ("not-finite", train, options(directory, "not-finite", "--max-skipped", "2")),
+        ("stopped", train, options(directory, "stopped")),
         ("odd", train, options(directory, "odd", "--shard", "--model", "toy:make_perceptron")),
         ("taken", train, options(directory, "two")),
     ):  # fmt: skip
         os.environ["MASTER_PORT"] = ports.pop()
         heard, code = io.StringIO(), 0
-        with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
+        own = trouble(name) if os.environ["RANK"] == "1" else contextlib.nullcontext()
+        with own, contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
             try:
                 verb.main(arguments)
             except SystemExit as stop:

@@ -214,6 +214,32 @@ def test_a_step_that_is_not_finite_is_left_out_without_being_read(tiny):
     assert sum(moved) > len(moved) / 2 and all(p.isfinite().all() for p in adversary.discriminator.parameters())
 
 
+def test_a_step_out_of_memory_takes_fewer_pairs(tiny, monkeypatch):
+    """Said, and the update goes on: the same discriminator to rounding."""
+    trainers = [trainer_of(tiny(1e-3), method="double_backward") for _ in range(2)]
+    trainers[1].update()
+    original = R3GANDiscriminator.forward
+
+    def forward(self, x, cond=None):
+        if len(x) > 1 and torch.is_grad_enabled() and next(self.parameters()).requires_grad:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return original(self, x, cond)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(R3GANDiscriminator, "forward", forward)
+        trainers[0].update()
+    assert [n.rpartition("with ")[2] for n in trainers[0].notices] == ["2 pairs at a time", "1 pairs at a time"]
+    a, b = (torch.cat([p.flatten() for p in t.adversary.discriminator.parameters()]) for t in trainers)
+    assert relative(a, b) < 1e-3 and trainers[0].execution == Execution()
+
+
+def test_a_plan_takes_as_few_pairs_as_its_budget_asks(tiny):
+    adversary = Adversary(discriminator(), Adversarial(method="double_backward"))
+    whole = adversary.beside(SHAPE, BATCH, STEPS)
+    less = adversary.fitted(SHAPE, BATCH, STEPS, whole.bytes + whole.samples + int(0.7 * whole.step))
+    assert adversary.settings.micro_batch == 2 and less.step < 0.7 * whole.step and less.bytes == whole.bytes
+
+
 def test_half_precision_is_near(tiny):
     """A discriminator in bfloat16: the solver's gradient within a few per cent; its weights stay float32."""
     grads = []

@@ -50,7 +50,7 @@ def pair(tmp_path_factory):
     os.chdir(HERE)
     kept = setup.SELECTION_SEEDS, setup.HELD_OUT_SEEDS
     ranks.short_evaluation()
-    meeting = ports(8)
+    meeting = ports(10)
     started = []
     try:
         train.main(ranks.options(directory, "one"))
@@ -97,7 +97,7 @@ def test_gradients_and_losses_do_not_depend_on_the_number_of_processes(pair, bat
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("fakes", ["fresh", "reuse"])
+@pytest.mark.parametrize("fakes", ["fresh 5", "reuse 5", "fresh 1", "reuse 1"])
 def test_adversarial_training_does_not_depend_on_the_number_of_processes(pair, fakes):
     """Solver, discriminator and what is read of them, in float64; the same bits on both ranks."""
     _, found, _ = pair
@@ -178,6 +178,16 @@ def test_a_run_of_two_is_the_run_of_one_and_rank_0_alone_writes(pair):
     rows = [json.loads(line)["step"] for line in (directory / "two" / "metrics.jsonl").read_text().splitlines()]
     assert rows == [2, 4, 6]
     assert "distance to the" in found[0]["verbs"]["train"] and found[1]["verbs"]["train"] == "0: "
+
+
+def test_what_one_rank_learns_all_do(pair):
+    """A signal to rank 1 alone: both stop after the same update, rank 0 with a checkpoint. NaN: both go back."""
+    directory, found, _ = pair
+    assert [rank["verbs"]["stopped"][:5] for rank in found] == ["143: ", "143: "]
+    assert "stopped after update 4; go on with" in found[0]["verbs"]["stopped"]
+    assert (directory / "stopped" / "checkpoints" / "step-000004").exists()
+    assert [rank["verbs"]["not-finite"][:3] for rank in found] == ["0: ", "0: "]
+    assert "back at update 3 with half the rate (1 of 3 times)" in found[0]["verbs"]["not-finite"]
 
 
 def test_another_number_of_processes_may_resume(pair, monkeypatch):

@@ -113,7 +113,7 @@ def discriminator_loss(
         raise ValueError(f"micro_batch must be one pair or more, got {micro_batch}")
     real, fake = real.detach(), fake.detach()
     if micro_batch is None:
-        micro_batch = _fitting(D, real) if method == "piecewise" else len(real)
+        micro_batch = fitting(D, real) if method == "piecewise" else len(real)
     run = run if gamma else without_penalty
     parts = [
         run(D, real[rows], fake[rows], take(cond, rows, len(real)), gamma, pairing, 1 / len(real))
@@ -150,7 +150,7 @@ def generator_loss(
     return pairing(given, logits_of(D, fake, cond, frozen))
 
 
-def _fitting(D: nn.Module, real: Tensor) -> int:
+def fitting(D: nn.Module, real: Tensor) -> int:
     """Pairs whose largest activation stays near the caches of a CPU: such convolutions are faster, and keep less."""
     if not real.is_cpu or not isinstance(D, R3GANDiscriminator):
         return len(real)

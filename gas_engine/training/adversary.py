@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..costs import step_cost
 from ..distributed import ALONE, Group
 from ..iteration import Beside
-from ..losses.adversarial import discriminator_loss, generator_loss
+from ..losses.adversarial import discriminator_loss, fitting, generator_loss
 from ..memory import phase
 from .directory import load_optimizer, optimizer_tensors, under
 
@@ -39,7 +39,7 @@ class Adversarial:
     rate: float = 1e-5
     gamma: float = 0.2
     kind: Literal["relativistic", "non_saturating", "plain"] = "relativistic"
-    method: Literal["piecewise", "forward_over_reverse", "double_backward"] = "piecewise"
+    method: Literal["piecewise", "forward_over_reverse", "double_backward", "random_direction"] = "piecewise"
     fakes: Literal["fresh", "reuse"] = "fresh"
     warm_up: int = 0
     micro_batch: int | None = None
@@ -151,9 +151,10 @@ class Adversary:
         """What ``load`` goes on from, bit for bit."""
         tensors = {f"discriminator.{key}": value for key, value in self.discriminator.state_dict().items()}
         tensors |= {**optimizer_tensors(self.optimizer), "sums": self._totals(group)}
-        if self._seen is not None:
-            parts = group.gather([v.cpu() for v in self._seen])
-            tensors |= {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(("fake", "real"))}
+        # A rank that had no rows has seen none, and is asked all the same.
+        parts = group.gather(None if self._seen is None else [v.cpu() for v in self._seen])
+        if seen := [part for part in parts if part is not None]:
+            tensors |= {name: torch.cat([part[i] for part in seen]) for i, name in enumerate(("fake", "real"))}
         return tensors
 
     def load(self, tensors: dict[str, Tensor], group: Group = ALONE) -> None:
@@ -167,6 +168,22 @@ class Adversary:
             mine = group.part(len(tensors["fake"]))
             self._seen = (tensors["fake"][mine].to(device), tensors["real"][mine].to(device))
 
+    def lighten(self, batch: int) -> bool:
+        """Take half as many pairs at a time in the steps to come, which changes no gradient; False if it is one."""
+        device = next(self.discriminator.parameters()).device
+        pairs = self.settings.micro_batch or fitting(self.discriminator, torch.empty(batch, 0, device=device))
+        if min(pairs, batch) < 2:
+            return False
+        self.settings = replace(self.settings, micro_batch=-(-min(pairs, batch) // 2))
+        return True
+
+    def fitted(self, shape: Sequence[int], batch: int, steps: int, room: int) -> Beside:
+        """``beside``, after as much lightening as makes its own step fit ``room`` bytes, if that can be."""
+        beside = self.beside(shape, batch, steps)
+        while beside.bytes + beside.samples + beside.step > room and self.lighten(batch):
+            beside = self.beside(shape, batch, steps)
+        return beside
+
     def beside(self, shape: Sequence[int], batch: int, steps: int) -> Beside:
         """What an iteration of this batch takes for it, measured in fake tensors, for a plan of the whole."""
         settings, network = self.settings, self.discriminator
@@ -176,7 +193,10 @@ class Adversary:
         def step(fake: nn.Module) -> None:
             with phase("host"):  # the samples are counted below
                 one, other = (torch.empty(batch, *shape) for _ in range(2))
-            discriminator_loss(fake, one.to(settings.precision), other.to(settings.precision), **self._options)
+            options = self._options
+            if next(network.parameters()).device.type != "cpu":  # what is chosen there
+                options["micro_batch"] = settings.micro_batch or batch
+            discriminator_loss(fake, one.to(settings.precision), other.to(settings.precision), **options)
 
         def loss(samples: Tensor, rows: slice) -> Tensor:
             return settings.weight * self._generator(samples, torch.zeros_like(samples))

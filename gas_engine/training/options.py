@@ -111,8 +111,8 @@ class Config:
     """Pairs of samples at a time in the discriminator's step, with the same gradient; chosen unless given."""
     gamma: float | None = None
     """Of the gradient penalties on real and fake samples; the recipe's unless given."""
-    penalty: Literal["piecewise", "forward_over_reverse", "double_backward"] = "piecewise"
-    """How the penalties' gradient is made: the first is the fastest, and exact for R3GAN's discriminator."""
+    penalty: Literal["piecewise", "forward_over_reverse", "double_backward", "random_direction"] = "piecewise"
+    """How the penalties' gradient is made: exactly but by the last; the first is the fastest."""
     fakes: Literal["fresh", "reuse"] = "fresh"
     """Samples that the discriminator sees: from fresh noise, or those of the update before, which saves K evaluations
     and pairs them with the teacher's samples of the same noise."""

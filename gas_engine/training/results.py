@@ -40,9 +40,9 @@ def finish(
     rows = [mine]
     for path in config.compare:
         other = load_solver(path, denoiser.schedule, model=denoiser.name)
-        said = f"{path.parent.name or path.stem}, K = {other.steps}"
+        name, said = path.parent.name or path.stem, f"K = {other.steps}"
         other_tableau = other.tableau(denoiser.prediction)
-        rows.append(comparison.distance(denoiser, other_tableau, held_out, said, str(path), batch, group))
+        rows.append(comparison.distance(denoiser, other_tableau, held_out, name, said, batch, group))
     if config.evaluation == "full":
         with progress() as bar:
             task = bar.add_task("classical solvers", total=comparison.VARIANTS, note="")

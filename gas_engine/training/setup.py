@@ -101,6 +101,12 @@ def adversary(config: Config, denoiser: Denoiser, recipe: Recipe, device: torch.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             network = discriminator_for(shape)
+    if settings.fakes == "reuse":
+        console.print(
+            f"fakes     reused: the discriminator sees the samples of the update before, beside the teacher's of the "
+            f"same noise, and each update saves {config.steps} evaluations",
+            soft_wrap=True,
+        )
     return Adversary(network, settings, device)
 
 
@@ -139,7 +145,6 @@ def execution(config: Config) -> Execution:
 
 def sharded(denoiser: Denoiser, execution: Execution, device: torch.device) -> tuple[Denoiser, Execution]:
     """A denoiser on the host, seen as updates see it and then spread over the processes; nothing is left to view."""
-    denoiser = execution.place(denoiser, "cpu")
     fingerprint = denoiser.fingerprint()
     shared = shard_weights(execution.view(denoiser), device)
     assert isinstance(shared, Denoiser)
@@ -177,15 +182,18 @@ def plans(
     """
     if config.memory_budget is None:
         return None
-    parse_bytes(config.memory_budget)
     batch = group.most(recipe.batch)
     seconds = evaluation_seconds(placed, batch, device)
+    beside = None
+    if adversary is not None:
+        room = parse_bytes(config.memory_budget) - sum(p.nbytes for p in model.parameters())
+        beside = adversary.fitted(model.shape or (), batch, config.steps, room)
     with progress() as bar:
         task = bar.add_task("plan", total=2 + len(BLOCKS), note="")
         found = plan(
             model, config.steps, batch, config.memory_budget, loss=config.loss, weights=(config.weights,),
             like=execution(config), tableau=solver.tableau(model.prediction), evaluation_seconds=seconds,
-            beside=None if adversary is None else adversary.beside(model.shape or (), batch, config.steps),
+            beside=beside,
             on_probe=lambda what: bar.update(task, advance=1, note=what),
         )  # fmt: skip
         bar.update(task, completed=2 + len(BLOCKS), note="")

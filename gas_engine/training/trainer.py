@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,7 +125,8 @@ class Trainer:
         batch = self._enough(lambda: self.batch(self.step))
         adversary = self.adversary if self.adversary is not None and self.adversary.active(self.step) else None
         if adversary is not None:
-            self._enough(lambda: adversary.gradient(batch.targets, lambda: self.samples(batch.fresh, batch.cond)))
+            fakes = partial(self.samples, batch.fresh, batch.cond)
+            self._enough(lambda: adversary.gradient(batch.targets, fakes), adversary)
             adversary.update(self.group, batch.share)
         loss = self._enough(lambda: self._gradient(batch, adversary))
         loss = self.group.mean_(self.solver.parameters(), loss, batch.share)
@@ -169,10 +171,10 @@ class Trainer:
             self._view, batch.noise, tableau, loss, batch.cond, self.execution.memory, self.execution.micro_batch
         ).mean()  # fmt: skip
 
-    def _enough(self, part: Callable[[], Any]) -> Any:
+    def _enough(self, part: Callable[[], Any], adversary: Adversary | None = None) -> Any:
         """The result of a part of an update, which starts over with a cheaper execution where memory runs out.
 
-        On any rank: all of them go on with the same.
+        On any rank: all of them go on with the same. An ``adversary`` whose step it is takes fewer pairs first.
         """
         while True:
             result, shortage = None, ""
@@ -187,6 +189,12 @@ class Trainer:
                 return result
             del result
             # Outside the handler, which holds the frames that hold the memory.
+            if adversary is not None and adversary.lighten(self.group.most(self.recipe.batch)):
+                self.notices.append(
+                    f"update {self.step}: out of memory in the discriminator's step; going on with "
+                    f"{adversary.settings.micro_batch} pairs at a time"
+                )
+                continue
             self._go_on_with_less(shortage or "on another rank")
 
     def _go_on_with_less(self, shortage: str) -> None:
