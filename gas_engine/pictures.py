@@ -122,7 +122,7 @@ def history_plot(
         if n < steps:
             top.plot(updates, told[:, n], "--", color=colors[n], lw=1, label="told to the network" if n == 0 else None)
     top.set(ylabel="time t", title=title or "learned times", xlabel="update")
-    top.legend(fontsize=8, loc="center right")
+    top.legend(fontsize=8, loc="best")
     lags = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, max(steps, 2)))
     for line, (name, values) in enumerate((("A", a - a[0]), ("B", b - b[0])), start=1):
         limit = 1.3 * max(float(np.abs(np.tril(values)).max()), 1e-12)

@@ -92,9 +92,9 @@ def _compare_pictures(
     drawn = [(f"teacher, {config.teacher.steps}", teacher), (f"learned, {config.steps}", mine.samples)]
     drawn += [(best.solver, best.samples) for best in others]
     drawn += [("|learned - teacher|", mine.samples - teacher)]
-    drawn += [("|classical - teacher|", best.samples - teacher) for best in others]
-    title = f"{denoiser.name}: {config.steps} evaluations, held-out seeds 50000 on; L1 {mine.l1:.4f}"
-    pictures.image_rows(path, drawn, title + "".join(f" against {best.l1:.4f}" for best in others))
+    drawn += [(f"|{best.solver} - teacher|", best.samples - teacher) for best in others]
+    title = f"{denoiser.name}: {config.steps} evaluations, held-out seeds 50000 on; L1: learned {mine.l1:.4f}"
+    pictures.image_rows(path, drawn, title + "".join(f", {best.solver} {best.l1:.4f}" for best in others))
 
 
 def _history(directory: RunDirectory, title: str) -> None:
