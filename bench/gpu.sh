@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA device, in one run: build, tests, benches with CSV files.
 #   bench/gpu.sh [DIR [STEP...]]    results go to $OUT or DIR (default bench/results); needs torch, pytest, pytest-benchmark
-# Steps: build doctor tests ops memory gas cards memcheck racecheck, all unless named. A folder wheels/ with diffusers and
+# Steps: build doctor tests ops memory gas budget cards memcheck racecheck, all unless named. A folder wheels/ with diffusers and
 # torchao, where the machine has no network, is installed first.
 # Each step has a time limit, and a step that fails does not keep the next from running; the exit status tells.
 set -u
@@ -27,9 +27,11 @@ step 180 build "$python" -m pip install --no-build-isolation --no-deps -e .
 step 60 doctor "$python" -m gas_engine.doctor
 step 300 tests "$python" -m pytest tests -q -m gpu
 step 300 ops "$python" -m pytest bench -q --benchmark-disable-gc --ignore bench/bench_memory.py --ignore bench/bench_cards.py \
+    --ignore bench/bench_budget.py \
     --ignore bench/bench_gas.py
 step 300 memory "$python" -m pytest bench/bench_memory.py -q --benchmark-disable-gc
 step 900 gas "$python" -m pytest bench/bench_gas.py -q --benchmark-disable-gc
+step 300 budget "$python" -m pytest bench/bench_budget.py -q
 step 600 cards "$python" -m pytest bench/bench_cards.py -q
 if command -v compute-sanitizer > /dev/null; then
     # The ops' own kernels over every sample; torch's are not ours to check, and the sanitizer takes its time.
