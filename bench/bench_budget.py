@@ -1,7 +1,7 @@
 """A whole GAS iteration of the CIFAR-10 EDM network in a few GiB: planned, run, counted; on any device.
 
-The paper's code takes 35 GB for it (arXiv 2510.17699, appendix). The plain loop is ``bench_gas``'s; the graphs of the whole
-batch need not fit, so its time is that of two samples, scaled.
+The paper's code takes 35 GB for it (arXiv 2510.17699, appendix). The plain loop is ``bench_gas``'s; the graphs of the
+whole batch need not fit, so its time is that of two samples, scaled.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def bench_gas_iteration_within_four_gib(bench_record: Callable[..., None], bench
         targets = torch.rand(batch, *denoiser.shape) * 2 - 1
         trainer = Trainer(
             denoiser, solver, list(range(batch)), targets, distillation_loss("l1"),
-            Recipe(2, batch, 1e-3, "constant", ema=0.99, start_grid=""), chosen.execution, device=torch.device(device), adversary=adversary,
+            Recipe(2, batch, 1e-3, "constant", ema=0.99, start_grid=""), chosen.execution,
+            device=torch.device(device), adversary=adversary,
         )  # fmt: skip
         bytes.reset_peak()
         begun = time.perf_counter()

@@ -79,7 +79,7 @@ class Config:
     teacher: TeacherSolver = field(default_factory=TeacherSolver)
     """The many-step solver to match."""
     train_seeds: str = "0-1399"
-    """Seeds of the teacher set."""
+    """Seeds of the teacher set; the paper takes 1,400, and 5,000 for GAS beyond CIFAR-10."""
     teacher_set: Path | None = None
     """Directory of the teacher set; made if missing. By default runs/teacher-MODEL-..."""
     out: Path | None = None
@@ -98,7 +98,7 @@ class Config:
     adversarial: bool = False
     """Train against a discriminator as well, which is trained beside the solver (GAS)."""
     adversarial_weight: float | None = None
-    """Of the adversarial loss beside the distance; the recipe's unless given."""
+    """Of the adversarial loss beside the distance; the recipe's unless given (paper: 0.1 for 3x32x32, 1 for others)."""
     adversarial_loss: Literal["relativistic", "non_saturating", "plain"] = "relativistic"
     """How the discriminator's logits become losses."""
     discriminator: Path | None = None

@@ -22,7 +22,7 @@ from ..networks import discriminator_for
 from ..planner import Plans, parse_bytes, plan, show_bytes
 from ..solvers import GRIDS, BELMSolver, GeneralizedSolver, LearnedTimes, load_solver
 from ..teacher import load_teacher_set, make_teacher_set, teacher_samples
-from .adversary import Adversary
+from .adversary import Adversarial, Adversary
 from .recipe import RECIPES, Recipe
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ SELECTION_SEEDS = range(40_000, 40_064)
 HELD_OUT_SEEDS = range(50_000, 50_512)
 # What a memory budget chooses.
 CHOSEN = ("trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks", "loss_alone")
+CIFAR10_WEIGHT = 0.1  # of the adversarial loss, by arXiv 2510.17699
 FORMS: dict[str, bool | str] = {"gs": True, "s4s": False, "linear": "linear"}
 
 
@@ -90,6 +91,8 @@ def adversary(config: Config, denoiser: Denoiser, recipe: Recipe, device: torch.
         "micro_batch": config.discriminator_micro_batch,
         "precision": torch.bfloat16 if config.discriminator_precision == "bf16" else None,
     }  # fmt: skip
+    if recipe.adversary == Adversarial() and denoiser.shape == (3, 32, 32) and asked["weight"] is None:
+        asked["weight"] = CIFAR10_WEIGHT
     settings = dataclasses.replace(recipe.adversary, **{k: v for k, v in asked.items() if v is not None})
     if not config.adversarial:
         return None
