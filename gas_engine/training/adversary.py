@@ -27,10 +27,11 @@ COLUMNS = ("adversarial", "d_loss", "d_gap", "r1", "r2")
 class Adversarial:
     """How a discriminator takes part (the defaults are those of arXiv 2510.17699 for all but CIFAR-10).
 
-    ``weight``: of the generator's loss beside the distillation loss; 0.1 for CIFAR-10. ``rate``: of the discriminator's Adam. ``gamma``:
-    of R1 and R2. ``kind``, ``method``: of ``discriminator_loss``. ``fakes``: "fresh", the student's samples from noise
-    that it is not trained on, at the cost of K evaluations; or "reuse", those of the update before, which cost nothing,
-    but are paired with the teacher's samples of the same noise, and made by a solver that is one update old.
+    ``weight``: of the generator's loss beside the distillation loss; 0.1 for CIFAR-10. ``rate``: of the discriminator's
+    Adam. ``gamma``: of R1 and R2. ``kind``, ``method``: of ``discriminator_loss``. ``fakes``: "fresh", the student's
+    samples from noise that it is not trained on, at the cost of K evaluations; or "reuse", those of the update before,
+    which cost nothing, but are paired with the teacher's samples of the same noise, and made by a solver that is one
+    update old.
     ``warm_up``: updates of the distillation loss alone, without the discriminator. ``micro_batch``: pairs at a time.
     ``precision``: that the discriminator computes in, the samples' own unless given; its weights stay float32.
     """
