@@ -92,7 +92,7 @@ class Adversary:
             return
         fake, real = self._seen if self._seen is not None else (draw(), real)
         losses = discriminator_loss(
-            self.discriminator, real.to(self.settings.precision), fake.to(self.settings.precision), **self._options
+            self.discriminator, self._cast(real), self._cast(fake), **self._options
         )  # fmt: skip
         self.logits = losses.relativistic
         for name, values in {
@@ -127,8 +127,11 @@ class Adversary:
         return {name: getattr(self.settings, name) for name in ("gamma", "method", "kind", "micro_batch")}
 
     def _generator(self, samples: Tensor, real: Tensor) -> Tensor:
-        given, real = samples.to(self.settings.precision), real.to(self.settings.precision)
+        given, real = self._cast(samples), self._cast(real)
         return generator_loss(self.discriminator, given, real, kind=self.settings.kind).to(samples.dtype)
+
+    def _cast(self, x: Tensor) -> Tensor:
+        return x if self.settings.precision is None else x.to(self.settings.precision)
 
     def _add(self, name: str, values: Tensor) -> None:
         """Sum and number stay on the device until they are read."""
@@ -197,7 +200,7 @@ class Adversary:
             options = self._options
             if next(network.parameters()).device.type != "cpu":  # what is chosen there
                 options["micro_batch"] = settings.micro_batch or batch
-            discriminator_loss(fake, one.to(settings.precision), other.to(settings.precision), **options)
+            discriminator_loss(fake, self._cast(one), self._cast(other), **options)
 
         def loss(samples: Tensor, rows: slice) -> Tensor:
             return settings.weight * self._generator(samples, torch.zeros_like(samples))

@@ -164,7 +164,7 @@ def _metrics(trainer: Trainer, loss: Tensor) -> dict[str, Any]:
     if trainer.adversary is not None and trainer.adversary.logits is not None:
         trainer.notices += trainer.watch.logits(trainer.adversary.logits)
     trainer.notices += trainer.watch.times(trainer.solver.times(), trainer.solver.schedule)
-    return row | adversary
+    return row | {name: mean if math.isfinite(mean) else None for name, mean in adversary.items()}
 
 
 def _numbers_of(trainer: Trainer) -> dict[str, Any]:
