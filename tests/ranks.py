@@ -152,7 +152,7 @@ def adversarial(group: Group) -> dict[str, dict[str, torch.Tensor]]:
             for _ in on:
                 pass
             assert on.adversary is not None
-            read = torch.tensor([*on.adversary.read(group).values()])
+            read = torch.tensor([*on.means.read(group).values()])
             found[f"{fakes} {batch}"] = {
                 "solver": flat(on.solver),
                 "critic": flat(on.adversary.discriminator),

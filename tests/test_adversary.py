@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from gas_engine.planner import plan
 from gas_engine.training import setup
 from gas_engine.training.adversary import FRESH, Adversarial, Adversary
 from gas_engine.training.recipe import Recipe
-from gas_engine.training.trainer import Trainer
+from gas_engine.training.trainer import NotFinite, Trainer
 
 STEPS, BATCH = 3, 4
 SHAPE = (3, 16, 16)
@@ -199,7 +200,7 @@ def test_warm_up_leaves_the_discriminator_out(tiny):
     assert torch.equal(flat(trainer.solver), flat(plain.solver))
     assert all(torch.equal(p, q) for p, q in zip(before, trainer.adversary.discriminator.parameters(), strict=True))
     trainer.update(), plain.update()
-    assert not torch.equal(flat(trainer.solver), flat(plain.solver)) and trainer.adversary.read()["d_loss"] > 0
+    assert not torch.equal(flat(trainer.solver), flat(plain.solver)) and trainer.means.read()["d_loss"] > 0
 
 
 def test_a_step_that_is_not_finite_is_left_out_without_being_read(tiny):
@@ -233,6 +234,54 @@ def test_a_step_out_of_memory_takes_fewer_pairs(tiny, monkeypatch):
     assert relative(a, b) < 1e-3 and trainers[0].execution == Execution()
 
 
+def test_fewer_pairs_are_state(tiny):
+    """A run that ran out of memory goes on, when resumed, as it would have."""
+    first = trainer_of(tiny(1e-3), method="double_backward")
+    assert first.adversary.lighten(BATCH) and first.adversary.lighten(BATCH)
+    tensors, numbers = first.state()
+    second = trainer_of(tiny(1e-3), method="double_backward")
+    second.load(0, tensors, json.loads(json.dumps(numbers)))
+    assert second.adversary.settings.micro_batch == 1
+    other = trainer_of(tiny(1e-3), method="double_backward", micro_batch=3)
+    other.load(0, tensors, numbers)
+    assert other.adversary.settings.micro_batch == 3  # asked for anew
+
+
+def test_rows_hold_means_of_what_is_finite(tiny):
+    """The loss of a row is the mean since the last row: of the distance, and of the weighted adversarial loss."""
+    trainer = trainer_of(tiny(1e-3), fakes="reuse")
+    losses = [float(trainer.update()) for _ in range(2)]
+    means = trainer.means.read()
+    assert means["distillation"] + means["adversarial"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert means["d_skipped"] == 0 and trainer.means.read() == {}
+    trainer.targets[:] = torch.nan
+    trainer.update()
+    bad = trainer.means.read()
+    assert bad["d_skipped"] == 0 and "distillation" not in bad  # the step saw the samples of the update before
+    trainer.update()
+    assert trainer.means.read()["d_skipped"] == 1 and trainer.skipped == 2
+
+
+def test_going_back_slows_the_discriminator_too(tiny):
+    moved = []
+    for rollbacks in (0, 1):
+        trainer = trainer_of(tiny(1e-3))
+        trainer.rollbacks = rollbacks
+        before = [p.detach().clone() for p in trainer.adversary.discriminator.parameters()]
+        trainer.update()
+        after = [p.detach() for p in trainer.adversary.discriminator.parameters()]
+        moved.append(float(torch.stack([(p - q).norm() for p, q in zip(before, after, strict=True)]).norm()))
+    assert moved[1] == pytest.approx(moved[0] / 2, rel=1e-3)
+
+
+def test_parameters_that_are_not_finite_are_as_bad_as_gradients(tiny):
+    trainer = trainer_of(tiny(1e-3))
+    with torch.no_grad():
+        trainer.solver.theta[0] = torch.inf
+    with pytest.raises(NotFinite, match=r"--rate .* --discriminator-rate than 0\.001"):
+        trainer.update()
+
+
 def test_a_plan_takes_as_few_pairs_as_its_budget_asks(tiny):
     adversary = Adversary(discriminator(), Adversarial(method="double_backward"))
     whole = adversary.beside(SHAPE, BATCH, STEPS)
@@ -252,7 +301,16 @@ def test_half_precision_is_near(tiny):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"weight": -1.0}, {"gamma": float("nan")}, {"rate": 0.0}, {"warm_up": -1}], ids=lambda bad: next(iter(bad))
+    "bad",
+    [
+        {"weight": -1.0},
+        {"gamma": float("nan")},
+        {"rate": 0.0},
+        {"rate": float("inf")},
+        {"warm_up": -1},
+        {"micro_batch": 0},
+    ],
+    ids=lambda bad: next(iter(bad)),
 )
 def test_settings_out_of_range(bad):
     with pytest.raises(ValueError, match=rf"{next(iter(bad))}.*{next(iter(bad.values()))}"):

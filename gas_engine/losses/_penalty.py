@@ -118,7 +118,7 @@ def piecewise(
     a, b = _one_each(at_real.forward(real), real), _one_each(at_fake.forward(fake), fake)
     penalties = []
     for side, x, s in zip((at_real, at_fake), (real, fake), _slopes(pairing, a, b), strict=True):
-        s = weight * s
+        s = (weight * s).to(x.dtype)
         v = side.pull(torch.ones_like(s), s)
         penalties.append(_squared(v))
         side.push(torch.addcmul(weight * gamma * v, s.view(-1, *[1] * (x.dim() - 1)), x), s)
@@ -153,11 +153,16 @@ def accumulate(parameter: Tensor, gradient: Tensor) -> None:
 def _one_each(logits: Tensor, x: Tensor) -> Tensor:
     if logits.shape != x.shape[:1]:
         raise ValueError(f"D must return one logit a sample, {list(x.shape[:1])}, got {list(logits.shape)}")
-    return logits
+    return _wide(logits)
 
 
 def _squared(v: Tensor) -> Tensor:
-    return v.square().flatten(1).sum(1)
+    return _wide(v).square().flatten(1).sum(1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """What is summed and compared has float32's digits, also where the network has fewer."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _slopes(pairing: Pairing, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:

@@ -96,9 +96,9 @@ def discriminator_loss(
     as fit the caches.
 
     Shapes and dtypes: real, fake [B, C, H, W] in the dtype that D shall run in, cond what D takes, tensors of B rows
-    (or one) in any container; results [B] in the dtype of D's output, gradients in that of the weights.
-    Raises ValueError for unlike shapes, unknown names, a micro-batch below one, gamma below zero, and in `piecewise`
-    for a network that is not piecewise linear, naming the module.
+    (or one) in any container; results [B] in the dtype of D's output, float32 if that is narrower, gradients in that
+    of the weights. Raises ValueError for unlike shapes, unknown names, a micro-batch below one, gamma below zero, and
+    in `piecewise` for a network that is not piecewise linear, naming the module.
 
         losses = discriminator_loss(D, real, fake)
         optimizer.step(), optimizer.zero_grad()

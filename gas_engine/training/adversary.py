@@ -16,11 +16,10 @@ from ..iteration import Beside
 from ..losses.adversarial import discriminator_loss, fitting, generator_loss
 from ..memory import phase
 from .directory import load_optimizer, optimizer_tensors, under
+from .means import Means
 
 # Seeds of fresh noise lie beyond all that a teacher set or an evaluation is made of.
 FRESH = 2**40
-# What ``Adversary.read`` tells.
-COLUMNS = ("adversarial", "d_loss", "d_gap", "r1", "r2")
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,12 @@ class Adversarial:
 
     def __post_init__(self) -> None:
         for name, least in (("weight", 0.0), ("gamma", 0.0), ("warm_up", 0)):
-            if not getattr(self, name) >= least:
+            if not least <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.rate > 0:
-            raise ValueError(f"the discriminator's rate must be above 0, got {self.rate}")
+        if not 0 < self.rate < math.inf:
+            raise ValueError(f"the discriminator's rate must be a number above 0, got {self.rate}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch of the discriminator must be one pair or more, got {self.micro_batch}")
 
 
 class Adversary:
@@ -74,8 +75,9 @@ class Adversary:
         # Fused: one launch, and a step that the device itself leaves out when told of an infinity.
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=settings.rate, fused=True)
         self.logits: Tensor | None = None  # D(real) - D(fake) of the newest step
+        self.means = Means()  # the weighted adversarial loss, the discriminator's, |D(real) - D(fake)|, penalties
+        self._asked = settings.micro_batch
         self._seen: tuple[Tensor, Tensor] | None = None  # the solver's samples of its newest update, and the teacher's
-        self._sums: dict[str, Tensor] = {}
 
     def active(self, step: int) -> bool:
         """Whether update ``step``, counted from 0, has an adversarial part."""
@@ -98,14 +100,17 @@ class Adversary:
         for name, values in {
             "d_loss": losses.loss, "d_gap": losses.relativistic.abs(), "r1": losses.r1, "r2": losses.r2
         }.items():  # fmt: skip
-            self._add(name, values)
+            self.means.add(name, values)
 
-    def update(self, group: Group = ALONE, share: float = 1.0) -> None:
-        """The step, on the mean of the ranks' gradients by their shares of the batch."""
+    def update(self, group: Group = ALONE, share: float = 1.0, slower: float = 1.0) -> None:
+        """The step, on the mean of the ranks' gradients by their shares of the batch, at ``slower`` times the rate."""
         network = self.discriminator
         group.mean_gradients_(network, share)
         norms = torch._foreach_norm([p.grad for p in network.parameters() if p.grad is not None])
         infinite = ~torch.isfinite(torch.stack(norms)).all()
+        self.means.add("d_skipped", infinite.float()[None])
+        for options in self.optimizer.param_groups:
+            options["lr"] = self.settings.rate * slower
         self.optimizer.grad_scale, self.optimizer.found_inf = None, infinite.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -119,7 +124,7 @@ class Adversary:
             self._seen = self._seen or (torch.empty_like(real), real)
             self._seen[0][rows] = samples.detach()
         values = self.settings.weight * self._generator(samples, real[rows])
-        self._add("adversarial", values.detach())
+        self.means.add("adversarial", values.detach())
         return values
 
     @property
@@ -133,28 +138,10 @@ class Adversary:
     def _cast(self, x: Tensor) -> Tensor:
         return x if self.settings.precision is None else x.to(self.settings.precision)
 
-    def _add(self, name: str, values: Tensor) -> None:
-        """Sum and number stay on the device until they are read."""
-        new = torch.stack([values.sum(dtype=torch.float64), values.new_full((), len(values), dtype=torch.float64)])
-        self._sums[name] = self._sums[name] + new if name in self._sums else new
-
-    def read(self, group: Group = ALONE) -> dict[str, float]:
-        """Means since the last call, over all ranks: the weighted adversarial loss, and the discriminator's, with its
-        mean |D(real) - D(fake)| and penalties. This waits for the device."""
-        sums = self._totals(group)
-        self._sums = {}
-        return {name: total / count for name, (total, count) in zip(COLUMNS, sums.tolist(), strict=True) if count}
-
-    def _totals(self, group: Group) -> Tensor:
-        """Sum and number of every column, over all ranks, on the host."""
-        sums = torch.stack([self._sums.get(name, torch.zeros(2, dtype=torch.float64)).cpu() for name in COLUMNS])
-        group.sum_([sums])
-        return sums
-
     def state(self, group: Group = ALONE) -> dict[str, Tensor]:
         """What ``load`` goes on from, bit for bit."""
         tensors = {f"discriminator.{key}": value for key, value in self.discriminator.state_dict().items()}
-        tensors |= {**optimizer_tensors(self.optimizer), "sums": self._totals(group)}
+        tensors |= optimizer_tensors(self.optimizer)
         # A rank that had no rows has seen none, and is asked all the same.
         parts = group.gather(None if self._seen is None else [v.cpu() for v in self._seen])
         if seen := [part for part in parts if part is not None]:
@@ -166,11 +153,20 @@ class Adversary:
         self.discriminator.load_state_dict(under("discriminator", tensors))
         load_optimizer(self.optimizer, tensors)
         device = next(self.discriminator.parameters()).device
-        self._sums = dict(zip(COLUMNS, tensors["sums"].to(device), strict=True)) if group.main else {}
         self._seen = None
         if "fake" in tensors:
             mine = group.part(len(tensors["fake"]))
             self._seen = (tensors["fake"][mine].to(device), tensors["real"][mine].to(device))
+
+    @property
+    def pairs(self) -> list[int | None]:
+        """Pairs at a time that were asked for, and those taken now: state as well, where memory ran out."""
+        return [self._asked, self.settings.micro_batch]
+
+    def take_pairs(self, asked: int | None, now: int | None) -> None:
+        """As many pairs at a time as a run of the same wish took before."""
+        if asked == self._asked:
+            self.settings = replace(self.settings, micro_batch=now)
 
     def lighten(self, batch: int) -> bool:
         """Take half as many pairs at a time in the steps to come, which changes no gradient; False if it is one."""

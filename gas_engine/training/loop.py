@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import comparison, pictures
 from .._cli import InputError, console, progress
@@ -35,7 +34,7 @@ def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: 
             _save(trainer, directory, config, None, last=False)  # a state to go back to
         while not trainer.finished:
             try:
-                loss = trainer.update()
+                trainer.update()
             except NotFinite as error:
                 _go_back(trainer, directory, config, error)
                 continue
@@ -51,9 +50,9 @@ def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: 
                 row["distance"] = distance
             last = trainer.finished
             if step % config.log_every == 0 or last:
-                row |= _metrics(trainer, loss)
+                row |= _metrics(trainer)
                 row["seconds_per_update"] = round((time.monotonic() - began) / updates, 4)
-                bar.update(task, note=f"loss {float(loss):.4f}  {row['memory_mib']:.0f} MiB")
+                bar.update(task, note=f"loss {row['loss'] or math.nan:.4f}  {row['memory_mib']:.0f} MiB")
             bar.update(task, completed=step)
             if row:
                 directory.attempt("metrics", partial(directory.log, {"step": step, **row}))
@@ -146,25 +145,31 @@ def _save(trainer: Trainer, directory: RunDirectory, config: Config, distance: f
         ) from None
 
 
-def _metrics(trainer: Trainer, loss: Tensor) -> dict[str, Any]:
-    """The columns of a row; here the host reads the loss, and nowhere else."""
-    value, meter = float(loss), trainer.execution.memory.meter
+def _metrics(trainer: Trainer) -> dict[str, Any]:
+    """The columns of a row, means over the updates since the last; here the host reads them, and nowhere else."""
+    means, meter = trainer.means.read(trainer.group), trainer.execution.memory.meter
     row: dict[str, Any] = {
-        "loss": value if math.isfinite(value) else None, "rate": trainer.rate_at(trainer.step - 1),
-        "skipped": trainer.skipped, "rollbacks": trainer.rollbacks,
+        "loss": means["distillation"] + means.get("adversarial", 0.0) if "distillation" in means else None,
+        "rate": trainer.rate_at(trainer.step - 1), "skipped": trainer.skipped, "rollbacks": trainer.rollbacks,
         "memory_mib": round(_memory_mib(trainer.device), 1),
     }  # fmt: skip
     if meter is not None:
         row["bits_lost"] = round(meter.mean, 3)
         meter.reset()
-    adversary = trainer.adversary.read(trainer.group) if trainer.adversary is not None else {}
-    if math.isfinite(value):
-        distance = value - adversary.get("adversarial", 0.0)
-        trainer.notices += trainer.watch.losses(trainer.step, distance, adversary.get("adversarial"))
-    if trainer.adversary is not None and trainer.adversary.logits is not None:
-        trainer.notices += trainer.watch.logits(trainer.adversary.logits)
-    trainer.notices += trainer.watch.times(trainer.solver.times(), trainer.solver.schedule)
-    return row | {name: mean if math.isfinite(mean) else None for name, mean in adversary.items()}
+    watch, step, adversary = trainer.watch, trainer.step, trainer.adversary
+    if "distillation" in means:
+        trainer.notices += watch.losses(step, means["distillation"], means.get("adversarial"))
+    trainer.notices += watch.times(trainer.solver.times(), trainer.solver.schedule)
+    if adversary is None:
+        return row
+    if adversary.logits is not None:
+        trainer.notices += watch.logits(adversary.logits)
+    if means.get("d_skipped"):
+        trainer.notices.append(
+            f"update {step}: {means['d_skipped']:.0%} of the discriminator's steps were not finite and left out; lower "
+            f"--discriminator-rate ({adversary.settings.rate:g})"
+        )
+    return row | means
 
 
 def _numbers_of(trainer: Trainer) -> dict[str, Any]:

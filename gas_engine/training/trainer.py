@@ -24,6 +24,7 @@ from ..watch import Watch
 from .adversary import FRESH, Adversary
 from .best import Best
 from .directory import load_optimizer, optimizer_tensors, under
+from .means import Means
 from .recipe import OPTIMIZERS, Recipe
 
 
@@ -69,11 +70,15 @@ class Trainer:
         self.seeds, self.targets, self.loss, self.recipe = seeds, targets, loss, recipe
         self.seed, self.device, self.group = seed, device or torch.device("cpu"), group
         self.adversary, self.watch = adversary, Watch(solver.times())
+        self.means = Means() if adversary is None else adversary.means
+        if adversary is not None:
+            group.broadcast_(adversary.discriminator)
         self.execution, self._view, self._asked = execution, execution.view(denoiser), str(execution)
         self.cheaper = execution.cheaper(denoiser, group.most(recipe.batch))  # what to try when memory runs out
         self.notices: list[str] = []
         self.optimizer = OPTIMIZERS[recipe.optimizer](solver.parameters(), lr=recipe.rate)
         self.best = Best()
+        self._epoch, self._permutation = -1, list[int]()
         self.step, self.skipped, self.skipped_in_a_row, self.rollbacks = 0, 0, 0, 0
 
     @property
@@ -99,7 +104,7 @@ class Trainer:
         return picked
 
     def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "_epoch", None) != epoch:
+        if self._epoch != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._permutation = epoch, torch.randperm(len(self.seeds), generator=generator).tolist()
         return self._permutation
@@ -121,13 +126,15 @@ class Trainer:
         The host waits for the device where a gradient of the solver arrives on the CPU, with its parameters: once for
         each micro-batch. It knows then all that it needs: a loss that is not finite has left a gradient that is not.
         """
+        if not all(bool(p.isfinite().all()) for p in self.solver.parameters()):
+            raise NotFinite(f"the solver's parameters are not finite after update {self.step}; {self._advice}")
         torch.manual_seed(self.seed * 1_000_003 + self.step)  # for networks that draw from the global generators
         batch = self._enough(lambda: self.batch(self.step))
         adversary = self.adversary if self.adversary is not None and self.adversary.active(self.step) else None
         if adversary is not None:
             fakes = partial(self.samples, batch.fresh, batch.cond)
             self._enough(lambda: adversary.gradient(batch.targets, fakes), adversary)
-            adversary.update(self.group, batch.share)
+            adversary.update(self.group, batch.share, 0.5**self.rollbacks)
         loss = self._enough(lambda: self._gradient(batch, adversary))
         loss = self.group.mean_(self.solver.parameters(), loss, batch.share)
         norm = torch.nn.utils.clip_grad_norm_(self.solver.parameters(), self.recipe.clip)
@@ -161,6 +168,7 @@ class Trainer:
 
         def loss(x: Tensor, part: slice) -> Tensor:
             values = self.loss(x, batch.targets[part], batch.rows[part])
+            self.means.add("distillation", values.detach())
             return _telling(values if adversary is None else values + adversary.loss(x, batch.targets, part))
 
         self.optimizer.zero_grad()
@@ -219,8 +227,15 @@ class Trainer:
             raise NotFinite(
                 f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite (at update "
                 f"{self.step}, rate {self.rate_at(self.step - 1):g} after going back {self.rollbacks} times); the "
-                f"solver is as before them; try a lower --rate than {self.recipe.rate:g}, or --start-grid quadratic"
+                f"solver is as before them; {self._advice}"
             )
+
+    @property
+    def _advice(self) -> str:
+        said = f"try a lower --rate than {self.recipe.rate:g}, or --start-grid quadratic"
+        if self.adversary is None:
+            return said
+        return f"{said}, or a lower --discriminator-rate than {self.adversary.settings.rate:g}"
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, numbers) from which ``load`` goes on bit for bit."""
@@ -232,7 +247,8 @@ class Trainer:
             "execution": [self._asked, str(self.execution)],
         }
         if self.adversary is not None:
-            parts["adversary"] = self.adversary.state(self.group)
+            parts["adversary"], numbers["pairs"] = self.adversary.state(self.group), self.adversary.pairs
+        parts["metrics"] = {"sums": self.means.state(self.group)}
         tensors = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
         return tensors | optimizer_tensors(self.optimizer), numbers
 
@@ -244,6 +260,8 @@ class Trainer:
         load_optimizer(self.optimizer, tensors)
         if self.adversary is not None:
             self.adversary.load(under("adversary", tensors), self.group)
+            self.adversary.take_pairs(*numbers["pairs"])
+        self.means.load(under("metrics", tensors)["sums"].to(self.device), self.group)
         self.watch.load(numbers["watch"])
         self.step, self.skipped, self.skipped_in_a_row = step, numbers["skipped"], numbers["skipped_in_a_row"]
         self.rollbacks = numbers.get("rollbacks", 0)
