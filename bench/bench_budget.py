@@ -6,6 +6,7 @@ whole batch need not fit, so its time is that of two samples, scaled.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,7 @@ def bench_gas_iteration_within_four_gib(bench_record: Callable[..., None], bench
     network = small if smoke else discriminator_for(denoiser.shape)
     adversary = Adversary(network, Adversarial(), device)
     solver = GeneralizedSolver(steps, denoiser.schedule, start="quadratic")
-    beside = adversary.fitted(denoiser.shape, batch, steps, budget)
+    beside = functools.partial(adversary.fitted, denoiser.shape, batch, steps)
     tableau = solver.tableau(denoiser.prediction)
     chosen = plan(denoiser, steps, batch, budget, beside=beside, tableau=tableau).choice
     targets = torch.rand(batch, *denoiser.shape) * 2 - 1

@@ -254,8 +254,8 @@ class _Cotangent(torch.autograd.Function):
         return mu, None
 
 
-def loss_against_zeros(name: str, probe: Probe) -> tuple[Loss, int]:
+def loss_against_zeros(name: str, probe: Probe, chunk: int | None = None) -> tuple[Loss, int]:
     """The loss of this name against zeros, and the bytes of its own weights; LPIPS without its trained weights."""
-    distance = distillation_loss(name, probe.device, trained=False)
+    distance = distillation_loss(name, probe.device, chunk=chunk, trained=False)
     target = torch.zeros(2, *probe.shape, device=probe.device)
     return (lambda x, rows: distance(x, target[rows])), distance.weight_bytes

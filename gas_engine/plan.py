@@ -6,6 +6,7 @@ Prints ways to run one training iteration, fastest first, and writes all of them
 from __future__ import annotations
 
 import csv
+import functools
 import io
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -28,9 +29,10 @@ from .files import atomic
 from .guidance import guided
 from .memory import MemoryPolicy
 from .networks import discriminator_for
-from .planner import Plan, Plans, parse_bytes, plan, show_bytes
+from .planner import Plan, Plans, plan
 from .rehearsal import PHASES
 from .training.adversary import Adversarial, Adversary
+from .units import show_bytes
 
 HEADS = {
     "weights": "kind", "trajectory": "states", "graphs": "kept", "micro_batch": "micro", "forward_bytes": "fwd",
@@ -56,6 +58,8 @@ class Config:
     """Train with classifier-free guidance: two network calls an evaluation."""
     loss: str = "l1"
     """l1, l2, huber, lpips, lpips-alex, lpips-squeeze, or a sum such as lpips+0.1*l1."""
+    loss_chunk: int | None = None
+    """Samples at a time within the loss; 1 for LPIPS and all for others unless given."""
     adversarial: bool = False
     """Train against a discriminator of the usual size as well."""
     weights: tuple[Weights, ...] = ("resident",)
@@ -85,13 +89,13 @@ def run(config: Config) -> Plans:
 
         adversary, beside = None, None
         if config.adversarial:
-            adversary = Adversary(discriminator_for(denoiser.shape or ()), Adversarial(micro_batch=config.batch))
-            room = parse_bytes(config.memory_budget) - sum(p.nbytes for p in denoiser.parameters())
-            beside = adversary.fitted(denoiser.shape or (), config.batch, config.steps, room)
+            shape = denoiser.shape or ()
+            adversary = Adversary(discriminator_for(shape), Adversarial(micro_batch=config.batch))
+            beside = functools.partial(adversary.fitted, shape, config.batch, config.steps)
         plans = plan(
-            denoiser, config.steps, config.batch, config.memory_budget, cond=cond, loss=config.loss, dtype=dtype,
-            weights=config.weights, evaluation_seconds=config.evaluation_seconds, beside=beside,
-            on_probe=tell,
+            denoiser, config.steps, config.batch, config.memory_budget, cond=cond, loss=config.loss,
+            loss_chunk=config.loss_chunk, dtype=dtype, weights=config.weights,
+            evaluation_seconds=config.evaluation_seconds, beside=beside, on_probe=tell,
         )  # fmt: skip
         bar.update(task, completed=2 + len(BLOCKS), note="")
     title = f"{bundled.title if bundled else denoiser.name}, batch {config.batch}, K = {config.steps}"

@@ -7,7 +7,6 @@ micro-batch that fits, since bytes are affine in it. Predicted times order them;
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,27 +24,7 @@ from .memory import MemoryPolicy
 from .rehearsal import PHASES, Peaks, rehearse
 from .solvers import GeneralizedSolver
 from .tableau import Tableau
-
-_UNITS = {
-    "b": 1,
-    **{f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)},
-    **{f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)},
-}
-
-
-def parse_bytes(text: str) -> int:
-    """``"8GiB"``, ``"500 MB"`` -> bytes. Raises ValueError for anything without a unit, such as a ratio."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    unit = match and _UNITS.get(match[2].lower())
-    if match is None or not unit or float(match[1]) == 0:
-        raise ValueError(f"a memory budget is a number of bytes with its unit, such as 8GiB or 500MB, got {text!r}")
-    return int(float(match[1]) * unit)
-
-
-def show_bytes(size: float) -> str:
-    """In MiB or GiB."""
-    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB")) if size >= u), (2**10, "KiB"))
-    return f"{size / unit:.{2 if name == 'GiB' else 1}f} {name}"
+from .units import parse_bytes, show_bytes
 
 
 @dataclass(frozen=True)
@@ -201,6 +180,7 @@ def plan(
     *,
     cond: Any = None,
     loss: str | Loss = "l1",
+    loss_chunk: int | None = None,
     dtype: torch.dtype | None = None,
     lean: bool = True,
     blocks: Sequence[str] = BLOCKS,
@@ -209,7 +189,7 @@ def plan(
     tableau: Tableau | None = None,
     evaluation_seconds: float | None = None,
     speed: Speed | None = None,
-    beside: Beside | None = None,
+    beside: Beside | Callable[[int], Beside] | None = None,
     probe: Probe | None = None,
     on_probe: Callable[[str], None] | None = None,
 ) -> Plans:
@@ -217,12 +197,14 @@ def plan(
 
     Nothing of the network is computed: it runs in fake tensors, and may itself be made of them. ``cond``: the condition
     of one sample or more; ``loss``: a name as ``distillation_loss`` takes it, or ``loss(samples, rows) -> [b]`` as
-    ``loss_backward`` does, run once on zeros; ``dtype``: of the network's weights and arithmetic, if not their own.
+    ``loss_backward`` does, run once on zeros; ``loss_chunk``: its samples at a time, where it has a name; ``dtype``: of
+    the network's weights and arithmetic, if not their own.
     ``weights``: what may be done with them. ``like``: an execution with what no plan chooses (precision, channels
     last), which plans hand on. ``tableau``: the solver, a GeneralizedSolver of full order unless given.
     ``evaluation_seconds``: measured, of one evaluation of the whole batch. ``beside``: what else an iteration runs,
-    such as a discriminator. ``probe``: measurements of the same denoiser to go on with. ``on_probe`` hears what is
-    measured next.
+    such as a discriminator, or what makes it of the bytes that the budget leaves beside the smallest of ``weights`` and
+    the inputs, fewer than 0 if it leaves none. ``probe``: measurements of the same denoiser to go on with. ``on_probe``
+    hears what is measured next.
 
     Bytes are tensors': a CUDA context and the allocator's rounding come on top.
     Raises ValueError for numbers below 1, unknown names, a budget without a unit.
@@ -263,7 +245,13 @@ def plan(
     if tableau.steps != steps:
         raise ValueError(f"the tableau has {tableau.steps} steps, not {steps}")
     tell("the loss")
-    measured, loss_bytes = loss_against_zeros(loss, probe) if isinstance(loss, str) else (loss, 0)
+    measured, loss_bytes = loss_against_zeros(loss, probe, loss_chunk) if isinstance(loss, str) else (loss, 0)
+    iteration = Iteration(
+        probe, steps, batch, lean, tuple(weights), 1 if guide is _as_it_is else 2, 0, loss_bytes, speed or Speed(),
+        evaluation_seconds,
+    )  # fmt: skip
+    if callable(beside):
+        beside = beside(size - min(map(iteration.weight_bytes, weights)) - iteration.input_bytes)
     beside = beside or Beside()
     measured = measured if beside.loss is None else _sum(measured, beside.loss)
     (peak_1, loss_flops), (peak_2, _) = (probe.loss_cost(measured, n) for n in (1, 2))
@@ -285,11 +273,7 @@ def plan(
             ways.append(Way(memory, kind, 2 if memory.split_guidance else 1, *peaks))
     if all(w == "streamed" for w in weights) and all(way.blocks == "none" for way in ways):
         raise ValueError(f"no block was found in {base.name}, so its weights cannot be streamed")
-    iteration = Iteration(
-        probe, steps, batch, lean, tuple(weights), 1 if guide is _as_it_is else 2, loss_flops, loss_bytes,
-        speed or Speed(), evaluation_seconds, beside,
-    )  # fmt: skip
-    return Plans(iteration, ways, size, like)
+    return Plans(replace(iteration, loss_flops=loss_flops, beside=beside), ways, size, like)
 
 
 def _sum(one: Loss, other: Loss) -> Loss:

@@ -39,7 +39,7 @@ def _run(config: Config, given: Collection[str], group: Group) -> None:
     device = group.device(config.device)
     model, recipe = load_denoiser(config.model), setup.recipe(config)
     solver = setup.solver(config, model, recipe)
-    execution = setup.execution(config)
+    execution, others = setup.execution(config), setup.compared(config, model)
     loss = distillation_loss(config.loss, device, chunk=config.loss_chunk, cache=setup.cache_bytes(config))
     adversary = setup.adversary(config, model, recipe, device)
     denoiser = execution.place(model, "cpu" if config.shard else device)
@@ -67,7 +67,7 @@ def _run(config: Config, given: Collection[str], group: Group) -> None:
     selection = setup.samples(denoiser, setup.SELECTION_SEEDS, config, device, group)
     train(trainer, directory, config, selection)
     try:
-        finish(trainer, directory, config, selection, start)
+        finish(trainer, directory, config, selection, start, others)
     except OSError as error:
         raise InputError(
             f"the results could not be written to {directory.path} ({error.strerror or error}); all updates are done "
@@ -78,8 +78,14 @@ def _run(config: Config, given: Collection[str], group: Group) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``gas-engine train``."""
     words = _resuming(sys.argv[1:] if argv is None else argv)
-    given = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
-    command("train", Config, functools.partial(run, given=given), words)
+    command("train", Config, functools.partial(run, given=_given(words)), words)
+
+
+def _given(words: Sequence[str]) -> set[str]:
+    """Names of the options among the words; ``--no-lean`` gives lean."""
+    flags = {field.name for field in dataclasses.fields(Config) if isinstance(field.default, bool)}
+    names = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    return {name.removeprefix("no_") if name.removeprefix("no_") in flags else name for name in names}
 
 
 def _resuming(words: Sequence[str]) -> list[str]:

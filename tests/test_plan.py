@@ -80,7 +80,7 @@ def test_nothing_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--memory-budget", "0.8"], "such as 8GiB or 500MB, got '0.8'"),
+        (["--memory-budget", "0.8"], "such as 8GiB, got '0.8'"),
         (["--model", "cifar10", "--guidance"], "cifar10 is not used with classifier-free guidance"),
         (["--model", "cifar"], "unknown model 'cifar'"),
         (["--steps", "0"], "steps and batch must be at least 1"),

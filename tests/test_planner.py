@@ -16,10 +16,11 @@ from gas_engine.costs import Probe
 from gas_engine.execution import Execution
 from gas_engine.gradients import loss_backward
 from gas_engine.guidance import guided
-from gas_engine.iteration import Speed
+from gas_engine.iteration import Beside, Speed
 from gas_engine.memory import ByteTracker
-from gas_engine.planner import Plans, parse_bytes, plan, show_bytes
+from gas_engine.planner import Plans, plan
 from gas_engine.rehearsal import rehearse
+from gas_engine.units import parse_bytes, show_bytes
 
 STEPS = 3
 # lean, blocks, micro-batch, policy
@@ -180,6 +181,23 @@ def test_cheaper_ends_at_the_smallest() -> None:
     assert bytes[-1] < 1.5 * plans_of("cifar10").smallest.bytes
 
 
+def test_what_runs_beside_hears_how_much_room_there_is() -> None:
+    """The budget without the inputs and the smallest of the weights that are allowed; not all parameters."""
+    denoiser, probe = probed("cifar10")
+    alone = plan(denoiser, 2, 2, 10_000, probe=probe, weights=("resident", "streamed"), blocks=("all",))
+    rooms: list[int] = []
+
+    def beside(room: int) -> Beside:
+        rooms.append(room)
+        return Beside(bytes=77, samples=5)
+
+    found = plan(denoiser, 2, 2, 10_000, probe=probe, weights=("resident", "streamed"), blocks=("all",), beside=beside)
+    least = min(p.weight_bytes for p in alone)
+    assert rooms == [10_000 - least - alone[0].input_bytes] and {p.weights for p in alone} == {"resident", "streamed"}
+    assert least < sum(p.nbytes for p in denoiser.parameters())
+    assert min(p.weight_bytes for p in found) == least + 77 and found.iteration.loss_flops == alone.iteration.loss_flops
+
+
 def test_a_large_loss_wants_to_be_alone() -> None:
     _, probe = probed("cifar10")
     plans = plan(probed("cifar10")[0], 4, 6, "1GiB", probe=probe, loss=heavy, blocks=("none",))
@@ -279,7 +297,7 @@ def test_bytes_with_units(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["0.8", "80%", "8", "GiB", "-1GiB", "0GiB", "8 potatoes", ""])
 def test_a_budget_needs_its_unit(text: str) -> None:
-    with pytest.raises(ValueError, match="such as 8GiB or 500MB, got"):
+    with pytest.raises(ValueError, match="such as 8GiB, got"):
         parse_bytes(text)
 
 

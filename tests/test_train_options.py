@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -13,7 +14,8 @@ import toy
 from runs import brief, flat_of, options, rows
 from twin import relative
 
-from gas_engine import BELMSolver, load_solver, train
+from gas_engine import BELMSolver, load_denoiser, load_solver, train
+from gas_engine.training import setup
 from gas_engine.training.loggers import logger
 from gas_engine.training.opening import opened
 from gas_engine.training.recipe import Recipe
@@ -68,6 +70,68 @@ def test_options_of_memory_may_be_given_anew_when_resuming(small, no_pictures, t
     assert "continues with weights='resident'" in capsys.readouterr().err
 
 
+def test_a_default_that_is_given_is_refused_where_the_run_has_another(small, no_pictures, tmp_path, capsys):
+    """A resumed run says what it cannot do instead of going on without; what its directory has may be said again."""
+    out = tmp_path / "run"
+    stored = ["--clip", "0.5", "--teacher.steps", "8", "--precision", "bf16", "--channels-last"]
+    train.main(brief(out, "--model", "toy:make_perceptron", "--iterations", "1", *stored, "--lean"))
+    for words, seen in (
+        (("--clip", "1.0"), "continues with clip=0.5"),
+        (("--precision", "fp32"), "continues with precision='bf16'"),
+        (("--teacher.steps", str(train.Config().teacher.steps)), "continues with teacher.steps=8"),
+    ):
+        with pytest.raises(SystemExit):
+            train.main(["--out", str(out), "--resume", *words])
+        assert seen in capsys.readouterr().err
+    assert train._given(["--no-lean", "--resume", "--logger=none"]) == {"lean", "resume", "logger"}
+    asked = train.Config(out=out, resume=True)
+    assert opened(asked, ())[1].lean and not opened(asked, train._given(["--no-lean"]))[1].lean
+    chunked = dataclasses.replace(asked, loss_chunk=2, loss_cache="1MiB")
+    assert opened(chunked, ())[1].loss_chunk == 2 and opened(chunked, ())[1].loss_cache == "1MiB"
+    train.main(["--out", str(out), "--resume", "--device", "cpu", "--evaluation", "student", *stored, "--lean"])
+
+
+def test_a_patience_that_cannot_end_a_run_is_told(tmp_path, capsys):
+    for evaluations, told in ((3, False), (4, True)):
+        opened(train.Config(out=tmp_path, iterations=9, evaluate_every=2, patience=evaluations), ())
+        assert ("cannot end a run of 9 early" in " ".join(capsys.readouterr().out.split())) == told
+
+
+def test_pairs_that_were_given_are_kept_by_a_budget(monkeypatch, capsys):
+    """In less than they take no plan fits; a number that was not given is chosen to fit."""
+    monkeypatch.setattr(setup, "evaluation_seconds", lambda *_: 1.0)
+    config = train.Config(adversarial=True, batch=8, steps=2, discriminator_micro_batch=8)
+    denoiser, device = load_denoiser("digits"), torch.device("cpu")
+    recipe = setup.recipe(config)
+    solver = setup.solver(config, denoiser, recipe)
+
+    def planned(pairs, budget):
+        asked = dataclasses.replace(config, discriminator_micro_batch=pairs, memory_budget=f"{budget}B")
+        adversary = setup.adversary(asked, denoiser, recipe, device)
+        return setup.plans(asked, denoiser, denoiser, recipe, solver, device, adversary=adversary), adversary
+
+    least = {pairs: planned(pairs, 2**30)[0].smallest.bytes for pairs in (1, 8)}
+    assert least[1] < 0.9 * least[8]
+    with pytest.raises(ValueError, match="no plan fits"):
+        planned(8, (least[1] + least[8]) // 2)
+    capsys.readouterr()
+    _, adversary = planned(None, (least[1] + least[8]) // 2)
+    pairs = adversary.settings.micro_batch
+    assert pairs < 8 and f", {pairs} pair(s) at a time" in capsys.readouterr().out
+
+
+def test_a_plan_knows_the_chunk_of_the_loss(monkeypatch):
+    monkeypatch.setattr(setup, "evaluation_seconds", lambda *_: 1.0)
+    denoiser, peaks = load_denoiser("digits"), []
+    for chunk in (None, 1):
+        config = train.Config(batch=8, steps=2, loss="l2", loss_chunk=chunk, memory_budget="1GiB")
+        recipe = setup.recipe(config)
+        solver = setup.solver(config, denoiser, recipe)
+        found = setup.plans(config, denoiser, denoiser, recipe, solver, torch.device("cpu"))
+        peaks.append(found.choice.peaks.loss)
+    assert peaks[1] < peaks[0]
+
+
 def test_weights_may_be_streamed_or_held_in_eight_bits(small, no_pictures, tmp_path):
     """Streamed: the same solver to the bit. Eight bits: another network, and a solver for it."""
     short = ["--model", "toy:make_perceptron", "--iterations", "3", "--evaluation", "student"]
@@ -100,7 +164,7 @@ def test_weights_may_be_streamed_or_held_in_eight_bits(small, no_pictures, tmp_p
         (["--trajectory", "reversible"], "gs has a full history; use --student belm"),
         (["--student", "belm", "--trajectory", "reversible", "--offload"], "leave one out"),
         (["--student", "belm", "--order", "2"], "takes no --order, got 2"),
-        (["--memory-budget", "80%"], "a number of bytes with its unit, such as 8GiB or 500MB, got '80%'"),
+        (["--memory-budget", "80%"], "bytes are a number with its unit, such as 8GiB, got '80%'"),
         (["--memory-budget", "1KiB"], "no plan fits into"),
         (["--memory-budget", "1GiB", "--lean", "--micro-batch", "2"], "chooses --micro-batch, --lean, which was given"),
         (["--carry"], "carry=True belongs to"),
@@ -113,6 +177,11 @@ def test_weights_may_be_streamed_or_held_in_eight_bits(small, no_pictures, tmp_p
         (["--rate-warm-up", "5", "--iterations", "5"], "--rate-warm-up must be shorter than the 5 updates"),
         (["--logger", "wandb"], "--logger wandb needs the wandb package: `pip install wandb`"),
         (["--logger", "trackio"], "`pip install trackio`, or use --logger tensorboard"),
+        (["--gamma", "0.1"], "--gamma 0.1 is of a discriminator, and there is none; give --adversarial as well"),
+        (["--no-adversarial", "--fakes", "fresh"], "--fakes fresh is of a discriminator"),
+        (["--adversarial", "--warm-up", "3", "--iterations", "3"], "--warm-up must leave some of the 3 updates"),
+        (["--compare", "absent.safetensors", "--iterations", "1"], "absent.safetensors"),
+        (["--loss", "lpips", "--loss-cache", "4"], "bytes are a number with its unit, such as 8GiB, got '4'"),
         (["--out", "/proc/run", "--model", "nothing"], "cannot write to /proc/run"),
         (["--loss", "lpips"], "neither in the cache"),
     ],

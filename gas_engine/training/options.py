@@ -93,7 +93,7 @@ class Config:
     log_every: int = 20
     """Updates between rows of metrics."""
     seed: int = 0
-    """Order of the batches."""
+    """Of the order of the batches, a new discriminator's weights, and what a network itself draws."""
     # Adversarial training.
     adversarial: bool = False
     """Train against a discriminator as well, which is trained beside the solver (GAS)."""

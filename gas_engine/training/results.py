@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from .._cli import console, progress
 from ..denoiser import Denoiser
 from ..files import write_text
 from ..metrics import judge_of
-from ..solvers import grid, load_solver, save_solver
+from ..solvers import LearnedTimes, grid, save_solver
 from ..tableau import Tableau
 from . import setup
 from .directory import RunDirectory
@@ -22,9 +23,10 @@ from .trainer import Trainer
 
 
 def finish(
-    trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples, start: Tableau
-) -> None:
-    """Write the solver, measure on held-out seeds, write the table and the pictures."""
+    trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples, start: Tableau,
+    others: Sequence[tuple[str, LearnedTimes]] = (),
+) -> None:  # fmt: skip
+    """Write the solver, measure it and ``others`` on held-out seeds, write the table and the pictures."""
     denoiser, student, batch, group = trainer.denoiser, trainer.average, config.sample_batch, trainer.group
     tableau = student.tableau(denoiser.prediction)
     held_out = setup.samples(denoiser, setup.HELD_OUT_SEEDS, config, trainer.device, group)
@@ -38,10 +40,8 @@ def finish(
             metrics={"l1": mine.l1, "rmse": mine.rmse, "psnr": mine.psnr, "held_out_seeds": "50000-50511"},
         )  # fmt: skip
     rows = [mine]
-    for path in config.compare:
-        other = load_solver(path, denoiser.schedule, model=denoiser.name)
-        name, said = path.parent.name or path.stem, f"K = {other.steps}"
-        other_tableau = other.tableau(denoiser.prediction)
+    for name, other in others:
+        other_tableau, said = other.tableau(denoiser.prediction), f"K = {other.steps}"
         rows.append(comparison.distance(denoiser, other_tableau, held_out, name, said, batch, group))
     if config.evaluation == "full":
         with progress() as bar:
@@ -50,7 +50,7 @@ def finish(
                 denoiser, config.steps, selection, held_out, batch, lambda: bar.advance(task), group
             )  # fmt: skip
             bar.update(task, completed=comparison.VARIANTS)
-    shown = rows[: len(config.compare) + 2]  # ours, and the best of the classical
+    shown = rows[: len(others) + 2]  # ours, and the best of the classical
     if held_out.judge is not None:
         rows.append(comparison.of_teacher(held_out, f"{config.teacher.solver}, {config.teacher.steps} evaluations"))
     if not directory.writes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +19,14 @@ from ..adapters.r3gan import load_r3gan
 from ..denoiser import Denoiser, seeded
 from ..distributed import ALONE, Group
 from ..execution import BLOCKS, Execution
+from ..iteration import Beside
 from ..memory import BitsLost, MemoryPolicy, shard_weights
 from ..networks import discriminator_for
-from ..planner import Plans, parse_bytes, plan, show_bytes
+from ..planner import Plans, plan
 from ..solvers import GRIDS, BELMSolver, GeneralizedSolver, LearnedTimes, load_solver
 from ..teacher import load_teacher_set, make_teacher_set, teacher_samples
-from .adversary import Adversarial, Adversary
+from ..units import parse_bytes, show_bytes
+from .adversary import Adversary
 from .recipe import RECIPES, Recipe
 
 if TYPE_CHECKING:
@@ -36,11 +40,15 @@ CIFAR10_WEIGHT = 0.1  # of the adversarial loss, by arXiv 2510.17699
 FORMS: dict[str, bool | str] = {"gs": True, "s4s": False, "linear": "linear"}
 
 
+def recipe_name(config: Config) -> str:
+    """What --recipe says, or what auto is."""
+    return config.recipe if config.recipe != "auto" else ("quick" if config.model == "digits" else "paper")
+
+
 def recipe(config: Config) -> Recipe:
     """The recipe by its name, and what was given instead of its values."""
-    name = config.recipe if config.recipe != "auto" else ("quick" if config.model == "digits" else "paper")
     given = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(Recipe)}
-    found = dataclasses.replace(RECIPES[name], **{k: v for k, v in given.items() if v is not None})
+    found = dataclasses.replace(RECIPES[recipe_name(config)], **{k: v for k, v in given.items() if v is not None})
     if found.iterations < 1 or found.batch < 1 or found.rate <= 0 or not 0 <= found.ema < 1:
         raise InputError(f"iterations and batch must be at least 1, rate above 0 and ema in [0, 1), got {found}")
     if not 0 <= found.rate_warm_up < found.iterations or not found.clip > 0:
@@ -83,6 +91,14 @@ def solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> LearnedTimes:
     return found
 
 
+def compared(config: Config, denoiser: Denoiser) -> list[tuple[str, LearnedTimes]]:
+    """The solvers to measure beside the result, of any K, named by where they lie."""
+    return [
+        (path.parent.name or path.stem, load_solver(path, denoiser.schedule, model=denoiser.name))
+        for path in config.compare
+    ]
+
+
 def adversary(config: Config, denoiser: Denoiser, recipe: Recipe, device: torch.device) -> Adversary | None:
     """The discriminator beside the solver, or None without --adversarial; its random weights follow from --seed."""
     asked: dict[str, Any] = {
@@ -91,7 +107,7 @@ def adversary(config: Config, denoiser: Denoiser, recipe: Recipe, device: torch.
         "micro_batch": config.discriminator_micro_batch,
         "precision": torch.bfloat16 if config.discriminator_precision == "bf16" else None,
     }  # fmt: skip
-    if recipe.adversary == Adversarial() and denoiser.shape == (3, 32, 32) and asked["weight"] is None:
+    if recipe_name(config) == "paper" and denoiser.shape == (3, 32, 32) and asked["weight"] is None:
         asked["weight"] = CIFAR10_WEIGHT
     settings = dataclasses.replace(recipe.adversary, **{k: v for k, v in asked.items() if v is not None})
     if not config.adversarial:
@@ -186,23 +202,25 @@ def plans(
     if config.memory_budget is None:
         return None
     batch = group.most(recipe.batch)
-    seconds = evaluation_seconds(placed, batch, device)
-    beside = None
-    if adversary is not None:
-        room = parse_bytes(config.memory_budget) - sum(p.nbytes for p in model.parameters())
-        beside = adversary.fitted(model.shape or (), batch, config.steps, room)
+    seconds, shape = evaluation_seconds(placed, batch, device), model.shape or ()
+    beside: Beside | Callable[[int], Beside] | None = None
+    if adversary is not None and config.discriminator_micro_batch is not None:
+        beside = adversary.beside(shape, batch, config.steps)
+    elif adversary is not None:
+        beside = functools.partial(adversary.fitted, shape, batch, config.steps)
     with progress() as bar:
         task = bar.add_task("plan", total=2 + len(BLOCKS), note="")
         found = plan(
-            model, config.steps, batch, config.memory_budget, loss=config.loss, weights=(config.weights,),
-            like=execution(config), tableau=solver.tableau(model.prediction), evaluation_seconds=seconds,
-            beside=beside,
+            model, config.steps, batch, config.memory_budget, loss=config.loss,
+            loss_chunk=config.loss_chunk, weights=(config.weights,), like=execution(config),
+            tableau=solver.tableau(model.prediction), evaluation_seconds=seconds, beside=beside,
             on_probe=lambda what: bar.update(task, advance=1, note=what),
         )  # fmt: skip
         bar.update(task, completed=2 + len(BLOCKS), note="")
-    chosen = found.choice
+    chosen, pairs = found.choice, adversary and adversary.settings.micro_batch
+    said = f", {pairs} pair(s) at a time in the discriminator" if pairs else ""
     console.print(
-        f"plan      {chosen.execution}: {show_bytes(chosen.bytes)} of {show_bytes(found.budget)}, "
+        f"plan      {chosen.execution}{said}: {show_bytes(chosen.bytes)} of {show_bytes(found.budget)}, "
         f"{chosen.calls} network calls and about {chosen.seconds:.2g} s an update",
         soft_wrap=True,
     )
