@@ -28,8 +28,9 @@ def image_rows(path: Path, rows: list[tuple[str, Tensor]], title: str = "", colu
     columns = min(columns, max(len(images) for _, images in rows))
     errors = [images[:columns].abs().mean(1) for label, images in rows if label.startswith("|")]
     top = float(torch.quantile(torch.cat(errors).flatten(), 0.995)) if errors else 1.0
+    margin = max(1.5, 0.075 * max(len(label) for label, _ in rows))  # inches
     figure, axes = plt.subplots(
-        len(rows), columns, figsize=(0.85 * columns + 1.7, 0.87 * len(rows) + 0.7), squeeze=False
+        len(rows), columns, figsize=(0.85 * columns + margin + 0.2, 0.87 * len(rows) + 0.7), squeeze=False
     )  # fmt: skip
     drawn = None
     for line, (label, images) in zip(axes, rows, strict=True):
@@ -42,7 +43,7 @@ def image_rows(path: Path, rows: list[tuple[str, Tensor]], title: str = "", colu
                 axis.imshow(_displayable(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         line[0].text(-0.12, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
     figure.suptitle(title, fontsize=11)
-    left = 1.5 / figure.get_figwidth()
+    left = margin / figure.get_figwidth()
     right = 1 - (0.75 if errors else 0.1) / figure.get_figwidth()
     figure.subplots_adjust(
         left=left, right=right, top=1 - 0.45 / figure.get_figheight(), bottom=0.02, wspace=0.06, hspace=0.06
