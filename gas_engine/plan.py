@@ -25,7 +25,7 @@ from .adapters import load_denoiser
 from .architectures import ARCHITECTURES
 from .denoiser import Denoiser
 from .execution import BLOCKS, DTYPES, WEIGHTS, Weights
-from .files import atomic
+from .files import atomic, write_text
 from .guidance import guided
 from .memory import MemoryPolicy
 from .networks import discriminator_for
@@ -103,7 +103,7 @@ def run(config: Config) -> Plans:
     title = ", ".join([title, *said, show_bytes(plans.budget)])
     console.print(table(plans, title), width=max(console.width, 110), crop=False, soft_wrap=False)
     directory = writable(config.out)
-    _write(directory / "plan.csv", as_csv(plans))
+    write_text(directory / "plan.csv", as_csv(plans))
     plot(directory / "plan.png", plans, title)
     console.print(f"all {len(plans)} plans: {directory}/plan.csv  plan.png", soft_wrap=True)
     chosen = plans.choice
@@ -225,11 +225,6 @@ def _load(name: str) -> Denoiser:
 
 def _classes(denoiser: Denoiser) -> Tensor | None:
     return torch.zeros(1, dtype=torch.int64) if denoiser.classes else None
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
