@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import flat_of
 from twin import relative
 
-from gas_engine import GeneralizedSolver, MemoryPolicy, load_solver, train
+from gas_engine import GeneralizedSolver, MemoryPolicy
 from gas_engine.architectures import architecture
 from gas_engine.execution import Execution
 from gas_engine.losses import distillation_loss
 from gas_engine.memory import ByteTracker
 from gas_engine.networks import R3GANDiscriminator
 from gas_engine.planner import plan
-from gas_engine.training import setup
 from gas_engine.training.adversary import FRESH, Adversarial, Adversary
 from gas_engine.training.recipe import Recipe
 from gas_engine.training.trainer import NotFinite, Trainer
 
 STEPS, BATCH = 3, 4
 SHAPE = (3, 16, 16)
-
-
-def flat(solver) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in solver.parameters()])
 
 
 def discriminator(seed: int = 0) -> R3GANDiscriminator:
@@ -110,7 +105,7 @@ def test_iterations_are_those_written_out(tiny, monkeypatch, kind, fakes):
         last = y.detach(), real
 
         trainer.update()
-        assert relative(flat(trainer.solver), flat(solver)) < 1e-9
+        assert relative(flat_of(trainer.solver), flat_of(solver)) < 1e-9
         for mine, wanted in zip(network.parameters(), D.parameters(), strict=True):
             assert relative(mine, wanted) < 1e-9
 
@@ -182,8 +177,8 @@ def test_state_goes_on_bit_for_bit(tiny, fakes):
     second.load(3, {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(numbers)))
     for _ in range(3):
         second.update()
-    assert torch.equal(flat(whole.solver), flat(second.solver)) and torch.equal(
-        flat(whole.average), flat(second.average)
+    assert torch.equal(flat_of(whole.solver), flat_of(second.solver)) and torch.equal(
+        flat_of(whole.average), flat_of(second.average)
     )
     a, b = (t.adversary.discriminator.state_dict() for t in (whole, second))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -196,10 +191,10 @@ def test_warm_up_leaves_the_discriminator_out(tiny):
     before = [p.clone() for p in trainer.adversary.discriminator.parameters()]
     for _ in range(2):
         trainer.update(), plain.update()
-    assert torch.equal(flat(trainer.solver), flat(plain.solver))
+    assert torch.equal(flat_of(trainer.solver), flat_of(plain.solver))
     assert all(torch.equal(p, q) for p, q in zip(before, trainer.adversary.discriminator.parameters(), strict=True))
     trainer.update(), plain.update()
-    assert not torch.equal(flat(trainer.solver), flat(plain.solver)) and trainer.means.read()["d_loss"] > 0
+    assert not torch.equal(flat_of(trainer.solver), flat_of(plain.solver)) and trainer.means.read()["d_loss"] > 0
 
 
 def test_a_step_that_is_not_finite_is_left_out_without_being_read(tiny):
@@ -314,67 +309,3 @@ def test_half_precision_is_near(tiny):
 def test_settings_out_of_range(bad):
     with pytest.raises(ValueError, match=rf"{next(iter(bad))}.*{next(iter(bad.values()))}"):
         Adversarial(**bad)
-
-
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setattr(setup, "SELECTION_SEEDS", range(40_000, 40_016))
-    monkeypatch.setattr(setup, "HELD_OUT_SEEDS", range(50_000, 50_032))
-
-
-def options(out: Path, *more: str) -> list[str]:
-    words = ["--out", str(out), "--teacher-set", str(out.parent / "set"), "--train-seeds", "0-15", "--steps", "2"]
-    return [*words, "--batch", "4", "--device", "cpu", "--evaluation", "student", "--iterations", "4", *more]
-
-
-def test_a_run_writes_its_table_and_resumes(small, tmp_path, capsys):
-    """GS, then GAS beside it: distances and Frechet distances of both and of the teacher; resumed, the same solver."""
-    train.main(options(tmp_path / "gs"))
-    gas = ("--adversarial", "--compare", str(tmp_path / "gs" / "solver.safetensors"), "--log-every", "2")
-    train.main(options(tmp_path / "gas", *gas, "--fakes", "reuse"))
-    lines = (tmp_path / "gas" / "comparison.csv").read_text().splitlines()
-    assert lines[0] == "solver,setting,l1,rmse,psnr,fd_data,fd_teacher"
-    assert [line.partition(",")[0] for line in lines[1:]] == ["learned (gas)", "gs", "teacher"]
-    assert all(float(line.split(",")[-2]) > 0 for line in lines[1:])
-    rows = [json.loads(line) for line in (tmp_path / "gas" / "metrics.jsonl").read_text().splitlines()]
-    assert {"adversarial", "d_loss", "d_gap", "r1", "r2"} <= {*rows[-1]}
-    for picture in ("history.png", "comparison.png", "samples/step-000004.png"):
-        assert (tmp_path / "gas" / picture).stat().st_size > 5_000
-
-    train.main(options(tmp_path / "half", *gas, "--fakes", "reuse", "--save-every", "2"))
-    newest = tmp_path / "half" / "checkpoints" / "step-000004" / "state.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-100])
-    train.main(["--out", str(tmp_path / "half"), "--resume", "--device", "cpu"])
-    assert "at update 2" in capsys.readouterr().out
-    first, second = (load_solver(tmp_path / name / "solver.safetensors") for name in ("gas", "half"))
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-
-
-def test_a_run_begins_with_a_solver(small, tmp_path, capsys):
-    train.main(options(tmp_path / "gs"))
-    start = str(tmp_path / "gs" / "solver.safetensors")
-    train.main(options(tmp_path / "on", "--start-from", start, "--rate", "1e-12"))
-    first, second = (load_solver(tmp_path / name / "solver.safetensors") for name in ("gs", "on"))
-    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        train.main([*options(tmp_path / "other", "--start-from", start), "--steps", "3"])
-    assert stop.value.code == 2 and "--start-from" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("more", "seen"),
-    [
-        (("--model", "toy:make"), "[2, 3, 3]"),
-        (("--discriminator", "none.pkl"), "none.pkl"),
-        (("--gamma", "-1"), "-1"),
-        (("--discriminator-micro-batch", "0"), "micro_batch"),
-    ],
-)
-def test_bad_input_is_one_sentence(small, tmp_path, capsys, monkeypatch, more, seen):
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    with pytest.raises(SystemExit) as stop:
-        train.main(options(tmp_path / "run", "--adversarial", *more))
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and seen in message and "Traceback" not in message
-    assert not (tmp_path / "run" / "solver.safetensors").exists()

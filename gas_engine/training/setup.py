@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +50,7 @@ def recipe(config: Config) -> Recipe:
     """The recipe by its name, and what was given instead of its values."""
     given = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(Recipe)}
     found = dataclasses.replace(RECIPES[recipe_name(config)], **{k: v for k, v in given.items() if v is not None})
-    if found.iterations < 1 or found.batch < 1 or found.rate <= 0 or not 0 <= found.ema < 1:
+    if found.iterations < 1 or found.batch < 1 or not 0 < found.rate < math.inf or not 0 <= found.ema < 1:
         raise InputError(f"iterations and batch must be at least 1, rate above 0 and ema in [0, 1), got {found}")
     if not 0 <= found.rate_warm_up < found.iterations or not found.clip > 0:
         raise InputError(
@@ -101,6 +102,8 @@ def compared(config: Config, denoiser: Denoiser) -> list[tuple[str, LearnedTimes
 
 def adversary(config: Config, denoiser: Denoiser, recipe: Recipe, device: torch.device) -> Adversary | None:
     """The discriminator beside the solver, or None without --adversarial; its random weights follow from --seed."""
+    if not config.adversarial:
+        return None
     asked: dict[str, Any] = {
         "weight": config.adversarial_weight, "rate": config.discriminator_rate, "gamma": config.gamma,
         "kind": config.adversarial_loss, "method": config.penalty, "fakes": config.fakes, "warm_up": config.warm_up,
@@ -110,8 +113,6 @@ def adversary(config: Config, denoiser: Denoiser, recipe: Recipe, device: torch.
     if recipe_name(config) == "paper" and denoiser.shape == (3, 32, 32) and asked["weight"] is None:
         asked["weight"] = CIFAR10_WEIGHT
     settings = dataclasses.replace(recipe.adversary, **{k: v for k, v in asked.items() if v is not None})
-    if not config.adversarial:
-        return None
     shape = denoiser.shape or ()
     if config.discriminator is not None:
         network = load_r3gan(config.discriminator)
