@@ -17,6 +17,8 @@ from gas_engine import Denoiser, load_solver, train
 from gas_engine.execution import Execution
 from gas_engine.losses import distillation_loss
 from gas_engine.training.adversary import Adversarial, Adversary
+from gas_engine.training.directory import RunDirectory
+from gas_engine.training.loop import resume
 from gas_engine.training.loop import train as loop
 from gas_engine.training.trainer import NotFinite, Trainer
 
@@ -35,6 +37,14 @@ def at_update(monkeypatch):
 
 
 # Not finite
+
+
+def test_a_best_solver_of_updates_that_are_taken_back_goes(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.best.write_bytes(b"of an update that is no more")
+    resume(toy_trainer(), directory, train.Config(), None)
+    assert not directory.best.exists()
+    resume(toy_trainer(), directory, train.Config(), None)  # nor does it have to be there
 
 
 def test_updates_that_are_not_finite_change_nothing_and_stop_after_patience():

@@ -86,8 +86,9 @@ def resume(trainer: Trainer, directory: RunDirectory, config: Config, checkpoint
     if checkpoint is not None:
         trainer.load(*checkpoint)
     directory.forget_after(trainer.step)
-    if trainer.best.tensors:
-        directory.attempt("the best solver", partial(_write_best, trainer, directory, config))
+    best = partial(_write_best, trainer, directory, config)
+    # What is there may be of updates that are taken back.
+    directory.attempt("the best solver", best if trainer.best.tensors else partial(directory.best.unlink, True))
 
 
 def measure(trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples) -> float | None:
