@@ -23,7 +23,7 @@ from .tableau import Tableau
 
 @torch.no_grad()
 def pictures_of(denoiser: Denoiser, states: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Pictures of states [N, *shape], on the CPU: of latents, what the decoder makes of them one by one on ``device``."""
+    """Pictures of states [N, *shape], on the CPU: of latents, decoded on ``device``, one by one."""
     decoder = denoiser.decoder
     if decoder is None:
         return states
