@@ -32,7 +32,7 @@ class DiffusersFunction(nn.Module):
 
     def __init__(self, arguments: Mapping[str, Any], schedule: Schedule) -> None:
         super().__init__()
-        self.network = _diffusers(self.network_class)(**arguments).eval().requires_grad_(False)
+        self.network = diffusers_class(self.network_class)(**arguments).eval().requires_grad_(False)
         self.schedule = schedule
 
     @staticmethod
@@ -41,7 +41,7 @@ class DiffusersFunction(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
         dtype = self.network.dtype
-        cond = tree_map(lambda c: c.to(dtype) if c.is_floating_point() else c, cond)
+        cond = tree_map(lambda c: c.to(dtype) if isinstance(c, Tensor) and c.is_floating_point() else c, cond)
         return self.call(x.to(dtype), network_label(self.schedule, t).expand(len(x)), cond)
 
     def call(self, x: Tensor, label: Tensor, cond: Any) -> Tensor:
@@ -76,17 +76,30 @@ class TextSizeUNet(TextUNet):
         return self.network(x, label, cond["text"], added_cond_kwargs=added, return_dict=False)[0]
 
 
+class UNet(DiffusersFunction):
+    """LDM's unconditional U-Net; cond: None."""
+
+    network_class = "UNet2DModel"
+
+    @staticmethod
+    def conditions(arguments: Mapping[str, Any], tokens: int) -> None:
+        return None
+
+    def call(self, x: Tensor, label: Tensor, cond: Any) -> Tensor:
+        return self.network(x, label, return_dict=False)[0]
+
+
 class ClassUNet(DiffusersFunction):
     """LDM's class-conditional U-Net, which reads the class as one token of context; cond: class indices [B].
 
-    The last of the ``classes + 1`` rows of the embedding is the null class of guidance.
+    ``rows`` of the embedding: of the 1000 classes of ImageNet, and of the null class of guidance after them.
     """
 
     network_class = "UNet2DConditionModel"
 
-    def __init__(self, arguments: Mapping[str, Any], schedule: Schedule, classes: int = 1000) -> None:
+    def __init__(self, arguments: Mapping[str, Any], schedule: Schedule, rows: int = 1001) -> None:
         super().__init__(arguments, schedule)
-        self.embedding = nn.Embedding(classes + 1, arguments["cross_attention_dim"]).requires_grad_(False)
+        self.embedding = nn.Embedding(rows, arguments["cross_attention_dim"]).requires_grad_(False)
 
     @staticmethod
     def conditions(arguments: Mapping[str, Any], tokens: int) -> None:
@@ -173,7 +186,8 @@ def network_label(schedule: Schedule, t: Tensor) -> Tensor:
     return LABELS * (t - 1 / len(schedule.parameters["alphas_cumprod"]))
 
 
-def _diffusers(name: str) -> type[nn.Module]:
+def diffusers_class(name: str) -> type[nn.Module]:
+    """A class of diffusers. Raises ValueError if it is not installed."""
     quiet = logging.root.manager.disable
     logging.disable(logging.WARNING)  # what its optional dependencies say of each other
     try:
