@@ -12,10 +12,9 @@ import sys
 from collections.abc import Collection, Sequence
 
 from ._cli import InputError, command, console
-from .adapters import load_denoiser
 from .distributed import Group
 from .files import write_text
-from .losses import distillation_loss
+from .models import open_model
 from .plan import as_csv
 from .training import setup
 from .training.loop import resume, train
@@ -37,13 +36,13 @@ def _run(config: Config, given: Collection[str], group: Group) -> None:
     setup.check_shard(config, group)
     group = dataclasses.replace(group, lockstep=config.shard)
     device = group.device(config.device)
-    model, recipe = load_denoiser(config.model), setup.recipe(config)
+    model, recipe = open_model(config), setup.recipe(config)
     solver = setup.solver(config, model, recipe)
     execution, others = setup.execution(config), setup.compared(config, model)
-    loss = distillation_loss(config.loss, device, chunk=config.loss_chunk, cache=setup.cache_bytes(config))
+    loss = setup.loss(config, model, device)
     adversary = setup.adversary(config, model, recipe, device)
     denoiser = execution.place(model, "cpu" if config.shard else device)
-    plans = setup.plans(config, model, denoiser, recipe, solver, device, group, adversary)
+    plans = setup.plans(config, model, denoiser, recipe, solver, device, loss, group, adversary)
     if plans is not None:
         execution = plans.choice.execution
     if config.shard:
@@ -64,7 +63,7 @@ def _run(config: Config, given: Collection[str], group: Group) -> None:
         directory.create(plain(config))
     if plans is not None and directory.writes:
         write_text(directory.path / "plan.csv", as_csv(plans))
-    selection = setup.samples(denoiser, setup.SELECTION_SEEDS, config, device, group)
+    selection = setup.samples(denoiser, setup.SELECTION_SEEDS[: config.selection], config, device, group)
     train(trainer, directory, config, selection)
     try:
         finish(trainer, directory, config, selection, start, others)

@@ -12,7 +12,7 @@ from .factory import load_factory
 __all__ = ["load_denoiser", "load_digits", "load_edm", "load_factory"]
 
 
-def load_denoiser(name: str) -> Denoiser:
+def load_denoiser(name: str, resolution: int | None = None) -> Denoiser:
     """Load a frozen model: ``"digits"`` (embedded), a ``.safetensors`` EDM network, or ``"module:factory"``.
 
     A factory is any importable function that takes nothing and returns a ``Denoiser``. Raises ValueError, with what
