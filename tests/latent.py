@@ -45,9 +45,7 @@ def weight(name: str, shape: list[int]) -> Tensor:
 def golden(kind: str) -> dict[str, Tensor]:
     """Inputs and outputs of the original code."""
     with np.load(GOLDEN / "ldm_f64.npz") as data:
-        return {
-            key.partition("/")[2]: torch.from_numpy(data[key]) for key in data.files if key.startswith(f"{kind}/")
-        }
+        return {key.partition("/")[2]: torch.from_numpy(data[key]) for key in data.files if key.startswith(f"{kind}/")}
 
 
 def state_dict(kind: str) -> dict[str, Tensor]:

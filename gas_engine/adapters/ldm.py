@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +140,9 @@ def _linear_attention(weights: Mapping[str, Tensor], width: int | None) -> dict[
         place = f"{block}.attentions.{index}"
         if layer == "qkv":
             parts = value.flatten(1) if value.ndim > 1 else value
-            for letter, part in zip("qkv", parts.unflatten(0, (-1, 3, width or len(value) // 3)).unbind(1), strict=True):
+            for letter, part in zip(
+                "qkv", parts.unflatten(0, (-1, 3, width or len(value) // 3)).unbind(1), strict=True
+            ):
                 found[f"{place}.to_{letter}.{kind}"] = part.flatten(0, 1)
         elif layer == "proj_out":
             found[f"{place}.to_out.0.{kind}"] = value.flatten(1) if value.ndim > 1 else value

@@ -33,12 +33,14 @@ def with_preset(words: Sequence[str]) -> list[str]:
     path = Path(words[place])
     content = _read(path)
     given = {name_of(word) for word in words if word.startswith("--")}
-    steps = words[words.index("--steps") + 1 :][:1] if "--steps" in words else [content.get("steps")]
+    said = [follows for word, follows in zip(words, [*words[1:], ""], strict=True) if word == "--steps"]
+    said += [word.partition("=")[2] for word in words if word.startswith("--steps=")]
+    steps = said[0] if said else str(content.get("steps"))
     cases = content.get("by_steps") or {}
     adversarial = "adversarial" in given or (content.get("adversarial") and "no_adversarial" not in given)
     options = _flat(path, {name: value for name, value in content.items() if name not in (*NOTES, *CASES)})
     options |= _flat(path, content.get("if_adversarial") or {} if adversarial else {})
-    options |= _flat(path, next((case for k, case in cases.items() if [str(k)] == [str(s) for s in steps]), {}))
+    options |= _flat(path, next((case for k, case in cases.items() if str(k) == steps), {}))
     found: list[str] = []
     for name, value in options.items():
         if not {name, f"no_{name}"} & given:
