@@ -139,13 +139,14 @@ class _Source:
             raise ValueError(
                 f"the {part} of {self.name} is {name} of {library!r}, code that is not run; it must be one of diffusers"
             )
-        cls: Any = diffusers_class(name)
+        cls = diffusers_class(name)
         if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
             raise ValueError(f"the {part} of {self.name} is {name}, which is no network")
+        saved: Any = cls
         where, subfolder = self._where(part)
 
         def load(place: str) -> Any:
-            return cls.from_pretrained(
+            return saved.from_pretrained(
                 place, subfolder=subfolder, use_safetensors=True, torch_dtype=dtype or torch.float32,
                 output_loading_info=True,
             )  # fmt: skip
