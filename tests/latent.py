@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import zlib
 from pathlib import Path
@@ -14,23 +16,38 @@ from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = ("cin256", "cin256_heads", "lsun_beds256")
+UNET, FIRST = "model/params/unet_config/params", "model/params/first_stage_config/params"
 
 
-def settings(kind: str, small: bool = True) -> dict[str, Any]:
-    """The published YAML of a kind, with a network of the same structure that runs in milliseconds if small."""
+@functools.cache
+def _settings(kind: str) -> dict[str, Any]:
     document = yaml.safe_load((GOLDEN / f"ldm_{kind.removesuffix('_heads')}.yaml").read_text())
     model = document["model"]["params"]
-    if small:
-        unet, first = model["unet_config"]["params"], model["first_stage_config"]["params"]
-        model["image_size"] = unet["image_size"] = 8
-        unet |= {"model_channels": 32, "channel_mult": [1, 2, 2], "attention_resolutions": [4, 2], "num_res_blocks": 1}
-        first |= {"n_embed": 32, "ddconfig": first["ddconfig"] | {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1}}
-        if kind.startswith("cin256"):
-            unet["context_dim"] = 16
-            model["cond_stage_config"]["params"] |= {"n_classes": 11, "embed_dim": 16}
-        if "num_head_channels" in unet or kind.endswith("_heads"):
-            unet.pop("num_heads", None)
-            unet["num_head_channels"] = 16
+    unet, first = model["unet_config"]["params"], model["first_stage_config"]["params"]
+    model["image_size"] = unet["image_size"] = 8
+    unet |= {"model_channels": 32, "channel_mult": [1, 2, 2], "attention_resolutions": [4, 2], "num_res_blocks": 1}
+    first |= {"n_embed": 32, "ddconfig": first["ddconfig"] | {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1}}
+    if kind.startswith("cin256"):
+        unet["context_dim"] = 16
+        model["cond_stage_config"]["params"] |= {"n_classes": 11, "embed_dim": 16}
+    if "num_head_channels" in unet or kind.endswith("_heads"):
+        unet.pop("num_heads", None)
+        unet["num_head_channels"] = 16
+    return document
+
+
+def settings(kind: str) -> dict[str, Any]:
+    """The published YAML of a kind, for a network of the same structure that runs in milliseconds."""
+    return copy.deepcopy(_settings(kind))
+
+
+def changed(path: str, value: Any, kind: str = "cin256") -> dict[str, Any]:
+    document = settings(kind)
+    *sections, last = path.split("/")
+    inner = document
+    for section in sections:
+        inner = inner[section]
+    inner[last] = value
     return document
 
 
@@ -48,6 +65,7 @@ def golden(kind: str) -> dict[str, Tensor]:
         return {key.partition("/")[2]: torch.from_numpy(data[key]) for key in data.files if key.startswith(f"{kind}/")}
 
 
+@functools.cache
 def state_dict(kind: str) -> dict[str, Tensor]:
     """What the original code would have saved, in float64; its schedule in float32."""
     with np.load(GOLDEN / "ldm_f64.npz") as data:

@@ -5,7 +5,9 @@ Neither file is executed: the classes that the YAML names are compared with know
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from ..losses.decoders import VAE
 from ._ldm_config import LatentDiffusion, read_config
 
 UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.embedding.weight"
+ATTENTION = re.compile(r"(.*\.attentions\.\d+\.)(norm|qkv|proj_out)\.(weight|bias)")
 
 
 def load_ldm(path: Path | str, config: Path | str | None = None) -> Denoiser:
@@ -41,26 +44,19 @@ def load_ldm(path: Path | str, config: Path | str | None = None) -> Denoiser:
     checkpoint, document = _files(Path(path), None if config is None else Path(config))
     model = read_config(document)
     weights = _state_dict(checkpoint)
-    _same_schedule(model, weights, f"{checkpoint} and {document} do not belong together")
-    scale = float(weights.get("scale_factor", model.scale_factor))
-
-    def filled(module: nn.Module, tensors: Callable[[], dict[str, Tensor]], what: str) -> nn.Module:
-        problem = f"{checkpoint} does not hold the {what} of {document}"
-        try:
-            found = tensors()
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{problem}: {str(error).splitlines()[0]}") from None
-        _compare(found, module.state_dict(), problem)
-        module.load_state_dict(found, assign=True)
-        return module.eval().requires_grad_(False)
-
+    with _found(f"{checkpoint} and {document} do not belong together"):
+        _same_schedule(model, weights)
+        scale = float(weights.get("scale_factor", model.scale_factor))
     with torch.device("meta"):
         function, autoencoder = model.function(), model.autoencoder(scale)
+    with _found(f"{checkpoint} does not hold the network of {document}"):
+        _fill(function, _network(model, weights))
+    with _found(f"{checkpoint} does not hold the first stage of {document}"):
+        _fill(autoencoder, _decoder(model, weights))
     conditioning = None if model.classes is None else Classes(model.classes, model.null)
     return Denoiser(
-        filled(function, lambda: _network(model, weights), "network"),  # type: ignore[arg-type]
-        model.schedule, model.prediction, model.shape, conditioning=conditioning,
-        decoder=VAE(filled(autoencoder, lambda: _decoder(model, weights), "first stage")), name=str(path),
+        function, model.schedule, model.prediction, model.shape, conditioning=conditioning, decoder=VAE(autoencoder),
+        name=str(path),
     )  # fmt: skip
 
 
@@ -76,7 +72,7 @@ def _only(directory: Path, suffix: str, *preferred: str) -> Path:
     for name in preferred:
         if (directory / name).is_file():
             return directory / name
-    found = sorted(directory.glob(f"*.{suffix}"))
+    found = sorted(file for file in directory.glob(f"*.{suffix}") if file.is_file())
     if len(found) != 1:
         names = ", ".join(file.name for file in found[:4]) or "none"
         raise ValueError(
@@ -97,23 +93,36 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     return {key: value for key, value in weights.items() if isinstance(value, Tensor)}
 
 
-def _same_schedule(model: LatentDiffusion, weights: Mapping[str, Tensor], problem: str) -> None:
-    """Checkpoints keep their schedule in single precision, or half."""
+@contextlib.contextmanager
+def _found(problem: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{problem}: there is no {error.args[0]}") from None
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise ValueError(f"{problem}: {str(error).splitlines()[0]}") from None
+
+
+def _same_schedule(model: LatentDiffusion, weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the checkpoint's own, in single precision or half, is the YAML's."""
     for name, ours in (("betas", model.betas), ("alphas_cumprod", (1 - model.betas).cumprod(0))):
         theirs = weights.get(name, ours).double()
         if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=2e-3, atol=1e-6):
-            ends = [f"{float(v.flatten()[0]):.6g}..{float(v.flatten()[-1]):.6g}" for v in (theirs, ours) if v.numel()]
-            raise ValueError(f"{problem}: their {name} are {' and '.join(ends)}")
+            ends = [f"{float(row[0]):.6g}..{float(row[-1]):.6g}" for row in (theirs.flatten(), ours)]
+            raise ValueError(f"their {name} are {ends[0]} and {ends[1]}")
 
 
-def _compare(found: Mapping[str, Tensor], needed: Mapping[str, Tensor], problem: str) -> None:
-    missing, unknown = sorted(needed.keys() - found.keys()), sorted(found.keys() - needed.keys())
-    for said, names in (("lacks", missing), ("has besides", unknown)):
+def _fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a module on the meta device its weights, as they are, frozen."""
+    needed = module.state_dict()
+    for said, names in (("lacks", needed.keys() - weights.keys()), ("also has", weights.keys() - needed.keys())):
         if names:
-            raise ValueError(f"{problem}: it {said} {len(names)} tensors, {names[0]} among them")
+            raise ValueError(f"it {said} {min(names)}, one of {len(names)}")
     for name, tensor in needed.items():
-        if found[name].shape != tensor.shape:
-            raise ValueError(f"{problem}: {name} is {list(found[name].shape)} instead of {list(tensor.shape)}")
+        if weights[name].shape != tensor.shape:
+            raise ValueError(f"{name} is {list(weights[name].shape)} instead of {list(tensor.shape)}")
+    module.load_state_dict(weights, assign=True)
+    module.eval().requires_grad_(False)
 
 
 def _network(model: LatentDiffusion, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -134,20 +143,17 @@ def _linear_attention(weights: Mapping[str, Tensor], width: int | None) -> dict[
     """Attention by 1x1 convolutions as linear layers; query, key and value of a head (``width``) follow each other."""
     found = {}
     for name, value in weights.items():
-        block, _, rest = name.partition(".attentions.")
-        index, _, layer = rest.partition(".")
-        layer, _, kind = layer.partition(".")
-        place = f"{block}.attentions.{index}"
+        match = ATTENTION.fullmatch(name)
+        if match is None:
+            found[name] = value
+            continue
+        block, layer, kind = match.groups()
+        value = value.flatten(1) if value.ndim > 1 else value
         if layer == "qkv":
-            parts = value.flatten(1) if value.ndim > 1 else value
-            for letter, part in zip(
-                "qkv", parts.unflatten(0, (-1, 3, width or len(value) // 3)).unbind(1), strict=True
-            ):
-                found[f"{place}.to_{letter}.{kind}"] = part.flatten(0, 1)
-        elif layer == "proj_out":
-            found[f"{place}.to_out.0.{kind}"] = value.flatten(1) if value.ndim > 1 else value
+            heads = value.unflatten(0, (-1, 3, width or len(value) // 3))
+            found |= {f"{block}to_{key}.{kind}": heads[:, i].flatten(0, 1) for i, key in enumerate("qkv")}
         else:
-            found[f"{place}.group_norm.{kind}" if layer == "norm" else name] = value
+            found[f"{block}{'group_norm' if layer == 'norm' else 'to_out.0'}.{kind}"] = value
     return found
 
 
