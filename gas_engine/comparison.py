@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from .conditioning import moved, take
 from .denoiser import Denoiser, seeded
 from .distributed import ALONE, Group
 from .metrics import Judge
@@ -43,7 +44,7 @@ class Samples:
         judge: Judge | None = None,
     ) -> Samples:  # fmt: skip
         noise, cond = seeded(denoiser, list(seeds))
-        return cls(noise.to(device), cond.to(device) if cond is not None else None, teacher.to(device), judge)
+        return cls(noise.to(device), moved(cond, device), teacher.to(device), judge)
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,7 @@ def distance(
 
     def run(start: int) -> Tensor:
         part = slice(start, start + batch)
-        return rollout(
-            denoiser, data.noise[part], tableau, None if data.cond is None else data.cond[part]
-        ).cpu()  # fmt: skip
+        return rollout(denoiser, data.noise[part], tableau, take(data.cond, part, len(data.noise))).cpu()
 
     samples = torch.cat(group.map(run, range(0, len(data.noise), batch)))
     error = (samples - data.teacher.cpu()).double()

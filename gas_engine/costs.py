@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
+from .conditioning import Conditioning
 from .denoiser import Denoiser
 from .execution import Execution, viewable
-from .losses.distillation import distillation_loss
+from .losses.distillation import DistillationLoss, distillation_loss
 from .memory import ByteTracker, cast, phase
 from .memory.blocks import repeated_blocks
 from .schedule import Schedule
@@ -134,7 +135,8 @@ class Probe:
 def _in_fake_tensors(denoiser: Denoiser, tensors: list[Tensor], dtype: torch.dtype | None) -> Denoiser:
     memo = _fakes(tensors, dtype)
     for module in denoiser.modules():
-        memo |= {id(v): v for v in vars(module).values() if isinstance(v, Schedule)}
+        # A decoder, within its tuple, is nothing of the network's.
+        memo |= {id(v): v for v in vars(module).values() if isinstance(v, Schedule | Conditioning | tuple)}
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
         if inspect.isfunction(denoiser.function) and denoiser.function.__closure__:
             f = denoiser.function
@@ -254,8 +256,8 @@ class _Cotangent(torch.autograd.Function):
         return mu, None
 
 
-def loss_against_zeros(name: str, probe: Probe, chunk: int | None = None) -> tuple[Loss, int]:
-    """The loss of this name against zeros, and the bytes of its own weights; LPIPS without its trained weights."""
-    distance = distillation_loss(name, probe.device, chunk=chunk, trained=False)
+def loss_against_zeros(loss: str | DistillationLoss, probe: Probe, chunk: int | None = None) -> tuple[Loss, int]:
+    """A loss, or that of a name, against zeros, and the bytes of its own weights; LPIPS without its trained weights."""
+    distance = distillation_loss(loss, probe.device, chunk=chunk, trained=False) if isinstance(loss, str) else loss
     target = torch.zeros(2, *probe.shape, device=probe.device)
     return (lambda x, rows: distance(x, target[rows])), distance.weight_bytes

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .conditioning import Classes, Conditioning, Range
 from .files import tensors_sha256
+from .ops import lincomb
 from .schedule import Schedule
 from .tableau import PREDICTIONS
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]
+Weight = float | Tensor  # of a whole call, or [B] of each of its samples
 
 
 class Denoiser(nn.Module):
@@ -25,9 +28,10 @@ class Denoiser(nn.Module):
     "noise", "data", "velocity" or "flow" output. A derived class may override ``forward`` and give no function.
     ``network`` is the module whose weights must be frozen; modules that ``function`` closes over are found without it.
     All are put into eval mode. Where the function is a module, or ``forward`` calls ``self.network``, ``lean`` and
-    ``checkpoint_blocks`` convert the denoiser as a whole. ``shape`` may be None, which leaves the
-    shape of states unchecked. ``classes`` says how many classes a class-conditional model has; ``name``
-    goes into solver files.
+    ``checkpoint_blocks`` convert the denoiser as a whole. ``shape`` may be None, which leaves the shape of states
+    unchecked. ``conditioning`` says what the sample of a seed is conditioned on; ``classes=n`` is short for
+    ``Classes(n)``. ``decoder`` turns states of a latent model into pictures, [B, C, h, w] -> [B, 3, H, W] in [-1, 1];
+    it is no part of the network, and stays where it is when that moves. ``name`` goes into solver files.
 
         denoiser = Denoiser(lambda x, t, cond: net(x, 1000 * t), Schedule.flow(), "flow", shape=(4, 64, 64))
         x = rollout(denoiser, noise, tableau)
@@ -42,6 +46,8 @@ class Denoiser(nn.Module):
         *,
         network: nn.Module | None = None,
         classes: int | None = None,
+        conditioning: Conditioning | None = None,
+        decoder: Callable[[Tensor], Tensor] | None = None,
         t_eps: float = 1e-3,
         name: str = "custom",
     ) -> None:
@@ -52,18 +58,40 @@ class Denoiser(nn.Module):
         self.network = network if network is not None or function is None else _modules_in(function)
         self.schedule, self.prediction = schedule, prediction
         self.shape = None if shape is None else tuple(int(n) for n in shape)
-        self.classes, self.t_eps, self.name = classes, t_eps, name
+        self.conditioning = Classes(classes) if conditioning is None and classes else conditioning
+        self.t_eps, self.name = t_eps, name
+        self._decoder = (decoder,)  # no child of this module, or it would share the network's precision and views
         # A rebuilt evaluation must repeat the first one: no dropout, no running statistics.
         self.eval()
+
+    calls = 1
+    """Of ``base``, whose weighted sum the output is."""
+    guidance: float | Range = 1.0
+    """The scale of classifier-free guidance, or the range that it is drawn from."""
 
     @property
     def base(self) -> Denoiser:
         """The denoiser whose calls make up ``terms``: itself, unless it is guided."""
         return self
 
-    def terms(self, cond: Any) -> list[tuple[float, Any]]:
+    @property
+    def classes(self) -> int | None:
+        """How many there are, of a class-conditional model."""
+        return None if self.conditioning is None else self.conditioning.classes
+
+    @property
+    def decoder(self) -> Callable[[Tensor], Tensor] | None:
+        """From latents to pictures; None for a model whose states are pictures."""
+        return self._decoder[0]
+
+    def terms(self, cond: Any) -> list[tuple[Weight, Any]]:
         """Weights and conditions of the calls of ``base`` whose weighted sum the output is."""
         return [(1.0, cond)]
+
+    def facts(self) -> dict[str, Any]:
+        """What the samples of a seed depend on, beside weights, schedule and solver; plain JSON."""
+        guidance = {} if self.guidance == 1.0 else {"guidance": self.guidance}
+        return guidance | ({} if self.conditioning is None else self.conditioning.facts())
 
     def fingerprint(self) -> str:
         """SHA-256 of a sample of the weights (at most 1,024 numbers of each tensor) and of what describes the model."""
@@ -117,18 +145,33 @@ def _modules_in(function: Network) -> nn.Module | None:
     return nn.ModuleList(found) if found else None
 
 
-def seeded(denoiser: Denoiser, seeds: Sequence[int]) -> tuple[Tensor, Any]:
+def weighted_sum(outputs: Sequence[Tensor], weights: Sequence[Weight]) -> Tensor:
+    """``sum_i weights[i] outputs[i]``, differentiable in the outputs [B, ...]; a weight is a number or [B] of them."""
+    if all(not isinstance(weight, Tensor) for weight in weights):
+        return lincomb(outputs, torch.tensor(weights, dtype=torch.float64))
+    total = outputs[0] * each(weights[0], outputs[0])
+    for output, weight in zip(outputs[1:], weights[1:], strict=True):
+        total = torch.addcmul(total, output, each(weight, output))
+    return total
+
+
+def each(weight: Weight, like: Tensor) -> Tensor:
+    """The weight in the dtype of samples [B, ...], with as many dimensions."""
+    if not isinstance(weight, Tensor):
+        return torch.tensor(weight, dtype=like.dtype)  # of no dimensions, on the host: nothing waits for it
+    return weight.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def seeded(denoiser: Denoiser, seeds: Sequence[int], conditions: bool = True) -> tuple[Tensor, Any]:
     """Noise [B, *shape] (float32, CPU) and conditions of the given seeds, each from a generator of its own.
 
-    One CPU generator per seed makes a sample independent of batch size, device and number of processes. A
-    class-conditional model gets the class drawn next from the same generator, int64 [B]; others None.
+    One CPU generator per seed makes a sample independent of batch size, device and number of processes. What the
+    ``conditioning`` draws, such as a class, comes next from the same generator; ``conditions=False`` leaves it out.
     """
     if denoiser.shape is None:
         raise ValueError(f"{denoiser.name} does not say the shape of its states; give shape= to draw noise from seeds")
-    noise, classes = [], []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(int(seed))
-        noise.append(torch.randn(denoiser.shape, generator=generator))
-        if denoiser.classes:
-            classes.append(torch.randint(denoiser.classes, (), generator=generator))
-    return torch.stack(noise), torch.stack(classes) if classes else None
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    noise = torch.stack([torch.randn(denoiser.shape, generator=generator) for generator in generators])
+    if denoiser.conditioning is None or not conditions:
+        return noise, None
+    return noise, denoiser.conditioning.draw(seeds, generators)

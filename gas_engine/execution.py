@@ -133,7 +133,7 @@ class Execution:
             size = -(-size // 2)
             now = replace(now, micro_batch=size)
             yield now
-        if len(denoiser.terms(None)) > 1 and not now.memory.split_guidance:
+        if denoiser.calls > 1 and not now.memory.split_guidance:
             now = replace(now, memory=replace(now.memory, split_guidance=True))
             yield now
         if now.blocks == "none" and viewable(denoiser):

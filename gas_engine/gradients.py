@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from .conditioning import take
 from .denoiser import Denoiser
 from .memory import MemoryPolicy, phase
 from .rollout import rollout
@@ -63,16 +63,3 @@ def loss_backward(
         del samples, grad
     torch.autograd.backward([getattr(tableau, name) for name in wanted], [leaves[name].grad for name in wanted])
     return torch.cat(losses)
-
-
-def take(cond: Any, rows: slice, batch: int) -> Any:
-    """The rows of a condition; what has a batch of one belongs to all."""
-
-    def part(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
-            return leaf
-        if len(leaf) not in (1, batch):
-            raise ValueError(f"a condition of shape {list(leaf.shape)} beside a batch of {batch}")
-        return leaf if len(leaf) == 1 else leaf[rows]
-
-    return tree_map(part, cond)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .denoiser import Denoiser
-from .ops import lincomb
+from .conditioning import Range, WithGuidance
+from .denoiser import Denoiser, Weight, weighted_sum
 
 
 class GuidedDenoiser(Denoiser):
     """See ``guided``."""
 
-    def __init__(self, base: Denoiser, scale: float, null: Any) -> None:
+    calls = 2
+
+    def __init__(self, base: Denoiser, scale: float | Range, null: Any) -> None:
+        drawn = WithGuidance(base.conditioning, scale) if isinstance(scale, tuple) else base.conditioning
         super().__init__(
-            None, base.schedule, base.prediction, base.shape, network=base, classes=base.classes, t_eps=base.t_eps,
-            name=base.name,
+            None, base.schedule, base.prediction, base.shape, network=base, conditioning=drawn, decoder=base.decoder,
+            t_eps=base.t_eps, name=base.name,
         )  # fmt: skip
-        self.scale, self.null = float(scale), null
+        self.guidance, self.null = scale, null
 
     @property
     def base(self) -> Denoiser:
@@ -28,26 +32,44 @@ class GuidedDenoiser(Denoiser):
         assert isinstance(self.network, Denoiser)
         return self.network
 
-    def terms(self, cond: Any) -> list[tuple[float, Any]]:
+    def terms(self, cond: Any) -> list[tuple[Weight, Any]]:
         """Weights and conditions of the two calls whose sum the output is."""
-        return [(self.scale, cond), (1.0 - self.scale, tree_map(_like, self.null, cond))]
+        scale: Weight
+        if isinstance(self.guidance, tuple):
+            scale, cond = cond["guidance"], cond["cond"]
+        else:
+            scale = self.guidance
+        return [(scale, cond), (1.0 - scale, tree_map(_like, self.null, cond))]
 
     def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
-        (scale, _), (rest, null) = self.terms(cond)
+        (scale, cond), (rest, null) = self.terms(cond)
         both = self.base(torch.cat([x, x]), t, tree_map(lambda c, n: _two(c, n, len(x)), cond, null))
-        return lincomb(both.chunk(2), torch.tensor([scale, rest], dtype=torch.float64))
+        return weighted_sum(both.chunk(2), [scale, rest])
 
 
-def guided(denoiser: Denoiser, scale: float, null: Any) -> Denoiser:
+def guided(denoiser: Denoiser, scale: float | Range, null: Any) -> Denoiser:
     """Classifier-free guidance: F = scale net(x, t, cond) + (1 - scale) net(x, t, null) (arXiv 2207.12598).
 
     ``null`` has the structure of ``cond`` (a tensor, or dicts and lists of them), with a batch of one. One network call
     of twice the batch; ``MemoryPolicy(split_guidance=True)`` makes it two, one after the other. Scale 1 returns the
-    denoiser itself. Raises ValueError for a null that does not fit the condition.
+    denoiser itself. A ``scale`` (low, high) is drawn for each seed: conditions are then ``{"cond", "guidance": [B]}``.
+    Raises ValueError for a null that does not fit the condition.
 
         denoiser = guided(denoiser, 7.5, null=empty_prompt)
     """
     return denoiser if scale == 1.0 else GuidedDenoiser(denoiser, scale, null)
+
+
+def parse_guidance(text: str) -> float | Range:
+    """``"7.5"`` is a scale, ``"2:9"`` a range that one is drawn from for each sample. Raises ValueError otherwise."""
+    low, colon, high = text.partition(":")
+    try:
+        bounds = float(low), float(high or low)
+    except ValueError:
+        bounds = math.nan, math.nan
+    if not 0 <= bounds[0] <= bounds[1] < math.inf or (colon and not high):
+        raise ValueError(f"guidance must be a scale such as 7.5 or a range such as 2:9, got {text!r}")
+    return bounds[0] if bounds[0] == bounds[1] else bounds
 
 
 def _like(null: Any, cond: Any) -> Any:

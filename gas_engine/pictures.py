@@ -13,11 +13,26 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
-from torch import Tensor
+from torch import Tensor, nn
 
+from .denoiser import Denoiser
 from .files import atomic
 from .schedule import Schedule
 from .tableau import Tableau
+
+
+@torch.no_grad()
+def pictures_of(denoiser: Denoiser, states: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Pictures of states [N, *shape], on the CPU: of latents, decoded on ``device``, one by one."""
+    decoder = denoiser.decoder
+    if decoder is None:
+        return states
+    if isinstance(decoder, nn.Module):
+        decoder = decoder.to(device)
+    pictures = torch.cat([decoder(state[None].to(device)).float().cpu() for state in states])
+    if isinstance(decoder, nn.Module):
+        decoder.to("cpu")
+    return pictures
 
 
 def image_rows(path: Path, rows: list[tuple[str, Tensor]], title: str = "", columns: int = 12) -> None:

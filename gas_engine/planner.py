@@ -20,6 +20,7 @@ from .denoiser import Denoiser
 from .execution import BLOCKS, DTYPES, WEIGHTS, Execution, Weights, hidden, viewable
 from .guidance import GuidedDenoiser, guided
 from .iteration import Beside, Iteration, Speed, Way
+from .losses.distillation import DistillationLoss
 from .memory import MemoryPolicy
 from .rehearsal import PHASES, Peaks, rehearse
 from .solvers import GeneralizedSolver
@@ -179,7 +180,7 @@ def plan(
     budget: int | str,
     *,
     cond: Any = None,
-    loss: str | Loss = "l1",
+    loss: str | DistillationLoss | Loss = "l1",
     loss_chunk: int | None = None,
     dtype: torch.dtype | None = None,
     lean: bool = True,
@@ -196,9 +197,9 @@ def plan(
     """Ways to run one training iteration of ``steps`` evaluations in ``budget`` bytes, fastest first.
 
     Nothing of the network is computed: it runs in fake tensors, and may itself be made of them. ``cond``: the condition
-    of one sample or more; ``loss``: a name as ``distillation_loss`` takes it, or ``loss(samples, rows) -> [b]`` as
-    ``loss_backward`` does, run once on zeros; ``loss_chunk``: its samples at a time, where it has a name; ``dtype``: of
-    the network's weights and arithmetic, if not their own.
+    of one sample or more; ``loss``: a name as ``distillation_loss`` takes it, what that returns, or
+    ``loss(samples, rows) -> [b]`` as ``loss_backward`` does, run once on zeros; ``loss_chunk``: its samples at a time,
+    where it has a name; ``dtype``: of the network's weights and arithmetic, if not their own.
     ``weights``: what may be done with them. ``like``: an execution with what no plan chooses (precision, channels
     last), which plans hand on. ``tableau``: the solver, a GeneralizedSolver of full order unless given.
     ``evaluation_seconds``: measured, of one evaluation of the whole batch. ``beside``: what else an iteration runs,
@@ -222,7 +223,9 @@ def plan(
     base: Denoiser = denoiser
     guide: Callable[[Denoiser], Denoiser] = _as_it_is
     if isinstance(denoiser, GuidedDenoiser):
-        base, scale, null = denoiser.base, denoiser.scale, denoiser.null
+        base, scale, null = denoiser.base, denoiser.guidance, denoiser.null
+        if isinstance(scale, tuple):  # as many bytes as any scale within
+            scale, cond = 2.0, cond and cond["cond"]
         null = tree_map(lambda n: torch.zeros_like(n, device="cpu"), null)
         guide = lambda network: guided(network, scale, null)  # noqa: E731
     if cond is None and base.classes:
@@ -245,7 +248,9 @@ def plan(
     if tableau.steps != steps:
         raise ValueError(f"the tableau has {tableau.steps} steps, not {steps}")
     tell("the loss")
-    measured, loss_bytes = loss_against_zeros(loss, probe, loss_chunk) if isinstance(loss, str) else (loss, 0)
+    loss_bytes = 0
+    if isinstance(loss, str | DistillationLoss):
+        loss, loss_bytes = loss_against_zeros(loss, probe, loss_chunk)
     iteration = Iteration(
         probe, steps, batch, lean, tuple(weights), 1 if guide is _as_it_is else 2, 0, loss_bytes, speed or Speed(),
         evaluation_seconds,
@@ -253,8 +258,8 @@ def plan(
     if callable(beside):
         beside = beside(size - min(map(iteration.weight_bytes, weights)) - iteration.input_bytes)
     beside = beside or Beside()
-    measured = measured if beside.loss is None else _sum(measured, beside.loss)
-    (peak_1, loss_flops), (peak_2, _) = (probe.loss_cost(measured, n) for n in (1, 2))
+    loss = loss if beside.loss is None else _sum(loss, beside.loss)
+    (peak_1, loss_flops), (peak_2, _) = (probe.loss_cost(loss, n) for n in (1, 2))
     ways = []
     for kind in blocks:
         if not probe.known(lean, kind):

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
-from .denoiser import Denoiser
+from .denoiser import Denoiser, each, weighted_sum
 from .memory import MemoryPolicy, phase
 from .memory.blocks import changes_in_training
 from .memory.offload import Offloaded
 from .memory.precision import power_of_two
 from .memory.reversal import Reversible
 from .memory.trajectory import Coefficients, Kept
-from .ops import MAX_STATES, lincomb
+from .ops import MAX_STATES
 from .tableau import Tableau
 
 OnStep = Callable[[int, Tensor], None]
@@ -104,7 +104,7 @@ class _Network:
         terms = denoiser.terms(cond) if memory.split_guidance else []
         self.denoiser = denoiser.base if len(terms) > 1 else denoiser
         self.conds = [c for _, c in terms] if len(terms) > 1 else [cond]
-        self.weights = torch.tensor([w for w, _ in terms], dtype=torch.float64)
+        self.weights = [weight for weight, _ in terms]
         self.t_net = t_net.to(device, non_blocking=True).unbind()
         self.kept = memory.kept(len(t_net) * len(self.conds))
         self.x_wanted = self.t_wanted = False
@@ -134,7 +134,7 @@ class _Network:
         return self.sum(outputs)
 
     def sum(self, outputs: list[Tensor]) -> Tensor:
-        return outputs[0] if len(outputs) == 1 else lincomb(outputs, self.weights)
+        return outputs[0] if len(outputs) == 1 else weighted_sum(outputs, self.weights)
 
     def graph(self, j: int, i: int, x: Tensor) -> _Graph:
         """Call i of evaluation j with a graph: the one that was kept, or a new one."""
@@ -163,7 +163,7 @@ class _Network:
             graph = self.graph(j, i, x)
             outputs.append(graph.output.detach())
             mu = states.mu(j, outputs[-1].dtype)
-            by_x, by_t = self.vjp(graph, mu.mul_(self.weights[i].to(mu.dtype)))
+            by_x, by_t = self.vjp(graph, mu.mul_(each(self.weights[i], mu)))
             del graph, mu
             vjp_x = by_x if vjp_x is None or by_x is None else vjp_x.add_(by_x)
             vjp_t = by_t if vjp_t is None or by_t is None else vjp_t + by_t

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ._cli import InputError, command, console, parse_seeds, pick_device, progress, writable
-from .adapters import load_denoiser
+from .conditioning import moved, take
 from .denoiser import Denoiser, seeded
 from .files import atomic
-from .pictures import image_rows
+from .models import ModelOptions, open_model, place
+from .pictures import image_rows, pictures_of
 from .rollout import rollout
 from .solvers.files import load_solver
 from .solvers.named import named_solver
@@ -25,11 +26,9 @@ COLUMNS, MAX_SHOWN = 8, 256
 
 
 @dataclass
-class Config:
+class Config(ModelOptions):
     """Draw samples with a classical solver or a learned one."""
 
-    model: str = "digits"
-    """The embedded digits, a .safetensors EDM network, or module:factory."""
     solver: str = "unipc"
     """A solver file (.safetensors, or a published .pt), or euler, heun, dpmpp2m, dpmpp3m, unipc, ipndm, deis, ..."""
     steps: int | None = None
@@ -47,7 +46,8 @@ class Config:
     out: Path = field(default=Path("samples"))
     """Directory for samples.png or samples.npy."""
     format: Literal["png", "npy"] = "png"
-    """A picture grid of the first 256, or float32 [N, C, H, W] in the network's range."""
+    """A picture grid of the first 256 (of latents, what the model's decoder makes of them), or float32 [N, C, H, W] in
+    the network's range."""
     batch: int = 128
     """Samples at a time."""
     device: str = "auto"
@@ -59,7 +59,7 @@ def run(config: Config) -> Path:
     if config.batch < 1:
         raise InputError(f"--batch must be at least 1, got {config.batch}")
     device = pick_device(config.device)
-    denoiser = load_denoiser(config.model).to(device)
+    denoiser = place(config, open_model(config), device)
     if config.format == "png" and len(denoiser.shape or ()) != 3:
         raise InputError(f"{denoiser.name} makes no pictures (states of shape {denoiser.shape}); use --format npy")
     tableau = _tableau(config, denoiser)
@@ -69,7 +69,7 @@ def run(config: Config) -> Path:
         task = bar.add_task("sample", total=len(noise), note="")
         for start in range(0, len(noise), config.batch):
             part = slice(start, start + config.batch)
-            here = cond[part].to(device) if cond is not None else None
+            here = moved(take(cond, part, len(noise)), device)
             done.append(rollout(denoiser, noise[part].to(device), tableau, here).float().cpu())
             bar.advance(task, len(done[-1]))
     samples = torch.cat(done)
@@ -80,7 +80,7 @@ def run(config: Config) -> Path:
         with atomic(path) as temporary:
             np.save(temporary, samples.numpy())
     else:
-        shown = samples[:MAX_SHOWN]
+        shown = pictures_of(denoiser, samples[:MAX_SHOWN], device)
         rows = [(str(i), shown[i : i + COLUMNS]) for i in range(0, len(shown), COLUMNS)]
         image_rows(path, rows, f"{denoiser.name}, {tableau.name}, {tableau.steps} evaluations", COLUMNS)
     console.print(
@@ -116,7 +116,8 @@ def _inputs(config: Config, denoiser: Denoiser) -> tuple[Tensor, Any]:
         wanted = torch.tensor(parse_seeds(config.classes))
         if int(wanted.max()) >= denoiser.classes:
             raise InputError(f"classes run from 0 to {denoiser.classes - 1}, got {config.classes}")
-        cond = wanted[torch.arange(len(seeds)) % len(wanted)]
+        drawn = wanted[torch.arange(len(seeds)) % len(wanted)]
+        cond = {**cond, "cond": drawn} if isinstance(cond, dict) else drawn
     return (noise if rows is None else rows), cond
 
 

@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ._cli import InputError, command, console, parse_seeds, progress, writable
-from .adapters import load_denoiser
+from .conditioning import moved
 from .denoiser import Denoiser, seeded
 from .distributed import ALONE, Group
 from .files import atomic, sha256, write_json
+from .models import ModelOptions, open_model, place
 from .rollout import rollout
 from .solvers.named import named_solver
 
@@ -44,11 +45,9 @@ class TeacherSolver:
 
 
 @dataclass
-class Config(TeacherSolver):
+class Config(TeacherSolver, ModelOptions):
     """Write a set of teacher samples, resuming where an earlier call was stopped."""
 
-    model: str = "digits"
-    """The embedded digits, a .safetensors EDM network, or module:factory."""
     seeds: str = "0-1399"
     """Seeds to sample, such as 0-1399 or 0-9,42."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = field(default=Path("runs/teacher"))
@@ -75,8 +74,7 @@ def teacher_samples(
 
     def samples(start: int) -> Tensor:
         noise, cond = seeded(denoiser, seeds[start : start + batch])
-        cond = cond.to(device) if cond is not None else None
-        done = rollout(denoiser, noise.to(device), tableau, cond).cpu()
+        done = rollout(denoiser, noise.to(device), tableau, moved(cond, device)).cpu()
         if advance is not None:
             advance(len(noise))
         return done
@@ -100,13 +98,13 @@ def make_teacher_set(
     named_solver(solver.solver, denoiser.schedule, solver.steps, solver.grid, solver.t_eps)  # refuse before writing
     writable(out)
     made_by = {
-        "model": denoiser.name, "fingerprint": denoiser.fingerprint(),
+        "model": denoiser.name, "fingerprint": denoiser.fingerprint(), **json.loads(json.dumps(denoiser.facts())),
         **{name: getattr(solver, name) for name in TeacherSolver.__dataclass_fields__},
     }  # fmt: skip
     index = group.first(lambda: _read_index(out)) or {"made_by": made_by, "shards": []}
-    changed = [key for key in made_by if index["made_by"].get(key) != made_by[key]]
+    changed = [key for key in {**made_by, **index["made_by"]} if index["made_by"].get(key) != made_by.get(key)]
     if changed:
-        before, now = index["made_by"].get(changed[0]), made_by[changed[0]]
+        before, now = index["made_by"].get(changed[0]), made_by.get(changed[0])
         raise InputError(
             f"{out} holds a teacher set made with another {changed[0]} ({before!r}, now {now!r}); "
             "delete it, or give another directory"
@@ -175,7 +173,7 @@ def _intact(out: Path, entry: dict[str, Any]) -> bool:
 def run(config: Config) -> None:
     with Group.from_environment() as group:
         device = group.device(config.device)
-        denoiser = load_denoiser(config.model).to(device)
+        denoiser = place(config, open_model(config), device)
         seeds = parse_seeds(config.seeds)
         out = make_teacher_set(
             denoiser, seeds, config, config.out, batch=config.batch, shard=config.shard, device=device, group=group

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pipelines import saved  # noqa: F401 (a fixture)
 from runs import no_pictures, small  # noqa: F401 (fixtures)
 
 from gas_engine import EDMDenoiser

@@ -12,6 +12,7 @@ import torch
 
 from .. import comparison, pictures
 from .._cli import InputError, console, progress
+from ..conditioning import take
 from ..rollout import rollout
 from ..solvers import save_solver
 from .directory import Checkpoint, RunDirectory
@@ -188,9 +189,10 @@ def _say_notices(trainer: Trainer) -> None:
 def _write_best(trainer: Trainer, directory: RunDirectory, config: Config) -> None:
     best, solver = trainer.best, type(trainer.average).from_config(trainer.average.config())
     solver.load_state_dict(best.tensors)
+    facts = {"guidance": 1.0} | trainer.denoiser.facts()
     save_solver(
-        solver, directory.best, model=trainer.denoiser.name, guidance=1.0, loss=config.loss,
-        metrics={"l1": best.distance, "updates": best.step, "selection_seeds": "40000-40063"},
+        solver, directory.best, model=trainer.denoiser.name, **facts, loss=config.loss,
+        metrics={"l1": best.distance, "updates": best.step, "selection_seeds": f"40000-{39_999 + config.selection}"},
     )  # fmt: skip
 
 
@@ -199,10 +201,11 @@ def _sample_grid(trainer: Trainer, directory: RunDirectory, data: comparison.Sam
     if len(trainer.denoiser.shape or ()) != 3 or not (directory.writes or trainer.group.lockstep):
         return
     shown = slice(0, 12)
-    cond = None if data.cond is None else data.cond[shown]
+    cond = take(data.cond, shown, len(data.noise))
     tableau = trainer.average.tableau(trainer.denoiser.prediction)
     student = rollout(trainer.denoiser, data.noise[shown], tableau, cond).cpu()
-    teacher = data.teacher[shown].cpu()
+    both = (student, data.teacher[shown].cpu())
+    student, teacher = (pictures.pictures_of(trainer.denoiser, states, trainer.device) for states in both)
     rows = [("teacher", teacher), ("student", student), ("|difference|", student - teacher)]
     path = directory.path / "samples" / f"step-{trainer.step:06d}.png"
     directory.attempt("sample grids", lambda: pictures.image_rows(path, rows, f"{trainer.step} updates"))

@@ -15,11 +15,11 @@ from .options import Config, plain
 from .setup import CHOSEN, execution, recipe
 
 # What a resumed run may be given anew.
-RESUMABLE = ("out", "resume", "device", "evaluation", "sample_batch", "compare")
+RESUMABLE = ("config", "out", "resume", "device", "evaluation", "sample_batch", "compare")
 # What a resumed run goes on with unless it is given anew: the result is the same to rounding.
 MEMORY = (
     "memory_budget", "checkpoint_every", "trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks",
-    "loss_alone", "loss_chunk", "loss_cache", "discriminator_micro_batch", "weights", "shard",
+    "loss_alone", "split_guidance", "loss_chunk", "loss_cache", "discriminator_micro_batch", "weights", "shard",
     # Speed of the frozen network; its precision and its compiler stay what they were.
     "channels_last", "cuda_graphs",
 )  # fmt: skip
@@ -32,7 +32,7 @@ ADVERSARIAL = (
 )  # fmt: skip
 LEAST = {
     "save_every": 1, "sample_every": 1, "log_every": 1, "sample_batch": 1, "evaluate_every": 0, "patience": 0,
-    "keep": 2, "max_skipped": 1, "max_rollbacks": 0,
+    "keep": 2, "max_skipped": 1, "max_rollbacks": 0, "selection": 1, "held_out": 1,
 }  # fmt: skip
 
 
@@ -67,7 +67,8 @@ def opened(config: Config, options: Collection[str]) -> tuple[RunDirectory, Conf
     if anew & {*CHOSEN, "checkpoint_every"} and "memory_budget" not in anew:
         stored["memory_budget"] = None  # what it chose is chosen by hand now
     for name, value in said.items():
-        free = name in (*RESUMABLE, *OUTPUT) or (name in MEMORY and "int8" not in (value, before.get(name)))
+        another = {"int8", "nf4"} & {str(value), str(before.get(name))}  # network, and not the same one elsewhere
+        free = name in (*RESUMABLE, *OUTPUT) or (name in MEMORY and not another)
         if not free and value != before.get(name):
             raise InputError(
                 f"--resume continues with {name}={before.get(name)!r} from {directory.path}/config.json, but "
@@ -77,7 +78,7 @@ def opened(config: Config, options: Collection[str]) -> tuple[RunDirectory, Conf
     kept |= {name: given[name] for name in anew}
     try:
         stored["teacher"] = TeacherSolver(**stored["teacher"])
-        for name in ("teacher_set", "discriminator", "start_from"):
+        for name in ("config", "teacher_set", "discriminator", "start_from"):
             stored[name] = stored[name] and Path(stored[name])
         config = Config(**{**stored, **kept})
     except (KeyError, TypeError) as error:

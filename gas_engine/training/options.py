@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..models import ModelOptions
 from ..teacher import TeacherSolver
 
 
 @dataclass
-class Config:
+class Config(ModelOptions):
     """Learn a few-step solver for a frozen diffusion or flow model."""
 
-    model: str = "digits"
-    """The embedded digits, a .safetensors EDM network, or module:factory."""
+    config: Path | None = None
+    """A file of options, such as configs/cifar10.yaml; what is given beside it counts."""
     steps: int = 4
     """Network evaluations K of the student, 1 to 32."""
     student: Literal["gs", "s4s", "linear", "belm"] = "gs"
@@ -29,6 +30,10 @@ class Config:
     """Samples at a time within the loss, with the same gradient; 1 for LPIPS and all for others unless given."""
     loss_cache: str | None = None
     """Bytes of host memory, such as 4GiB, for features of the teacher's samples, which are then made once."""
+    loss_in: Literal["auto", "states", "pixels"] = "auto"
+    """Where a latent model's samples are compared: as they are, or decoded; auto decodes them for LPIPS."""
+    loss_tile: int | None = None
+    """Latents a side of tiles that are decoded one after the other; approximate, for autoencoders see all otherwise."""
     memory_budget: str | None = None
     """Bytes of the device for tensors, such as 8GiB: chooses what follows, down to --loss-alone, for the least time."""
     checkpoint_every: int = 1
@@ -47,13 +52,11 @@ class Config:
     """Rebuild the network block by block as well."""
     loss_alone: bool = False
     """Let no network graph wait while the loss is taken."""
-    weights: Literal["resident", "int8", "streamed"] = "resident"
-    """Frozen weights on the device, in eight bits there (torchao), or in host memory, brought block by block."""
+    split_guidance: bool = False
+    """Call the network for the two halves of guidance one after the other."""
     shard: bool = False
     """Spread the frozen weights over the processes of torchrun, for a network that does not fit one card."""
     # Speed of the frozen network.
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of its weights and arithmetic, in all of the run; states and times keep theirs. fp32 is as the model has them."""
     channels_last: bool = False
     """Lay out its images with their channels last."""
     compile: bool = False
@@ -141,6 +144,10 @@ class Config:
     """Times to go back before the run stops."""
     logger: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     """Where rows of metrics go besides metrics.jsonl."""
+    selection: int = 64
+    """Samples that measurements during the run are taken of."""
+    held_out: int = 512
+    """Samples that the result is measured on."""
     evaluation: Literal["full", "student"] = "full"
     """At the end, compare with every classical solver, or measure the student alone."""
     sample_batch: int = 128

@@ -6,7 +6,9 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import comparison, pictures
@@ -29,16 +31,16 @@ def finish(
     """Write the solver, measure it and ``others`` on held-out seeds, write the table and the pictures."""
     denoiser, student, batch, group = trainer.denoiser, trainer.average, config.sample_batch, trainer.group
     tableau = student.tableau(denoiser.prediction)
-    held_out = setup.samples(denoiser, setup.HELD_OUT_SEEDS, config, trainer.device, group)
+    held_out = setup.samples(denoiser, setup.HELD_OUT_SEEDS[: config.held_out], config, trainer.device, group)
     held_out = dataclasses.replace(held_out, judge=judge_of(denoiser.name))
     mine = comparison.distance(
         denoiser, tableau, held_out, f"learned ({_family(config)})", f"{trainer.step} updates", batch, group
     )  # fmt: skip
     if directory.writes:
-        save_solver(
-            student, directory.solver, model=denoiser.name, guidance=1.0, loss=config.loss, version=_version(),
-            metrics={"l1": mine.l1, "rmse": mine.rmse, "psnr": mine.psnr, "held_out_seeds": "50000-50511"},
-        )  # fmt: skip
+        facts = {"guidance": 1.0} | denoiser.facts() | {"loss": config.loss, "version": _version()}
+        metrics: dict[str, Any] = {"l1": mine.l1, "rmse": mine.rmse, "psnr": mine.psnr}
+        metrics["held_out_seeds"] = f"50000-{49_999 + len(held_out.noise)}"
+        save_solver(student, directory.solver, model=denoiser.name, **facts, metrics=metrics)
     rows = [mine]
     for name, other in others:
         other_tableau, said = other.tableau(denoiser.prediction), f"K = {other.steps}"
@@ -57,7 +59,8 @@ def finish(
         return
     write_text(directory.path / "comparison.md", comparison.as_markdown(rows))
     write_text(directory.path / "comparison.csv", comparison.as_csv(rows))
-    _compare_pictures(directory.path / "comparison.png", denoiser, config, held_out.teacher.cpu(), shown)
+    path, teacher = directory.path / "comparison.png", held_out.teacher.cpu()
+    _compare_pictures(path, denoiser, config, teacher, shown, trainer.device)
     times = {"learned": student.times()} | {
         name: grid(name, student.schedule, config.steps, config.t_eps) for name in ("uniform", "quadratic", "logSNR")
     }
@@ -83,16 +86,18 @@ def _family(config: Config) -> str:
 
 
 def _compare_pictures(
-    path: Path, denoiser: Denoiser, config: Config, teacher: Tensor, rows: list[comparison.Distance]
-) -> None:
+    path: Path, denoiser: Denoiser, config: Config, teacher: Tensor, rows: list[comparison.Distance],
+    device: torch.device,
+) -> None:  # fmt: skip
     """Teacher, student and the best classical solver above their errors; nothing for states that are no images."""
     if len(denoiser.shape or ()) != 3:
         return
     mine, others = rows[0], rows[1:]
-    drawn = [(f"teacher, {config.teacher.steps}", teacher), (f"learned, {config.steps}", mine.samples)]
-    drawn += [(best.solver, best.samples) for best in others]
-    drawn += [("|learned - teacher|", mine.samples - teacher)]
-    drawn += [(f"|{best.solver} - teacher|", best.samples - teacher) for best in others]
+    teacher, *shown = (pictures.pictures_of(denoiser, s[:12], device) for s in (teacher, *(r.samples for r in rows)))
+    drawn = [(f"teacher, {config.teacher.steps}", teacher), (f"learned, {config.steps}", shown[0])]
+    drawn += [(best.solver, samples) for best, samples in zip(others, shown[1:], strict=True)]
+    drawn += [("|learned - teacher|", shown[0] - teacher)]
+    drawn += [(f"|{best.solver} - teacher|", s - teacher) for best, s in zip(others, shown[1:], strict=True)]
     title = f"{denoiser.name}: {config.steps} evaluations, held-out seeds 50000 on; L1: learned {mine.l1:.4f}"
     pictures.image_rows(path, drawn, title + "".join(f", {best.solver} {best.l1:.4f}" for best in others))
 

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import comparison
 from .._cli import InputError, console, parse_seeds, progress
 from ..adapters.r3gan import load_r3gan
+from ..conditioning import moved
 from ..denoiser import Denoiser, seeded
 from ..distributed import ALONE, Group
 from ..execution import BLOCKS, Execution
 from ..iteration import Beside
+from ..losses import DistillationLoss, decoded, distillation_loss
 from ..memory import BitsLost, MemoryPolicy, shard_weights
 from ..networks import discriminator_for
 from ..planner import Plans, plan
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
 SELECTION_SEEDS = range(40_000, 40_064)
 HELD_OUT_SEEDS = range(50_000, 50_512)
 # What a memory budget chooses.
-CHOSEN = ("trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks", "loss_alone")
+CHOSEN = (
+    "trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks", "loss_alone", "split_guidance",
+)  # fmt: skip
 CIFAR10_WEIGHT = 0.1  # of the adversarial loss, by arXiv 2510.17699
 FORMS: dict[str, bool | str] = {"gs": True, "s4s": False, "linear": "linear"}
 
@@ -130,9 +134,20 @@ def adversary(config: Config, denoiser: Denoiser, recipe: Recipe, device: torch.
     return Adversary(network, settings, device)
 
 
-def cache_bytes(config: Config) -> int:
-    """What --loss-cache says."""
-    return 0 if config.loss_cache is None else parse_bytes(config.loss_cache)
+def loss(config: Config, denoiser: Denoiser, device: torch.device) -> DistillationLoss:
+    """The distance to the teacher's samples: of states, or of what a latent model's decoder makes of them."""
+    cache = 0 if config.loss_cache is None else parse_bytes(config.loss_cache)
+    found = distillation_loss(config.loss, device, chunk=config.loss_chunk, cache=cache)
+    decoder, where = denoiser.decoder, config.loss_in
+    if where == "pixels" and decoder is None:
+        raise InputError(f"--loss-in pixels needs a decoder, and {denoiser.name} has none; leave it out")
+    if decoder is None or where == "states" or (where == "auto" and "lpips" not in config.loss):
+        if config.loss_tile is not None:
+            raise InputError(f"--loss-tile {config.loss_tile} is of decoded samples; give --loss-in pixels as well")
+        return found
+    if isinstance(decoder, nn.Module):
+        decoder = decoder.to(device).requires_grad_(False)
+    return decoded(found, decoder, chunk=config.loss_chunk or 1, tile=config.loss_tile)
 
 
 def execution(config: Config) -> Execution:
@@ -150,7 +165,9 @@ def execution(config: Config) -> Execution:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise InputError(f"--memory-budget chooses {options}, which was given as well; leave out one or the other")
     meter = BitsLost() if where == "reversible" and not config.carry else None
-    memory = MemoryPolicy(config.checkpoint_every, where, config.carry, loss_alone=config.loss_alone, meter=meter)
+    memory = MemoryPolicy(
+        config.checkpoint_every, where, config.carry, config.split_guidance, config.loss_alone, meter
+    )  # fmt: skip
     micro_batch = None if config.micro_batch == "auto" else config.micro_batch
     if config.memory_budget is not None and (config.compile or config.cuda_graphs):
         raise InputError(
@@ -193,7 +210,7 @@ def check_shard(config: Config, group: Group) -> None:
 
 def plans(
     config: Config, model: Denoiser, placed: Denoiser, recipe: Recipe, solver: LearnedTimes, device: torch.device,
-    group: Group = ALONE, adversary: Adversary | None = None,
+    group: Group = ALONE, adversary: Adversary | None = None, loss: DistillationLoss | None = None,
 ) -> Plans | None:  # fmt: skip
     """Ways to run an update within the budget, the choice said in a line; None without a budget.
 
@@ -212,8 +229,8 @@ def plans(
     with progress() as bar:
         task = bar.add_task("plan", total=2 + len(BLOCKS), note="")
         found = plan(
-            model, config.steps, batch, config.memory_budget, loss=config.loss,
-            loss_chunk=config.loss_chunk, weights=(config.weights,), like=execution(config),
+            model, config.steps, batch, config.memory_budget, cond=seeded(model, [0])[1],
+            loss=loss or config.loss, loss_chunk=config.loss_chunk, weights=(config.weights,), like=execution(config),
             tableau=solver.tableau(model.prediction), evaluation_seconds=seconds, beside=beside,
             on_probe=lambda what: bar.update(task, advance=1, note=what),
         )  # fmt: skip
@@ -232,7 +249,7 @@ def evaluation_seconds(denoiser: Denoiser, batch: int, device: torch.device) -> 
     """Seconds of an evaluation of the batch without gradients, from one of a few samples; the first does not count."""
     few = min(batch, 4)
     noise, cond = seeded(denoiser, range(few))
-    noise, cond = noise.to(device), None if cond is None else cond.to(device)
+    noise, cond = moved((noise, cond), device)
     t = torch.full((), 0.5, dtype=torch.float64, device=device)
     with torch.no_grad():
         for _ in range(2):
@@ -255,7 +272,10 @@ def teacher_set(
         )
     teacher = config.teacher
     name = f"teacher-{Path(config.model).stem.replace(':', '-')}-{teacher.solver}-{teacher.steps}-{teacher.grid}"
-    name += "-int8" if config.weights == "int8" else ""
+    name += f"-{config.weights}" if config.weights in ("int8", "nf4") else ""
+    name += f"-g{denoiser.guidance}" if isinstance(denoiser.guidance, float) and denoiser.guidance != 1 else ""
+    name += "-g{:g}-{:g}".format(*denoiser.guidance) if isinstance(denoiser.guidance, tuple) else ""
+    name += f"-{Path(config.prompts).stem[:40]}" if config.prompts else ""
     name += f"-{config.precision}" if config.precision != "fp32" else ""
     out = config.teacher_set or Path("runs") / name
     make_teacher_set(denoiser, seeds, teacher, out, batch=config.sample_batch, device=device, group=group)

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
+from ..conditioning import moved, take
 from ..denoiser import Denoiser, seeded
 from ..distributed import ALONE, Group
 from ..execution import Execution, out_of_memory
-from ..gradients import loss_backward, take
+from ..gradients import loss_backward
 from ..losses.distillation import Loss
 from ..memory import offload, phase
 from ..rollout import rollout
@@ -53,7 +55,8 @@ class Trainer:
     """Fits a solver to teacher samples: Adam or SOAP, clipping of the gradient norm, EMA with warm-up.
 
     The batch of update i, and whatever a network may draw meanwhile, depends on ``seed`` and i alone, so a resumed run
-    sees what it would have seen. Parameters are float64 on the CPU; samples live on ``device``.
+    sees what it would have seen. Parameters are float64 on the CPU; samples live on ``device``. ``stored``: noise and
+    conditions of the targets, where they do not follow from ``seeds``.
 
     An update is, in this order: the batch; a step of the adversary, if there is one; the gradient of the solver; the
     check that it is finite; and only then clipped gradients, optimiser and average, all of them or none. An update
@@ -64,10 +67,10 @@ class Trainer:
     def __init__(
         self, denoiser: Denoiser, solver: LearnedTimes, seeds: list[int], targets: Tensor, loss: Loss,
         recipe: Recipe, execution: Execution, seed: int = 0, device: torch.device | None = None,
-        adversary: Adversary | None = None, group: Group = ALONE,
+        adversary: Adversary | None = None, group: Group = ALONE, stored: tuple[Tensor, Any] | None = None,
     ) -> None:  # fmt: skip
         self.denoiser, self.solver, self.average = denoiser, solver, deepcopy(solver).requires_grad_(False)
-        self.seeds, self.targets, self.loss, self.recipe = seeds, targets, loss, recipe
+        self.seeds, self.targets, self.loss, self.recipe, self.stored = seeds, targets, loss, recipe, stored
         self.seed, self.device, self.group = seed, device or torch.device("cpu"), group
         self.adversary, self.watch = adversary, Watch(solver.times())
         self.means = Means() if adversary is None else adversary.means
@@ -114,11 +117,15 @@ class Trainer:
         rows = self.rows(step)
         part = self.group.part(len(rows))
         mine, fresh = rows[part], [*range(FRESH + step * len(rows), FRESH + (step + 1) * len(rows))][part]
-        noise, cond = seeded(self.denoiser, [self.seeds[row] for row in mine] or self.seeds[:1])
+        noise, cond = self._inputs(mine or [0])
         noise, targets = noise[: len(mine)], self.targets[mine]  # a rank may have no rows
-        cond = cond[: len(mine)].to(self.device, non_blocking=True) if cond is not None else None
-        noise, targets = (v.to(self.device, non_blocking=True) for v in (noise, targets))
+        noise, targets, cond = moved((noise, targets, cond), self.device)
         return Batch(mine, noise, cond, targets, fresh, len(mine) / len(rows))
+
+    def _inputs(self, rows: list[int]) -> tuple[Tensor, Any]:
+        if self.stored is not None:
+            return tree_map(lambda values: values[rows], self.stored)
+        return seeded(self.denoiser, [self.seeds[row] for row in rows])
 
     def update(self) -> Tensor:
         """One update; returns the loss (a scalar on the device, not read here, so that nothing waits for it).
@@ -159,7 +166,7 @@ class Trainer:
         tableau = self.solver.tableau(self.denoiser.prediction)
         done, size = [], self.execution.micro_batch or len(seeds)
         for rows in (slice(i, i + size) for i in range(0, len(seeds), size)):
-            noise = seeded(self.denoiser, seeds[rows])[0].to(self.device, non_blocking=True)
+            noise = moved(seeded(self.denoiser, seeds[rows], conditions=False)[0], self.device)
             done.append(rollout(self._view, noise, tableau, take(cond, rows, len(seeds))))
         return torch.cat(done) if len(done) > 1 else done[0]
 
