@@ -64,7 +64,7 @@ class LatentDiffusion:
         """The network, with random weights on the default device."""
         if self.rows is None:
             return UNet(self.unet, self.schedule)
-        return ClassUNet(self.unet, self.schedule, self.rows)
+        return ClassUNet(self.unet, self.schedule, rows=self.rows)
 
     def autoencoder(self, scale_factor: float) -> Any:
         """The first stage without its encoder, with random weights on the default device."""
