@@ -235,6 +235,12 @@ def modules() -> Iterator[tuple[str, bytes]]:
         both = b"".join(text(part) + b"h\x00s" for part in "ab")
         leaf += name("torch.nn", "Module") + b")\x81" + empty + both + b"sbq\x00"
     yield "laughing-modules", pickled(b"}", text("D"), leaf, b"s")
+    long = name("torch.nn", "Module") + b")\x81" + empty + b"sbq\x00"
+    for _ in range(50):
+        long += name("torch.nn", "Module") + b")\x81" + empty + text("x" * 60_000) + b"h\x00ssbq\x00"
+    yield "long-names", pickled(b"}", text("D"), long, b"s")
+    items = nested(60, b")", b"h\x00h\x00\x86") + name("dnnlib", "EasyDict") + b")\x81h\x00N\x86a"
+    yield "laughing-items", pickled(items)
     D = R3GANDiscriminator([8], [2], [1], channels=1)
     state = dict(D.state_dict())
     state["MainLayers.999999999.Layers.0.LinearLayer1.Layer.weight"] = torch.zeros(1)

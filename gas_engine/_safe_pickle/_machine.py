@@ -11,12 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ._literals import integer, latin1, long, quoted, short, utf8
-from ._records import Name, Record, Refused
-
-__all__ = ["Budget", "Machine", "checked_key"]
-
-_MOST_PARTS, _LONGEST_KEY = 64, 2**16
+from ._literals import integer, latin1, long, quoted, short, unicode, utf8
+from ._records import Name, Record, Refused, checked_key
 
 
 @dataclass
@@ -35,21 +31,6 @@ class Budget:
         self.bytes -= count
         if self.bytes < 0:
             raise Refused(f"it unfolds into far more than its {self.size:,} bytes")
-
-
-def checked_key(value: Any) -> Any:
-    """A key of a dict or set, if it is hashed and compared in no time: numbers, strings, small tuples of them."""
-    pending, seen = [value], 0
-    while pending:
-        part = pending.pop()
-        if type(part) in (tuple, frozenset):
-            seen += len(part)
-            if seen > _MOST_PARTS:
-                raise Refused(f"a key has more than {_MOST_PARTS} parts")
-            pending.extend(part)
-        elif type(part).__hash__ is None or (isinstance(part, (str, bytes)) and len(part) > _LONGEST_KEY):
-            raise Refused(f"a {type(part).__name__} is no key, or a very long one")
-    return value
 
 
 class Machine:
@@ -230,7 +211,7 @@ _ACTIONS: dict[int, Callable[[Machine], Any]] = {
     ord("I"): _lined(integer),
     ord("L"): _lined(lambda line: int(short(line).rstrip(b"L"))),
     ord("S"): _lined(quoted),
-    ord("V"): _lined(lambda line: line.decode("raw-unicode-escape")),
+    ord("V"): _lined(unicode),
     ord("J"): lambda m: m.push(m.number("<i")),
     ord("K"): lambda m: m.push(m.number("B")),
     ord("M"): lambda m: m.push(m.number("<H")),

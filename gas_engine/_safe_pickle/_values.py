@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._machine import Budget, checked_key
-from ._records import Name, Record, Refused, said
+from ._machine import Budget
+from ._records import Name, Record, Refused, checked_key, said
 
 _PLAIN_DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16|[SU][1-9]\d{0,5})")
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "numpy._core": "numpy.core"}
