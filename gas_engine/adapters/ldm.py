@@ -118,8 +118,11 @@ def _fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if names:
             raise ValueError(f"it {verb} {min(names)}, one of {len(names)}")
     for name, tensor in needed.items():
-        if weights[name].shape != tensor.shape:
-            raise ValueError(f"{name} is {list(weights[name].shape)} instead of {list(tensor.shape)}")
+        given = weights[name]
+        if given.shape != tensor.shape or not given.is_floating_point():
+            raise ValueError(
+                f"{name} is {given.dtype} {list(given.shape)} instead of floating point {list(tensor.shape)}"
+            )
     module.load_state_dict(weights, assign=True)
     module.eval().requires_grad_(False)
 
