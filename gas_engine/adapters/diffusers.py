@@ -139,8 +139,9 @@ class _Source:
             raise ValueError(
                 f"the {part} of {self.name} is {name} of {library!r}, code that is not run; it must be one of diffusers"
             )
-        cls = diffusers_class(name)
-        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        cls: Any = diffusers_class(name)
+        is_network = isinstance(cls, type) and issubclass(cls, nn.Module)
+        if not is_network:
             raise ValueError(f"the {part} of {self.name} is {name}, which is no network")
         where, subfolder = self._where(part)
 

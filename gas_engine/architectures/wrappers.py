@@ -37,9 +37,8 @@ class DiffusersFunction(nn.Module):
 
     def __init__(self, network: nn.Module | Mapping[str, Any], schedule: Schedule, labels: float = LABELS) -> None:
         super().__init__()
-        if isinstance(network, Mapping):
-            network = diffusers_class(self.network_class)(**network)
-        self.network = network.eval().requires_grad_(False)
+        made = diffusers_class(self.network_class)(**network) if isinstance(network, Mapping) else network
+        self.network = made.eval().requires_grad_(False)
         self.schedule, self.labels = schedule, labels
 
     @staticmethod
@@ -239,7 +238,8 @@ class NamedFunction(DiffusersFunction):
             raise ValueError(f"{self.kind} takes no {unknown!r}; it takes {', '.join(self.takes)}")
         missing = next((name for name, needed in self.takes.items() if needed and name not in given), None)
         if missing is not None:
-            raise ValueError(f"{self.kind} needs {missing!r} in its condition, which has {', '.join(cond or ['nothing'])}")
+            said = ", ".join(cond or ["nothing"])
+            raise ValueError(f"{self.kind} needs {missing!r} in its condition, which has {said}")
         with contextlib.nullcontext() if x.dtype in self.checked else self._watched():
             output = self.network(**given, return_dict=False)[0]
         self.checked.add(x.dtype)
@@ -300,11 +300,11 @@ def diffusers_class(name: str) -> Any:
 
             return getattr(diffusers, name)
         except ImportError:
-            raise ValueError(
-                f"{name} comes from diffusers, which is not installed: `pip install diffusers`"
-            ) from None
+            raise ValueError(f"{name} comes from diffusers, which is not installed: `pip install diffusers`") from None
         except AttributeError:
-            raise ValueError(f"the installed diffusers {diffusers.__version__} has no {name}; a newer one may") from None
+            raise ValueError(
+                f"the installed diffusers {diffusers.__version__} has no {name}; a newer one may"
+            ) from None
 
 
 @contextlib.contextmanager
