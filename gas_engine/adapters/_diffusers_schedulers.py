@@ -62,10 +62,13 @@ def read_process(config: Mapping[str, Any], tokens: int) -> Process:
     if "beta_schedule" not in config and config.get("trained_betas") is None:
         raise ValueError(f"{name} has neither betas nor a flow's sigmas, which is not served")
     alphas = alphas_cumprod(config)
+    schedule = Schedule.vp_discrete(alphas)
     theirs = getattr(scheduler, "alphas_cumprod", None)
-    if theirs is not None and not torch.allclose(theirs.double().log(), alphas.log(), rtol=1e-3, atol=1e-4):
+    if theirs is not None and not torch.allclose(
+        theirs.double().log().clamp(min=math.log(alphas[-1])), alphas.log(), rtol=1e-3, atol=1e-4
+    ):
         raise ValueError(f"{name} computes another alphas_cumprod than its configuration says, which is not served")
-    return Process(Schedule.vp_discrete(alphas), PREDICTIONS[said], count)
+    return Process(schedule, PREDICTIONS[said], len(alphas))
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:

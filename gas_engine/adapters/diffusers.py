@@ -85,7 +85,7 @@ class _Source:
                 raise ValueError(
                     f"{name} has neither model_index.json nor config.json; give a directory that save_pretrained wrote"
                 )
-            config = _read(diffusers_class("ConfigMixin").load_config, name, "config.json of")
+            config = _read(diffusers_class("AutoencoderKL").load_config, name, "config.json of")
             found = {"transformer": ("diffusers", str(config.get("_class_name")))}
             return cls(name, "", found, alone=True)
         index = _read(diffusers_class("DiffusionPipeline").load_config, name, "model_index.json of")
@@ -197,6 +197,7 @@ def _read(load: Callable[[str], Any], name: str, what: str) -> Any:
     try:
         with quiet():
             return load(name)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        said = str(error).strip().partition("\n")[0] or type(error).__name__
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        said = " ".join(lines[: 1 + lines[0].endswith(":")])
         raise ValueError(f"cannot read {what} {name}: {said}") from None
