@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pipelines
 import pytest
 import torch
@@ -23,6 +22,7 @@ from gas_engine.architectures.wrappers import NamedFunction
 from gas_engine.losses import distillation_loss
 from gas_engine.losses.decoders import decoded
 
+diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install diffusers")
 Saved = Callable[[str], Path]
 TRAINED = torch.linspace(0.001, 0.03, 50).tolist()
 SD = pipelines.SD_BETAS
@@ -235,6 +235,14 @@ def test_dtype_and_blocks_of_one_embedding(saved: Saved) -> None:
     assert denoiser.classes == 1000 and denoiser.conditioning.null.tolist() == [1000]
 
 
+def test_a_name_that_is_no_directory_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"cannot read model_index.json of nobody/nothing: "):
+        load_diffusers("nobody/nothing")
+
+
 def _without(path: Path, part: str) -> None:
     shutil.rmtree(path / part)
 
@@ -274,7 +282,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
         (lambda p: _index(p, unet=[None, None]), "has none of unet, transformer"),
         (lambda p: _index(p, unet_2=["diffusers", "UNet2DModel"]), "has unet and unet_2; a model of exactly one"),
         (lambda p: _index(p, controlnet=["diffusers", "ControlNetModel"]), "'controlnet', which its denoiser waits"),
-        (lambda p: (p / "model_index.json").write_text("[]"), "cannot read model_index.json|has none of"),
+        (lambda p: (p / "model_index.json").write_text("[]"), "it is a list, not an object of settings"),
         (lambda p: (p / "model_index.json").unlink(), "neither model_index.json nor config.json"),
     ],
 )

@@ -85,10 +85,10 @@ class _Source:
                 raise ValueError(
                     f"{name} has neither model_index.json nor config.json; give a directory that save_pretrained wrote"
                 )
-            config = _read(diffusers_class("AutoencoderKL").load_config, name, "config.json of")
+            config = _settings(diffusers_class("AutoencoderKL").load_config, name, "config.json of")
             found = {"transformer": ("diffusers", str(config.get("_class_name")))}
             return cls(name, "", found, alone=True)
-        index = _read(diffusers_class("DiffusionPipeline").load_config, name, "model_index.json of")
+        index = _settings(diffusers_class("DiffusionPipeline").load_config, name, "model_index.json of")
         components = {
             key: (value[0], value[1])
             for key, value in index.items()
@@ -124,7 +124,7 @@ class _Source:
         """Of a component, as it is saved."""
         where, subfolder = self._where(part)
         load = diffusers_class("DDIMScheduler" if part == "scheduler" else "AutoencoderKL").load_config
-        return _read(lambda place: load(place, subfolder=subfolder), where, f"the {part}'s configuration of")
+        return _settings(lambda place: load(place, subfolder=subfolder), where, f"the {part}'s configuration of")
 
     def _where(self, part: str) -> tuple[str, str | None]:
         if not self.alone:
@@ -191,6 +191,13 @@ class LazyVAE(VAE):
     def named_children(self) -> Any:
         self.read()
         return super().named_children()
+
+
+def _settings(load: Callable[[str], Any], name: str, what: str) -> dict[str, Any]:
+    found = _read(load, name, what)
+    if not isinstance(found, dict):
+        raise ValueError(f"cannot read {what} {name}: it is a {type(found).__name__}, not an object of settings")
+    return found
 
 
 def _read(load: Callable[[str], Any], name: str, what: str) -> Any:
