@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gas_engine import Schedule
-from gas_engine.adapters._diffusers_networks import function_of, shape_of, sizes_of
+from gas_engine.adapters._diffusers_networks import function_of, shape_of
 from gas_engine.adapters._diffusers_schedulers import read_process
-from gas_engine.adapters.diffusers import LazyVAE, load_diffusers, open_pipeline
+from gas_engine.adapters.diffusers import LazyVAE, load_diffusers
 from gas_engine.architectures.wrappers import NamedFunction
 from gas_engine.losses import distillation_loss
 from gas_engine.losses.decoders import decoded
@@ -110,8 +110,7 @@ def test_schedulers_that_are_refused(config: dict[str, Any], words: str) -> None
         read_process(config, 16)
 
 
-def test_sizes_of_published_networks() -> None:
-    """Shapes, tokens and conditions of size without weights, at the published arguments."""
+def test_shapes() -> None:
     small = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
     flux = diffusers.FluxTransformer2DModel(
         **small, num_single_layers=1, axes_dims_rope=(4, 6, 6), joint_attention_dim=8, pooled_projection_dim=8
@@ -119,9 +118,6 @@ def test_sizes_of_published_networks() -> None:
     assert shape_of(flux, 8, None) == (16, 128, 128) and shape_of(flux, 8, 512) == (16, 64, 64)
     with pytest.raises(ValueError, match="multiple of 16 pixels, got 520"):
         shape_of(flux, 8, 520)
-    pixart = diffusers.PixArtTransformer2DModel(**small, cross_attention_dim=32, caption_channels=8, sample_size=128)
-    sizes = sizes_of(pixart, shape_of(pixart, 8, None), 8)
-    assert sizes["resolution"].tolist() == [[1024.0, 1024.0]] and sizes["aspect_ratio"].tolist() == [[1.0]]
     wide = diffusers.DiTTransformer2DModel(**small, sample_size=32, in_channels=9, out_channels=4, norm_num_groups=2)
     with pytest.raises(ValueError, match="takes 9 channels and returns 4: its 'in_channels'"):
         shape_of(wide, 8, None)
@@ -134,7 +130,7 @@ def test_pixart_is_told_its_size() -> None:
         sample_size=8, use_additional_conditions=True,
     ).eval()  # fmt: skip
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8)
-    sizes = dict(sizes_of(network, (4, 8, 8), 8))
+    sizes = {"resolution": torch.tensor([[64.0, 64.0]]), "aspect_ratio": torch.ones(1, 1)}
     schedule = read_process(config_of(diffusers.DDIMScheduler()), 16).schedule
     ours = function_of(network, schedule, 1000)(x, torch.tensor(0.501, dtype=torch.float64), {"text": text, **sizes})
     added = {"resolution": torch.tensor([[64.0, 64.0]] * 2), "aspect_ratio": torch.ones(2, 1)}
@@ -152,10 +148,8 @@ def test_an_unconditional_pipeline_and_its_network_alone(tmp_path: Path) -> None
     diffusers.DDPMPipeline(network, scheduler).save_pretrained(tmp_path)
     x = torch.randn(2, 3, 8, 8)
     for name in (str(tmp_path), str(tmp_path / "unet")):
-        opened = open_pipeline(name)
-        denoiser = opened.denoiser
+        denoiser = load_diffusers(name)
         assert (denoiser.shape, denoiser.prediction, denoiser.decoder) == ((3, 8, 8), "data", None)
-        assert opened.pipeline == ("DDPMPipeline" if name == str(tmp_path) else "")
         ours = denoiser(x, torch.tensor(0.501, dtype=torch.float64))
         torch.testing.assert_close(ours, network(x, 500).sample, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="multiple of 2 pixels, got 9"):
@@ -218,6 +212,14 @@ def test_the_autoencoder_is_read_when_it_is_used(saved: Saved, name: str) -> Non
     torch.testing.assert_close(decoder(z), expected)
     torch.testing.assert_close(decoder(z.bfloat16()), expected, rtol=0.1, atol=0.1)
     assert next(decoder.parameters()).dtype == torch.float32 and not any(p.requires_grad for p in decoder.parameters())
+
+
+def test_latents_of_another_scale_are_refused(saved: Saved, tmp_path: Path) -> None:
+    shutil.copytree(saved("sd15"), tmp_path / "p")
+    _config(tmp_path / "p/vae", latents_mean=[0.0] * 4)
+    decoder = load_diffusers(str(tmp_path / "p")).decoder
+    with pytest.raises(ValueError, match="AutoencoderKL has latents_mean, latents of another scale"):
+        decoder(torch.zeros(1, 4, 8, 8))
 
 
 def test_a_loss_in_pixels_looks_into_the_autoencoder(saved: Saved) -> None:

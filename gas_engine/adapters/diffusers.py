@@ -14,27 +14,11 @@ from torch import Tensor, nn
 from ..architectures.wrappers import diffusers_class, quiet
 from ..denoiser import Denoiser
 from ..losses.decoders import VAE
-from ._diffusers_networks import classes_of, function_of, shape_of, sizes_of, tokens_of
+from ._diffusers_networks import classes_of, function_of, shape_of, tokens_of
 from ._diffusers_schedulers import read_process
 
 DENOISERS = ("unet", "transformer")
 AUTOENCODERS = ("vae", "vqvae")
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A saved pipeline: where it is, what there is in it, and its denoiser.
-
-    ``name``: a directory or a Hub id, ``pipeline``: the class that saved it, "" for a network alone. ``components``:
-    for each that there is, its library and class; load one with ``from_pretrained(name, subfolder=component)``.
-    ``sizes``: conditions that follow from the resolution, [1, ...] (SDXL's time_ids, PixArt's resolution).
-    """
-
-    name: str
-    pipeline: str
-    components: Mapping[str, tuple[str, str]]
-    denoiser: Denoiser
-    sizes: Mapping[str, Tensor]
 
 
 def load_diffusers(name: str, *, resolution: int | None = None, dtype: torch.dtype | None = None) -> Denoiser:
@@ -51,21 +35,15 @@ def load_diffusers(name: str, *, resolution: int | None = None, dtype: torch.dty
         denoiser = load_diffusers("stable-diffusion-v1-5")
         F = denoiser(x, torch.tensor(0.5), {"text": text})
     """
-    return open_pipeline(name, resolution=resolution, dtype=dtype).denoiser
-
-
-def open_pipeline(name: str, *, resolution: int | None = None, dtype: torch.dtype | None = None) -> Opened:
-    """As ``load_diffusers``, with what else there is in the pipeline."""
     source = _Source.of(name)
     network = source.network(dtype)
     scale, decoder = source.autoencoder()
     shape = shape_of(network, scale, resolution)
     schedule, prediction, labels = read_process(source.config("scheduler"), tokens_of(network, shape))
-    denoiser = Denoiser(
+    return Denoiser(
         function_of(network, schedule, labels), schedule, prediction, shape, conditioning=classes_of(network),
         decoder=decoder, name=name,
     )  # fmt: skip
-    return Opened(name, source.pipeline, source.components, denoiser, sizes_of(network, shape, scale))
 
 
 @dataclass(frozen=True)
@@ -73,7 +51,6 @@ class _Source:
     """Where the parts of a pipeline are."""
 
     name: str
-    pipeline: str
     components: Mapping[str, tuple[str, str]]
     alone: bool = False  # a network's own directory
 
@@ -87,15 +64,14 @@ class _Source:
                 )
             config = _settings(diffusers_class("AutoencoderKL").load_config, name, "config.json of")
             found = {"transformer": ("diffusers", str(config.get("_class_name")))}
-            return cls(name, "", found, alone=True)
+            return cls(name, found, alone=True)
         index = _settings(diffusers_class("DiffusionPipeline").load_config, name, "model_index.json of")
         components = {
             key: (value[0], value[1])
             for key, value in index.items()
             if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, str) for v in value)
         }
-        kind = index.get("_class_name")
-        return cls(name, kind if isinstance(kind, str) else "", components)
+        return cls(name, components)
 
     def network(self, dtype: torch.dtype | None) -> Any:
         """The denoiser's network, frozen."""
@@ -177,8 +153,12 @@ class LazyVAE(VAE):
     def read(self) -> None:
         """Read the weights, if they are not there. Raises ValueError where they cannot be."""
         if self._unread is not None:
-            vae, self._unread = self._unread(), None
-            self.vae = vae.requires_grad_(False).eval()
+            vae = self._unread()
+            if vae.config.get("latents_mean") is not None:
+                raise ValueError(
+                    f"{type(vae).__name__} has latents_mean, latents of another scale, which is not served"
+                )
+            self._unread, self.vae = None, vae.requires_grad_(False).eval()
 
     def forward(self, z: Tensor) -> Tensor:
         self.read()

@@ -37,8 +37,8 @@ class DiffusersFunction(nn.Module):
 
     def __init__(self, network: nn.Module | Mapping[str, Any], schedule: Schedule, labels: float = LABELS) -> None:
         super().__init__()
-        made = diffusers_class(self.network_class)(**network) if isinstance(network, Mapping) else network
-        self.network = made.eval().requires_grad_(False)
+        built = diffusers_class(self.network_class)(**network) if isinstance(network, Mapping) else network
+        self.network = built.eval().requires_grad_(False)
         self.schedule, self.labels = schedule, labels
 
     @staticmethod
@@ -54,15 +54,6 @@ class DiffusersFunction(nn.Module):
     def call(self, x: Tensor, label: Tensor, cond: Any) -> Tensor:
         """x in the network's dtype, label [B] in float64."""
         raise NotImplementedError
-
-
-class PixelUNet(DiffusersFunction):
-    """The U-Net of DDPM (arXiv 2006.11239) and of unconditional LDM; cond: None, or class indices [B]."""
-
-    network_class = "UNet2DModel"
-
-    def call(self, x: Tensor, label: Tensor, cond: Any) -> Tensor:
-        return self.network(x, label, cond, return_dict=False)[0]
 
 
 class TextUNet(DiffusersFunction):
@@ -92,19 +83,32 @@ class TextSizeUNet(TextUNet):
         return self.network(x, label, cond["text"], added_cond_kwargs=added, return_dict=False)[0]
 
 
+class UNet(DiffusersFunction):
+    """The U-Net of DDPM (arXiv 2006.11239) and of unconditional LDM; cond: None, or class indices [B]."""
+
+    network_class = "UNet2DModel"
+
+    @staticmethod
+    def conditions(arguments: Mapping[str, Any], tokens: int) -> None:
+        return None
+
+    def call(self, x: Tensor, label: Tensor, cond: Any) -> Tensor:
+        return self.network(x, label, cond, return_dict=False)[0]
+
+
 class ClassUNet(DiffusersFunction):
     """LDM's class-conditional U-Net, which reads the class as one token of context; cond: class indices [B].
 
-    The last of the ``classes + 1`` rows of the embedding is the null class of guidance.
+    ``rows`` of the embedding: of the 1000 classes of ImageNet, and of the null class of guidance after them.
     """
 
     network_class = "UNet2DConditionModel"
 
     def __init__(
-        self, network: nn.Module | Mapping[str, Any], schedule: Schedule, labels: float = LABELS, classes: int = 1000
+        self, network: nn.Module | Mapping[str, Any], schedule: Schedule, labels: float = LABELS, rows: int = 1001
     ) -> None:
         super().__init__(network, schedule, labels)
-        self.embedding = nn.Embedding(classes + 1, self.network.config.cross_attention_dim).requires_grad_(False)
+        self.embedding = nn.Embedding(rows, self.network.config.cross_attention_dim).requires_grad_(False)
 
     @staticmethod
     def conditions(arguments: Mapping[str, Any], tokens: int) -> None:

@@ -16,6 +16,8 @@ from ..teacher import TeacherSolver
 class Config(ModelOptions):
     """Learn a few-step solver for a frozen diffusion or flow model."""
 
+    config: Path | None = None
+    """A file of options, such as configs/cifar10.yaml; what is given beside it counts."""
     steps: int = 4
     """Network evaluations K of the student, 1 to 32."""
     student: Literal["gs", "s4s", "linear", "belm"] = "gs"
@@ -82,7 +84,8 @@ class Config(ModelOptions):
     train_seeds: str = "0-1399"
     """Seeds of the teacher set; the paper takes 1,400, and 5,000 for GAS beyond CIFAR-10."""
     teacher_set: Path | None = None
-    """Directory of the teacher set; made if missing. By default runs/teacher-MODEL-..."""
+    """Directory of the teacher set; made if missing. By default runs/teacher-MODEL-... Or a published dataset.pkl, of
+    which --train-seeds names rows."""
     out: Path | None = None
     """Run directory; by default runs/MODEL-STUDENT-kK, numbered if taken."""
     resume: bool | Literal["auto"] = False
