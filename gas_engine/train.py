@@ -20,6 +20,7 @@ from .training import setup
 from .training.loop import resume, train
 from .training.opening import opened
 from .training.options import Config, plain
+from .training.presets import name_of, with_preset
 from .training.results import finish
 from .training.trainer import Trainer
 
@@ -42,7 +43,7 @@ def _run(config: Config, given: Collection[str], group: Group) -> None:
     loss = setup.loss(config, model, device)
     adversary = setup.adversary(config, model, recipe, device)
     denoiser = execution.place(model, "cpu" if config.shard else device)
-    plans = setup.plans(config, model, denoiser, recipe, solver, device, loss, group, adversary)
+    plans = setup.plans(config, model, denoiser, recipe, solver, device, group, adversary, loss)
     if plans is not None:
         execution = plans.choice.execution
     if config.shard:
@@ -76,14 +77,18 @@ def _run(config: Config, given: Collection[str], group: Group) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``gas-engine train``."""
-    words = _resuming(sys.argv[1:] if argv is None else argv)
+    try:
+        words = _resuming(with_preset(sys.argv[1:] if argv is None else argv))
+    except InputError as error:
+        print(f"gas-engine train: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     command("train", Config, functools.partial(run, given=_given(words)), words)
 
 
 def _given(words: Sequence[str]) -> set[str]:
     """Names of the options among the words; ``--no-lean`` gives lean."""
     flags = {field.name for field in dataclasses.fields(Config) if isinstance(field.default, bool)}
-    names = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    names = {name_of(word) for word in words if word.startswith("--")}
     return {name.removeprefix("no_") if name.removeprefix("no_") in flags else name for name in names}
 
 

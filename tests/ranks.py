@@ -70,7 +70,7 @@ def flat(solver: torch.nn.Module) -> torch.Tensor:
 def in_float64() -> contextlib.AbstractContextManager[Any]:
     """Noise of seeds as float64."""
     original, patched = trainer.seeded, contextlib.ExitStack()
-    trainer.seeded = lambda denoiser, seeds: (original(denoiser, seeds)[0].double(), None)
+    trainer.seeded = lambda denoiser, seeds, **_: (original(denoiser, seeds)[0].double(), None)
     patched.callback(setattr, trainer, "seeded", original)
     return patched
 

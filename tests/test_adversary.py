@@ -35,7 +35,7 @@ def discriminator(seed: int = 0) -> R3GANDiscriminator:
     return network
 
 
-def doubles(denoiser, seeds):
+def doubles(denoiser, seeds, **_):
     """Noise of these seeds in float64."""
     rows = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
     return torch.stack(rows), None

@@ -88,13 +88,15 @@ def test_flux_packs_patches_as_its_pipeline_does() -> None:
     class Echo(nn.Module):
         dtype = torch.float32
 
+        def __init__(self):
+            super().__init__()
+            self.time_text_embed = nn.Identity()
+
         def forward(self, packed, text, pooled, label, image_ids, text_ids, guidance, return_dict):
             self.seen = packed, image_ids, label
             return (packed,)
 
-    function = PackedTransformer.__new__(PackedTransformer)
-    nn.Module.__init__(function)
-    function.network, function.schedule = Echo(), architecture("flux").schedule
+    function = PackedTransformer(Echo(), architecture("flux").schedule)
     x = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).reshape(2, 3, 4, 6)
     cond = {"text": torch.zeros(2, 5, 8), "pooled": torch.zeros(2, 8)}
     torch.testing.assert_close(function(x, torch.tensor(1.0, dtype=torch.float64), cond), x)

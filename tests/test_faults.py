@@ -97,7 +97,7 @@ def test_skipped_updates_are_announced_and_the_student_alone_is_measured(
         calls.append(1)
         return (x - y).abs().flatten(1).mean(1) * (torch.nan if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(train, "distillation_loss", lambda *_, **__: loss)
+    monkeypatch.setattr("gas_engine.training.setup.distillation_loss", lambda *_, **__: loss)
     train.main(options(tmp_path / "run", "--iterations", "5", "--evaluation", "student"))
     assert "update 3: loss or gradient not finite, skipped (1 so far)" in capsys.readouterr().out
     assert len((tmp_path / "run" / "comparison.csv").read_text().splitlines()) == 2
@@ -171,7 +171,7 @@ def test_a_run_that_went_back_resumes_with_its_lower_rate(small, no_pictures, tm
         return distillation_loss("l1")(x, y) * (torch.nan if bad else 1.0)
 
     monkeypatch.setattr(Trainer, "__init__", remember)
-    monkeypatch.setattr(train, "distillation_loss", lambda *_, **__: loss)
+    monkeypatch.setattr("gas_engine.training.setup.distillation_loss", lambda *_, **__: loss)
     more = ["--iterations", "12", "--save-every", "2", "--max-skipped", "3"]
     train.main(brief(tmp_path / "whole", *more))
     for stop_at, gone_back in ((5, 0), (9, 1)):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from gas_engine.adapters.pickles import Record, attributes_of, read_pickle, state_dict_of
+from gas_engine._safe_pickle import Record, attributes_of, read_pickle, state_dict_of
 from gas_engine.adapters.r3gan import load_r3gan
 from gas_engine.networks import R3GANDiscriminator
 
@@ -143,9 +143,9 @@ def test_broken_files_are_named(tmp_path):
     path.write_bytes(b"\x93NUMPY no pickle")
     with pytest.raises(ValueError, match=r"broken\.pkl"):
         read_pickle(path)
-    torch.save({"x": 1}, path)
-    with pytest.raises(ValueError, match="zip file"):
-        read_pickle(path)
+    (tmp_path / "zip").write_bytes(b"PK\x03\x04 no archive")
+    with pytest.raises(ValueError, match="zip"):
+        read_pickle(tmp_path / "zip")
     with pytest.raises(ValueError, match="absent"):
         read_pickle(tmp_path / "absent.pkl")
 
@@ -186,3 +186,46 @@ def test_a_published_discriminator_comes_out_of_its_snapshot(classes, tmp_path):
     (tmp_path / "linear.pkl").write_bytes(pickle.dumps(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=r"linear\.pkl.*no weights of an R3GAN"):
         load_r3gan(tmp_path / "linear.pkl")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_of_torch_save_come_out_bitwise(zipped, tmp_path):
+    """Also shared storages, views of them, and objects that `weights_only` refuses."""
+    base = torch.randn(4, 5)
+    value = {
+        "state_dict": {"a": base, "b": base[1:, ::2], "c": torch.arange(3).bfloat16(), "d": torch.empty(0)},
+        "callbacks": {"best": types.SimpleNamespace(score=np.float64(0.5)), Network: 1}, "lr": torch.tensor(1e-3),
+        "complex": torch.randn(2, dtype=torch.complex64), "bool": torch.tensor([True, False]), "wide": base.double(),
+        "module": Network(), "old": nn.Parameter(base),
+    }  # fmt: skip
+    path = tmp_path / "model.ckpt"
+    torch.save(value, path, _use_new_zipfile_serialization=zipped)
+    got, wanted = read_pickle(path), torch.load(path, weights_only=False)
+    assert attributes_of(got["callbacks"]["best"]) == {"score": 0.5} and got.keys() == value.keys()
+    for name in ("complex", "bool", "wide", "lr", "old"):
+        assert got[name].dtype == wanted[name].dtype and torch.equal(got[name], wanted[name].detach())
+    for name, tensor in wanted["state_dict"].items():
+        assert torch.equal(got["state_dict"][name], tensor) and got["state_dict"][name].stride() == tensor.stride()
+    if zipped:
+        torch.save({"small": torch.tensor([1, 2], dtype=torch.uint16)}, tmp_path / "small.pt")
+        assert read_pickle(tmp_path / "small.pt")["small"].tolist() == [1, 2]
+    state = got["state_dict"]
+    assert state["a"].untyped_storage().data_ptr() == state["b"].untyped_storage().data_ptr()
+    wanted = value["module"].state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in state_dict_of(got["module"]).items())
+    state["a"].zero_()  # a private map
+    assert torch.equal(torch.load(path, weights_only=False)["state_dict"]["a"], base)
+
+
+def test_zip_files_are_mapped(tmp_path):
+    """Reading a file of torch.save takes no memory for its numbers."""
+    path = tmp_path / "large.pt"
+    torch.save({"x": torch.zeros(2**24)}, path)
+    before = resident()
+    x = read_pickle(path)["x"]
+    assert resident() - before < 2**22 and x.shape == (2**24,)
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

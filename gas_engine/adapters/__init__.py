@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ..denoiser import Denoiser
@@ -13,20 +14,40 @@ __all__ = ["load_denoiser", "load_digits", "load_edm", "load_factory"]
 
 
 def load_denoiser(name: str, resolution: int | None = None) -> Denoiser:
-    """Load a frozen model: ``"digits"`` (embedded), a ``.safetensors`` EDM network, or ``"module:factory"``.
+    """Load a frozen model, on the CPU.
 
-    A factory is any importable function that takes nothing and returns a ``Denoiser``. Raises ValueError, with what
-    was found and what is accepted, for anything else, and for truncated or foreign files.
+    | name | what it is |
+    |---|---|
+    | ``digits`` | the embedded model |
+    | ``*.pkl``, ``*.safetensors`` | an EDM network: a published pickle, or what ``convert`` made of one |
+    | ``*.ckpt``, or a directory with one | an LDM checkpoint beside its YAML |
+    | a directory, ``owner/name`` | a diffusers pipeline, of the disk or of the Hub; ``resolution``: its pixels a side |
+    | ``module:factory`` | any importable function that takes nothing and returns a ``Denoiser`` |
+
+    Nothing in a file is executed. Raises ValueError, with what was found and what is accepted, for anything else, and
+    for truncated or foreign files.
 
         denoiser = load_denoiser("digits")
     """
+    path = Path(name)
+    hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not path.suffix[1:].isalpha()
+    if name != "digits" and (path.is_dir() or hub) and not list(path.glob("*.ckpt")):
+        from .diffusers import load_diffusers
+
+        return load_diffusers(name, resolution=resolution)
+    if resolution is not None:
+        raise ValueError(f"a resolution of {resolution} was given, but {name} has one of its own; leave it out")
     if name == "digits":
         return load_digits()
-    if Path(name).suffix == ".safetensors" or Path(name).exists():
-        return load_edm(Path(name))
+    if path.is_dir() or path.suffix == ".ckpt":
+        from .ldm import load_ldm
+
+        return load_ldm(path)
+    if path.suffix in (".safetensors", ".pkl") or path.exists():
+        return load_edm(path)
     if ":" in name:
         return load_factory(name)
     raise ValueError(
-        f"unknown model {name!r}: give 'digits', the path of a .safetensors EDM network, or 'module:factory' for a "
-        "function that returns a gas_engine.Denoiser"
+        f"unknown model {name!r}: give 'digits', a .pkl or .safetensors of an EDM network, an LDM .ckpt, a diffusers "
+        "directory or Hub id, or 'module:factory' for a function that returns a gas_engine.Denoiser"
     )

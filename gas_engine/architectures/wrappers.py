@@ -1,14 +1,17 @@
 """Networks of diffusers as a denoiser's function: ``(x, t, cond) -> F``, differentiable in x and t.
 
 Each is a module that owns its network as a child, so that a view of the whole denoiser (lean, with block checkpoints)
-reaches it. The schedule's t becomes the network's label in float64, with its fraction; states and conditions take the
-network's own dtype on the way in. Shape legend: B batch, C channels, H W height and width, L tokens.
+reaches it. The schedule's t becomes the network's label in float64, with its fraction, and stays so until sines are
+made of it: in bfloat16 labels near 900 lie 4 apart. States and conditions take the network's
+own dtype on the way in. Shape legend: B batch, C channels, H W height and width, L tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,32 +20,36 @@ from torch.utils._pytree import tree_map
 
 from ..schedule import Schedule
 
-LABELS = 1000  # the number of training times that every one of these networks counts in
+LABELS = 1000  # the number of training times that the published networks count in
 
 
 class DiffusersFunction(nn.Module):
-    """A network of diffusers, from its constructor's arguments, with random frozen weights.
+    """A network of diffusers, frozen: one that is there, or, from its constructor's arguments, one of random weights.
 
-    ``conditions`` are the shapes, without the batch, of the conditioning tensors; None is a class index. Raises
-    ValueError if diffusers is missing.
+    ``labels``: what a flow's network is told at its noisiest time; discrete schedules count their own. ``conditions``
+    are the shapes, without the batch, of the conditioning tensors; None is a class index. Channels that the network
+    returns beside those of x are a learned variance, which an ODE has no use for. Raises ValueError if diffusers is
+    missing.
     """
 
     network_class: ClassVar[str]
     network: Any
 
-    def __init__(self, arguments: Mapping[str, Any], schedule: Schedule) -> None:
+    def __init__(self, network: nn.Module | Mapping[str, Any], schedule: Schedule, labels: float = LABELS) -> None:
         super().__init__()
-        self.network = _diffusers(self.network_class)(**arguments).eval().requires_grad_(False)
-        self.schedule = schedule
+        built = diffusers_class(self.network_class)(**network) if isinstance(network, Mapping) else network
+        self.network = built.eval().requires_grad_(False)
+        self.schedule, self.labels = schedule, labels
 
     @staticmethod
     def conditions(arguments: Mapping[str, Any], tokens: int) -> dict[str, tuple[int, ...]] | None:
         raise NotImplementedError
 
-    def forward(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         dtype = self.network.dtype
-        cond = tree_map(lambda c: c.to(dtype) if c.is_floating_point() else c, cond)
-        return self.call(x.to(dtype), network_label(self.schedule, t).expand(len(x)), cond)
+        label = network_label(self.schedule, t, self.labels).expand(len(x))
+        output = self.call(x.to(dtype), label, tree_map(lambda c: _of_batch(c, len(x), dtype), cond))
+        return output if output.shape[1] == x.shape[1] else output[:, : x.shape[1]]
 
     def call(self, x: Tensor, label: Tensor, cond: Any) -> Tensor:
         """x in the network's dtype, label [B] in float64."""
@@ -76,17 +83,32 @@ class TextSizeUNet(TextUNet):
         return self.network(x, label, cond["text"], added_cond_kwargs=added, return_dict=False)[0]
 
 
+class UNet(DiffusersFunction):
+    """The U-Net of DDPM (arXiv 2006.11239) and of unconditional LDM; cond: None, or class indices [B]."""
+
+    network_class = "UNet2DModel"
+
+    @staticmethod
+    def conditions(arguments: Mapping[str, Any], tokens: int) -> None:
+        return None
+
+    def call(self, x: Tensor, label: Tensor, cond: Any) -> Tensor:
+        return self.network(x, label, cond, return_dict=False)[0]
+
+
 class ClassUNet(DiffusersFunction):
     """LDM's class-conditional U-Net, which reads the class as one token of context; cond: class indices [B].
 
-    The last of the ``classes + 1`` rows of the embedding is the null class of guidance.
+    ``rows`` of the embedding: of the 1000 classes of ImageNet, and of the null class of guidance after them.
     """
 
     network_class = "UNet2DConditionModel"
 
-    def __init__(self, arguments: Mapping[str, Any], schedule: Schedule, classes: int = 1000) -> None:
-        super().__init__(arguments, schedule)
-        self.embedding = nn.Embedding(classes + 1, arguments["cross_attention_dim"]).requires_grad_(False)
+    def __init__(
+        self, network: nn.Module | Mapping[str, Any], schedule: Schedule, labels: float = LABELS, rows: int = 1001
+    ) -> None:
+        super().__init__(network, schedule, labels)
+        self.embedding = nn.Embedding(rows, self.network.config.cross_attention_dim).requires_grad_(False)
 
     @staticmethod
     def conditions(arguments: Mapping[str, Any], tokens: int) -> None:
@@ -99,24 +121,42 @@ class ClassUNet(DiffusersFunction):
 class ClassTransformer(DiffusersFunction):
     """DiT; cond: class indices [B]; the index after the last class is the null class of guidance.
 
-    The network also predicts a variance, which an ODE has no use for. The published network has one embedding of
-    times and classes; diffusers gives each block a copy.
+    The published network has one embedding of times and classes; diffusers gives each block a copy, and where the
+    copies are equal one of them serves all blocks.
     """
 
     network_class = "DiTTransformer2DModel"
 
-    def __init__(self, arguments: Mapping[str, Any], schedule: Schedule) -> None:
-        super().__init__(arguments, schedule)
-        first, *others = self.network.transformer_blocks
-        for block in others:
-            block.norm1.emb = first.norm1.emb
+    def __init__(self, network: nn.Module | Mapping[str, Any], schedule: Schedule, labels: float = LABELS) -> None:
+        super().__init__(network, schedule, labels)
+        first, *others = (block.norm1 for block in self.network.transformer_blocks)
+        for norm in others:
+            if isinstance(network, Mapping) or _equal(norm.emb, first.emb):
+                norm.emb = first.emb
 
     @staticmethod
     def conditions(arguments: Mapping[str, Any], tokens: int) -> None:
         return None
 
     def call(self, x: Tensor, label: Tensor, cond: Any) -> Tensor:
-        return self.network(x, label, cond, return_dict=False)[0][:, : x.shape[1]]
+        return self.network(x, label, cond, return_dict=False)[0]
+
+
+class MaskedTextTransformer(DiffusersFunction):
+    """PixArt; cond: text [B, L, E], mask [B, L] (1 where there is text), and, for the networks that are told sizes,
+    resolution [B, 2] (height and width in pixels) and aspect_ratio [B, 1]."""
+
+    network_class = "PixArtTransformer2DModel"
+
+    @staticmethod
+    def conditions(arguments: Mapping[str, Any], tokens: int) -> dict[str, tuple[int, ...]] | None:
+        return {"text": (tokens, arguments["caption_channels"]), "mask": (tokens,)}
+
+    def call(self, x: Tensor, label: Tensor, cond: Any) -> Tensor:
+        added = {name: cond.get(name) for name in ("resolution", "aspect_ratio")}
+        return self.network(
+            x, cond["text"], label, added_cond_kwargs=added, encoder_attention_mask=cond.get("mask"), return_dict=False
+        )[0]
 
 
 class TextTransformer(DiffusersFunction):
@@ -138,10 +178,16 @@ class TextTransformer(DiffusersFunction):
 class PackedTransformer(DiffusersFunction):
     """FLUX.1, which sees patches of 2 x 2 pixels as tokens; cond: text [B, L, E], pooled [B, P], guidance [B].
 
-    States stay pictures, [B, C, H, W] with even H and W.
+    States stay pictures, [B, C, H, W] with even H and W. The network multiplies its label and its guidance by 1000 in
+    its own precision, so they are handed past it to the module that embeds them.
     """
 
     network_class = "FluxTransformer2DModel"
+
+    def __init__(self, network: nn.Module | Mapping[str, Any], schedule: Schedule, labels: float = LABELS) -> None:
+        super().__init__(network, schedule, labels)
+        self.told = _Told()
+        self.network.time_text_embed.register_forward_pre_hook(self.told)
 
     @staticmethod
     def conditions(arguments: Mapping[str, Any], tokens: int) -> dict[str, tuple[int, ...]] | None:
@@ -158,29 +204,132 @@ class PackedTransformer(DiffusersFunction):
         places = torch.zeros(rows, columns, 3, device=x.device)
         places[..., 1] += torch.arange(rows, device=x.device)[:, None]
         places[..., 2] += torch.arange(columns, device=x.device)
-        output = self.network(
-            packed, cond["text"], cond["pooled"], label / LABELS, places.flatten(0, 1),
-            torch.zeros(cond["text"].shape[1], 3, device=x.device), cond.get("guidance"), return_dict=False,
-        )[0]  # fmt: skip
+        guidance = cond.get("guidance")
+        with self.told.saying(label, *([] if guidance is None else [LABELS * guidance])):
+            output = self.network(
+                packed, cond["text"], cond["pooled"], label / LABELS, places.flatten(0, 1),
+                torch.zeros(cond["text"].shape[1], 3, device=x.device), guidance, return_dict=False,
+            )[0]  # fmt: skip
         patches = output.unflatten(2, (x.shape[1], 2, 2)).unflatten(1, (rows, columns))
         return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-def network_label(schedule: Schedule, t: Tensor) -> Tensor:
-    """The label of time t: ``1000 (t - 1/N)`` for N discrete training times, ``1000 sigma(t)`` for a flow."""
+class NamedFunction(DiffusersFunction):
+    """Any network whose forward takes a state, ``timestep``, and things by name; cond: a dict of those [B, ...].
+
+    ``text``, ``pooled`` and ``mask`` are short for its ``encoder_hidden_states``, ``pooled_projections`` and
+    ``encoder_attention_mask``. Raises ValueError for what its forward does not take or takes and was not given, and
+    where a network in bfloat16 or float16 rounds its label before it makes sines of it.
+    """
+
+    def __init__(self, network: nn.Module, schedule: Schedule, labels: float = LABELS) -> None:
+        super().__init__(network, schedule, labels)
+        self.kind = type(network).__name__
+        _, state, *others = inspect.signature(type(network).forward).parameters.values()
+        self.state, self.takes = state.name, {p.name: p.default is p.empty for p in others}
+        if self.state not in ("sample", "hidden_states") or "timestep" not in self.takes:
+            raise ValueError(f"{self.kind} takes {self.state!r}, where a denoiser takes a state and 'timestep'")
+        for name in ("img_ids", "img_shapes", "num_frames"):
+            if name in self.takes:
+                raise ValueError(f"{self.kind} takes {name!r}: its states are packed, or videos, which is not served")
+        self.checked: set[torch.dtype] = set()
+
+    def call(self, x: Tensor, label: Tensor, cond: Any) -> Tensor:
+        given = {_SHORT.get(name, name): value for name, value in (cond or {}).items()}
+        given |= {self.state: x, "timestep": label}
+        unknown = next((name for name in given if name not in (self.state, *self.takes)), None)
+        if unknown is not None:
+            raise ValueError(f"{self.kind} takes no {unknown!r}; it takes {', '.join(self.takes)}")
+        missing = next((name for name, needed in self.takes.items() if needed and name not in given), None)
+        if missing is not None:
+            raise ValueError(
+                f"{self.kind} needs {missing!r} in its condition, which has {', '.join(cond or ['nothing'])}"
+            )
+        with contextlib.nullcontext() if x.dtype in self.checked else self._watched():
+            output = self.network(**given, return_dict=False)[0]
+        self.checked.add(x.dtype)
+        return output
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        def whole(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if isinstance(args[0], Tensor) and args[0].dtype.itemsize < 4:
+                raise ValueError(
+                    f"{self.kind} rounds its time label to {str(args[0].dtype).removeprefix('torch.')}, which loses "
+                    "the times that a solver learns; run it in float32"
+                )
+
+        embedders = [m for name, m in self.network.named_modules() if name.rpartition(".")[2] == "time_proj"]
+        hooks = [m.register_forward_pre_hook(whole) for m in embedders]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+_SHORT = {"text": "encoder_hidden_states", "pooled": "pooled_projections", "mask": "encoder_attention_mask"}
+
+
+class _Told:
+    """What a module is told in place of its first arguments, while the network around it runs."""
+
+    def __init__(self) -> None:
+        self.arguments: tuple[Tensor, ...] = ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*self.arguments, *args[len(self.arguments) :])
+
+    @contextlib.contextmanager
+    def saying(self, *arguments: Tensor) -> Iterator[None]:
+        self.arguments = arguments
+        try:
+            yield
+        finally:
+            self.arguments = ()
+
+
+def network_label(schedule: Schedule, t: Tensor, labels: float = LABELS) -> Tensor:
+    """The label of time t: ``N (t - 1/N)`` for N discrete training times, ``labels sigma(t)`` for a flow."""
     if schedule.kind == "flow":
-        return LABELS * schedule.sigma(t)
-    return LABELS * (t - 1 / len(schedule.parameters["alphas_cumprod"]))
+        return labels * schedule.sigma(t)
+    count = len(schedule.parameters["alphas_cumprod"])
+    return count * (t - 1 / count)
 
 
-def _diffusers(name: str) -> type[nn.Module]:
-    quiet = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # what its optional dependencies say of each other
+def diffusers_class(name: str) -> Any:
+    """A class of diffusers by its name. Raises ValueError if there is none, or no diffusers."""
+    with quiet():
+        try:
+            import diffusers
+
+            return getattr(diffusers, name)
+        except ImportError:
+            raise ValueError(f"{name} comes from diffusers, which is not installed: `pip install diffusers`") from None
+        except AttributeError:
+            raise ValueError(
+                f"the installed diffusers {diffusers.__version__} has no {name}; a newer one may"
+            ) from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what libraries log of each other."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        import diffusers
-
-        return getattr(diffusers, name)
-    except ImportError:
-        raise ValueError(f"{name} comes from diffusers, which is not installed: `pip install diffusers`") from None
+        yield
     finally:
-        logging.disable(quiet)
+        logging.disable(level)
+
+
+def _of_batch(value: Any, batch: int, dtype: torch.dtype) -> Any:
+    """A condition for every sample, in the network's dtype; one number a sample keeps its digits."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value
+    return value.expand(batch, *value.shape[1:]) if len(value) == 1 else value
+
+
+def _equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))

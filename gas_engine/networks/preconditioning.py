@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._fit import check_fit
 from .edm_unet import DhariwalUNet, SongUNet
 
 
@@ -120,15 +121,14 @@ def build_edm(
     if precond not in classes:
         raise ValueError(f"precond is {precond!r}; it must be one of {', '.join(classes)}")
     options = {name: value for name, value in kwargs.items() if name != "use_fp16"}
+    tensors = None if state_dict is None else {name: torch.as_tensor(value) for name, value in state_dict.items()}
     try:
+        if tensors is not None:
+            check_fit(lambda: classes[precond](**options), tensors)
         network = classes[precond](**options)
     except TypeError as error:
         known = sorted(set(inspect.signature(SongUNet).parameters) | set(inspect.signature(DhariwalUNet).parameters))
         raise ValueError(f"the network does not take these arguments ({error}); known: {', '.join(known)}") from None
-    if state_dict is not None:
-        tensors = {name: torch.as_tensor(value) for name, value in state_dict.items()}
-        try:
-            network.load_state_dict(tensors, strict=True)
-        except RuntimeError as error:
-            raise ValueError(f"the weights do not fit this network: {' '.join(str(error).split())}") from None
+    if tensors is not None:
+        network.load_state_dict(tensors, strict=True)
     return network.requires_grad_(False).eval()

@@ -9,12 +9,14 @@ The network follows the dtype of its input, so it runs in float32 and, for check
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._fit import check_fit
 from ._r3gan_layers import ACTIVATION_GAIN, Head, Layer, Linear, ResidualBlock, Stage, Transition, apply
 
 
@@ -124,15 +126,13 @@ class R3GANDiscriminator(nn.Module):
         except KeyError as error:
             raise ValueError(f"this is no complete R3GAN discriminator: {error} is missing") from None
         kernel = next((v for name, v in state.items() if name.endswith(".Resampler.Kernel")), None)
-        network = cls(
-            widths,
-            cardinalities,
-            blocks,
-            expansion,
-            channels=state["ExtractionLayer.Layer.weight"].shape[1],
-            embedding=head.shape[0],
+        make = partial(
+            cls, widths, cardinalities, blocks, expansion,
+            channels=state["ExtractionLayer.Layer.weight"].shape[1], embedding=head.shape[0],
             resample_filter=(1, 3, 3, 1) if kernel is None else kernel.sum(0).tolist(),
-        )
+        )  # fmt: skip
+        check_fit(make, state)
+        network = make()
         network.load_published(state)
         return network
 
@@ -157,6 +157,8 @@ class R3GANDiscriminator(nn.Module):
 def _stages(state: Mapping[str, Tensor]) -> tuple[list[int], list[int], list[int], int]:
     """Widths, cardinalities, blocks and expansion, as the shapes of the blocks tell them."""
     count = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("MainLayers."))
+    if not 1 <= count <= 16:
+        raise ValueError(f"an R3GAN discriminator has 1 to 16 stages, these weights name {count}")
     block = [f"MainLayers.{i}.Layers.0.LinearLayer" for i in range(count)]
     widths = [state[f"{b}1.Layer.weight"].shape[1] for b in block]
     grouped = [state[f"{b}2.Layer.weight"].shape for b in block]  # [inner, inner / cardinality, 3, 3]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .._safe_pickle import read_pickle
 from ..files import atomic, tensors_sha256
 from ..schedule import Schedule
-from ._times import LearnedTimes
+from ._times import MAX_STEPS, LearnedTimes
 from .belm import BELMSolver
 from .generalized import GeneralizedSolver
 
@@ -37,7 +37,7 @@ def load_solver(
 ) -> LearnedTimes:
     """Read a solver from ``solver.safetensors`` or from a published student's ``.pt``.
 
-    A ``.pt`` (``{"ema": {"shadow_params": [theta, xi, c_1, a_1, c_2, a_2, ...]}}``, read with ``weights_only``) says
+    A ``.pt`` (``{"ema": {"shadow_params": [theta, xi, c_1, a_1, c_2, a_2, ...]}}``; nothing in it is executed) says
     nothing about its schedule, so it needs ``schedule`` and ``t_eps``. For a safetensors file these two and ``model``
     are what the caller is about to use: where the file was trained for others, a warning names both, and the file's
     own schedule is kept. The facts in the file are ``solver.facts``.
@@ -60,8 +60,10 @@ def load_solver(
     try:
         solver = FAMILIES[family].from_config(metadata)
         _fill(solver, tensors, path)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a complete solver file: {error!r} is missing or wrong") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a solver that can be used: {error}") from None
+    except Exception as error:  # numbers of the wrong types fail in any way
+        raise ValueError(f"{path} is not a complete solver file: {error!r:.200} is missing or wrong") from None
     solver.facts = {key: metadata[key] for key in metadata.keys() - {"format"}}
     trained_for = metadata.get("model")
     if model is not None and trained_for is not None and model != trained_for:
@@ -79,7 +81,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raw = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         metadata = {key: json.loads(value) for key, value in raw.items()}
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read the solver {path}: {error}") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a solver of this package (format {metadata.get('format')!r})")
@@ -99,10 +101,11 @@ def _sorted_header(data: bytes) -> bytes:
 
 def _published(path: Path, schedule: Schedule, t_eps: float) -> GeneralizedSolver:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        rows = [torch.as_tensor(row).detach().to(torch.float64) for row in content["ema"]["shadow_params"]]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a published student ({str(error).splitlines()[0]})") from None
+        rows = read_pickle(path)["ema"]["shadow_params"]
+        rows = [torch.as_tensor(row).detach().to(torch.float64) for row in rows[: 3 + 2 * MAX_STEPS]]
+    except Exception as error:  # a foreign file fails in any way
+        reason = str(error) if isinstance(error, ValueError) else f"no ema/shadow_params: {type(error).__name__}"
+        raise ValueError(f"{path} is not a published student ({reason})") from None
     if len(rows) < 4:
         raise ValueError(f"{path} holds {len(rows)} tensors; a published student of K steps holds 2 + 2K")
     theta, xi, *corrections = rows

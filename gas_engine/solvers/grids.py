@@ -8,21 +8,33 @@ from torch import Tensor
 from ..schedule import Schedule
 
 GRIDS = ("logSNR", "uniform", "quadratic", "karras")
+# Noise levels sigma/alpha that GITS (arXiv 2405.11326) found for Stable Diffusion 1.5, by the number of steps: the
+# times of the teacher of arXiv 2510.17699 there.
+GITS = {
+    5: (14.6146, 4.39, 1.5286, 0.6526, 0.2667, 0.0292),
+    6: (14.6146, 4.7242, 1.9132, 0.9324, 0.4557, 0.1801, 0.0292),
+    7: (14.6146, 6.4477, 2.2797, 1.1629, 0.6114, 0.3058, 0.1258, 0.0292),
+    8: (14.6146, 6.4477, 2.7391, 1.4467, 0.8319, 0.4936, 0.2667, 0.1258, 0.0292),
+}
 
 
 def grid(kind: str, schedule: Schedule, steps: int, t_eps: float = 1e-3) -> Tensor:
     """K+1 falling times of the named grid, float64.
 
     "logSNR": even in lambda; "uniform": even in t; "quadratic": even in sqrt(t); "karras": even in
-    (sigma/alpha)^(1/7) (arXiv 2206.00364, equation 5). Raises ValueError for an unknown name, steps < 1, or a t_eps
-    outside the schedule.
+    (sigma/alpha)^(1/7) (arXiv 2206.00364, equation 5); "gits": the noise levels of ``GITS``, whatever t_eps. Raises
+    ValueError for an unknown name, steps < 1 or without GITS levels, or a t_eps outside the schedule.
 
         times = grid("quadratic", schedule, steps=6, t_eps=1e-3)
     """
-    if kind not in GRIDS:
-        raise ValueError(f"unknown grid {kind!r}; known: {', '.join(GRIDS)}")
+    if kind not in (*GRIDS, "gits"):
+        raise ValueError(f"unknown grid {kind!r}; known: {', '.join(GRIDS)}, gits")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if kind == "gits":
+        if steps not in GITS:
+            raise ValueError(f"the gits grid is of {', '.join(map(str, GITS))} steps, got {steps}")
+        return noise_levels(schedule, torch.tensor(GITS[steps], dtype=torch.float64))
     start = schedule.t_start
     if not schedule.domain[0] < t_eps < start:
         raise ValueError(f"t_eps must lie between {schedule.domain[0]:.3g} and {start:.3g}, got {t_eps}")

@@ -15,7 +15,7 @@ from .options import Config, plain
 from .setup import CHOSEN, execution, recipe
 
 # What a resumed run may be given anew.
-RESUMABLE = ("out", "resume", "device", "evaluation", "sample_batch", "compare")
+RESUMABLE = ("config", "out", "resume", "device", "evaluation", "sample_batch", "compare")
 # What a resumed run goes on with unless it is given anew: the result is the same to rounding.
 MEMORY = (
     "memory_budget", "checkpoint_every", "trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks",
@@ -78,7 +78,7 @@ def opened(config: Config, options: Collection[str]) -> tuple[RunDirectory, Conf
     kept |= {name: given[name] for name in anew}
     try:
         stored["teacher"] = TeacherSolver(**stored["teacher"])
-        for name in ("teacher_set", "discriminator", "start_from"):
+        for name in ("config", "teacher_set", "discriminator", "start_from"):
             stored[name] = stored[name] and Path(stored[name])
         config = Config(**{**stored, **kept})
     except (KeyError, TypeError) as error:

@@ -16,6 +16,8 @@ from ..teacher import TeacherSolver
 class Config(ModelOptions):
     """Learn a few-step solver for a frozen diffusion or flow model."""
 
+    config: Path | None = None
+    """A file of options, such as configs/cifar10.yaml; what is given beside it counts."""
     steps: int = 4
     """Network evaluations K of the student, 1 to 32."""
     student: Literal["gs", "s4s", "linear", "belm"] = "gs"

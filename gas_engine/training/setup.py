@@ -210,7 +210,7 @@ def check_shard(config: Config, group: Group) -> None:
 
 def plans(
     config: Config, model: Denoiser, placed: Denoiser, recipe: Recipe, solver: LearnedTimes, device: torch.device,
-    loss: DistillationLoss, group: Group = ALONE, adversary: Adversary | None = None,
+    group: Group = ALONE, adversary: Adversary | None = None, loss: DistillationLoss | None = None,
 ) -> Plans | None:  # fmt: skip
     """Ways to run an update within the budget, the choice said in a line; None without a budget.
 
@@ -229,8 +229,8 @@ def plans(
     with progress() as bar:
         task = bar.add_task("plan", total=2 + len(BLOCKS), note="")
         found = plan(
-            model, config.steps, batch, config.memory_budget, cond=seeded(model, [0])[1], loss=loss,
-            weights=(config.weights,), like=execution(config),
+            model, config.steps, batch, config.memory_budget, cond=seeded(model, [0])[1],
+            loss=loss or config.loss, loss_chunk=config.loss_chunk, weights=(config.weights,), like=execution(config),
             tableau=solver.tableau(model.prediction), evaluation_seconds=seconds, beside=beside,
             on_probe=lambda what: bar.update(task, advance=1, note=what),
         )  # fmt: skip
