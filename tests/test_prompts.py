@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from gas_engine import Denoiser, Schedule
 from gas_engine.adapters import text_encoders
-from gas_engine.adapters.diffusers import open_pipeline
+from gas_engine.adapters.diffusers import load_diffusers
 from gas_engine.adapters.text import conditioning_of
 from gas_engine.adapters.text_encoders import TextEncoders
 from gas_engine.guidance import guided
@@ -48,7 +48,7 @@ def pipeline(path):
 
 
 def untold(path, resolution=None, **options):
-    return conditioning_of(open_pipeline(str(path), resolution=resolution), **options)
+    return conditioning_of(load_diffusers(str(path), resolution=resolution), **options)
 
 
 def drawn(conditioning, seeds):
@@ -147,9 +147,9 @@ def test_guidance_is_that_of_the_pipeline(name, negative, saved):
     pipe.scheduler.step = lambda output, *a, **k: outputs.append(output) or step(output, *a, **k)
     negatives = {"negative_prompt": negative} if negative else {}
     pipe(TEXTS[0], guidance_scale=7.5, num_inference_steps=3, output_type="latent", **negatives)
-    opened = open_pipeline(str(saved(name)))
-    conditioning = conditioning_of(opened).told(TEXTS[0], negative, None)
-    call = opened.denoiser.function.call
+    plain = load_diffusers(str(saved(name)))
+    conditioning = conditioning_of(plain).told(TEXTS[0], negative, None)
+    call = plain.function.call
     labelled = Denoiser(lambda x, t, cond: call(x, t.expand(len(x)), cond), Schedule.flow(), "noise", (4, 8, 8))
     denoiser = guided(labelled, 7.5, conditioning.null)
     assert len(inputs) == len(outputs) >= 3 and conditioning.facts()["negative"] == negative

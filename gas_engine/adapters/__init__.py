@@ -32,12 +32,12 @@ def load_denoiser(name: str, resolution: int | None = None) -> Denoiser:
     path = Path(name)
     hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not path.suffix[1:].isalpha()
     if name != "digits" and (path.is_dir() or hub) and not list(path.glob("*.ckpt")):
-        from .diffusers import open_pipeline
+        from .diffusers import load_diffusers
         from .text import conditioning_of
 
-        opened = open_pipeline(name, resolution=resolution)
-        opened.denoiser.conditioning = conditioning_of(opened)
-        return opened.denoiser
+        denoiser = load_diffusers(name, resolution=resolution)
+        denoiser.conditioning = conditioning_of(denoiser)
+        return denoiser
     if resolution is not None:
         raise ValueError(f"a resolution of {resolution} was given, but {name} has one of its own; leave it out")
     if name == "digits":

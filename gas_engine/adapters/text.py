@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import Generator, Tensor
 
 from ..conditioning import Classes, Conditioning, Range, scales
+from ..denoiser import Denoiser
 from ..prompts import read_prompts
-from .diffusers import Opened
 from .text_encoders import CHUNK, Row, TextEncoders, directory_of
 
 __all__ = ["NamedClasses", "Prompts", "TextConditioning", "conditioning_of"]
@@ -23,29 +23,45 @@ DISTILLED_GUIDANCE = 3.5  # what the pipelines of models that take guidance as a
 
 
 def conditioning_of(
-    opened: Opened,
+    denoiser: Denoiser,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     length: int | None = None,
 ) -> Conditioning | None:
-    """What the denoiser of a pipeline is told; no weights are read.
+    """What the denoiser of a saved pipeline (of ``load_diffusers``) is told; no weights are read.
 
-    A text model has a ``TextConditioning``, to be told its prompts; one of classes ``NamedClasses``; others what their
-    denoiser has. ``dtype``, ``device`` and ``length``: see ``TextEncoders``.
+    A text model has a ``TextConditioning``, to be told its prompts; one of classes ``NamedClasses``; others what they
+    have. ``dtype``, ``device`` and ``length``: see ``TextEncoders``.
 
-        opened = open_pipeline("stable-diffusion-v1-5")
-        prompts = conditioning_of(opened).told("captions_val2014.json", "", None)
+        denoiser = load_diffusers("stable-diffusion-v1-5")
+        denoiser.conditioning = conditioning_of(denoiser).told("captions_val2014.json", "", None)
     """
-    function: Any = opened.denoiser.function
-    own = opened.denoiser.conditioning
-    if any(name.startswith("text_encoder") for name in opened.components):
-        encoders = TextEncoders(directory_of(opened.name), dtype, device, length)
+    own, directory = denoiser.conditioning, directory_of(denoiser.name)
+    if not (directory / "model_index.json").exists():
+        return own
+    index = json.loads((directory / "model_index.json").read_text())
+    if any(name.startswith("text_encoder") and isinstance(v, list) and v[0] for name, v in index.items()):
+        function: Any = denoiser.function
+        encoders = TextEncoders(directory, dtype, device, length)
         guided = bool(function.network.config.get("guidance_embeds"))
-        return TextConditioning(opened.name, encoders, dict(opened.sizes), guided)
-    if isinstance(own, Classes) and own.null is not None and opened.pipeline:
-        index = json.loads((directory_of(opened.name) / "model_index.json").read_text())
+        return TextConditioning(denoiser.name, encoders, _sizes(function.network, denoiser.shape, directory), guided)
+    if isinstance(own, Classes) and own.null is not None:
         return NamedClasses(own, index.get("id2label") or {})
     return own
+
+
+def _sizes(network: Any, shape: tuple[int, ...] | None, directory: Path) -> Row:
+    """What a model is told of an image's size, [1, ...]: SDXL (arXiv 2307.01952) the original size, the crop's corner
+    and the target size; PixArt at 1024 pixels the resolution and the aspect ratio."""
+    assert shape is not None
+    vae = directory / "vae" / "config.json"
+    scale = 2 ** (len(json.loads(vae.read_text())["block_out_channels"]) - 1) if vae.exists() else 1
+    height, width = (float(scale * side) for side in shape[1:])
+    if network.config.get("addition_embed_type") == "text_time":
+        return {"time_ids": torch.tensor([[height, width, 0.0, 0.0, height, width]])}
+    if getattr(network, "use_additional_conditions", False):
+        return {"resolution": torch.tensor([[height, width]]), "aspect_ratio": torch.tensor([[height / width]])}
+    return {}
 
 
 class TextConditioning(Conditioning):
