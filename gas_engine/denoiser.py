@@ -90,8 +90,10 @@ class Denoiser(nn.Module):
 
     def facts(self) -> dict[str, Any]:
         """What the samples of a seed depend on, beside weights, schedule and solver; plain JSON."""
-        guidance = {} if self.guidance == 1.0 else {"guidance": self.guidance}
-        return guidance | ({} if self.conditioning is None else self.conditioning.facts())
+        found = {} if self.conditioning is None else self.conditioning.facts()
+        if self.guidance != 1.0:
+            found = found | {"guidance": self.guidance}
+        return {name: value for name, value in found.items() if value is not None}
 
     def fingerprint(self) -> str:
         """SHA-256 of a sample of the weights (at most 1,024 numbers of each tensor) and of what describes the model."""

@@ -17,6 +17,7 @@ from .files import write_text
 from .models import open_model
 from .plan import as_csv
 from .training import setup
+from .training.data import teacher_set
 from .training.loop import resume, train
 from .training.opening import opened
 from .training.options import Config, plain
@@ -49,10 +50,10 @@ def _run(config: Config, given: Collection[str], group: Group) -> None:
     if config.shard:
         denoiser, execution = setup.sharded(denoiser, execution, device)
         del model
-    seeds, targets = setup.teacher_set(config, denoiser, device, group)
+    seeds, targets, stored = teacher_set(config, denoiser, device, group)
     start = solver.tableau(denoiser.prediction)
     trainer = Trainer(
-        denoiser, solver, seeds, targets, loss, recipe, execution, config.seed, device, adversary, group
+        denoiser, solver, seeds, targets, loss, recipe, execution, config.seed, device, adversary, group, stored
     )  # fmt: skip
     if plans is not None:
         trainer.cheaper = (plan.execution for plan in plans.choice.cheaper_ones())

@@ -33,8 +33,11 @@ def load_denoiser(name: str, resolution: int | None = None) -> Denoiser:
     hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not path.suffix[1:].isalpha()
     if name != "digits" and (path.is_dir() or hub) and not list(path.glob("*.ckpt")):
         from .diffusers import load_diffusers
+        from .text import conditioning_of
 
-        return load_diffusers(name, resolution=resolution)
+        denoiser = load_diffusers(name, resolution=resolution)
+        denoiser.conditioning = conditioning_of(name, resolution) or denoiser.conditioning
+        return denoiser
     if resolution is not None:
         raise ValueError(f"a resolution of {resolution} was given, but {name} has one of its own; leave it out")
     if name == "digits":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures.wrappers import LABELS, ClassUNet, DiffusersFunction, UNet, diffusers_class
+from ..architectures.wrappers import ClassUNet, DiffusersFunction, UNet, diffusers_class
 from ..schedule import Schedule
 
 MODEL = "ldm.models.diffusion.ddpm.LatentDiffusion"
@@ -38,7 +38,7 @@ class LatentDiffusion:
     """A model without its weights.
 
     ``unet``, ``first_stage``: arguments of diffusers' classes. ``rows`` of the class embedding, None if unconditional;
-    ``betas`` [1000] in float64; ``shape`` [C, h, w] of a state.
+    ``betas`` [N] in float64; ``shape`` [C, h, w] of a state.
     """
 
     unet: dict[str, Any]
@@ -64,7 +64,7 @@ class LatentDiffusion:
         """The network, with random weights on the default device."""
         if self.rows is None:
             return UNet(self.unet, self.schedule)
-        return ClassUNet(self.unet, self.schedule, self.rows)
+        return ClassUNet(self.unet, self.schedule, rows=self.rows)
 
     def autoencoder(self, scale_factor: float) -> Any:
         """The first stage without its encoder, with random weights on the default device."""
@@ -92,9 +92,9 @@ def read_config(path: Path) -> LatentDiffusion:
 
 
 def _model(settings: Mapping[str, Any]) -> LatentDiffusion:
-    steps, schedule = settings.get("timesteps", LABELS), settings.get("beta_schedule", "linear")
-    if steps != LABELS or schedule != "linear" or settings.get("given_betas") is not None:
-        raise ValueError(f"a linear schedule of {LABELS} steps is understood, got {schedule!r:.40} of {steps!r:.40}")
+    for name, known in (("beta_schedule", "linear"), ("given_betas", None)):
+        if settings.get(name, known) != known:
+            raise ValueError(f"{name} is {settings[name]!r:.40}; understood is {known}")
     ends = [_number(settings, name, default) for name, default in (("linear_start", 1e-4), ("linear_end", 2e-2))]
     if not 0 < ends[0] < ends[1] < 1:
         raise ValueError(f"linear_start and linear_end must rise between 0 and 1, got {ends[0]} and {ends[1]}")
@@ -109,7 +109,8 @@ def _model(settings: Mapping[str, Any]) -> LatentDiffusion:
             f"the network must take and give the {channels} channels of the latents, but takes {unet['in_channels']} "
             f"and gives {unet['out_channels']}"
         )
-    betas = torch.linspace(ends[0] ** 0.5, ends[1] ** 0.5, LABELS, dtype=torch.float64) ** 2
+    steps = _count(settings, "timesteps", 10**5, 1000)
+    betas = torch.linspace(ends[0] ** 0.5, ends[1] ** 0.5, steps, dtype=torch.float64) ** 2
     size = unet["sample_size"] = _count(settings, "image_size", 4096)
     return LatentDiffusion(
         unet,

@@ -57,7 +57,7 @@ def load_edm(path: Path | str, name: str | None = None, t_eps: float | None = No
         return EDMDenoiser(network_of(description), t_eps or float(facts.get("t_eps", 1e-3)), name or str(path))
     except ValueError as error:
         said = str(error)
-        raise ValueError(said if str(path) in said else f"cannot use the network of {path}: {said}") from None
+        raise ValueError(said if str(path) in said else f"cannot use the network of {path}: {said:.500}") from None
     except Exception as error:  # arguments of the wrong types fail in any way
         raise ValueError(f"{path} does not describe its network completely ({error!r:.200})") from None
 

@@ -176,7 +176,7 @@ def _published(path: Path, schedule: Schedule, t_eps: float) -> GeneralizedSolve
         raise ValueError(f"{path} holds {len(rows)} tensors; a published student of K steps holds 2 + 2K")
     theta, xi, *corrections = rows
     steps, order = xi.numel(), len(corrections) // 2
-    if not 1 <= order <= steps:
+    if not 1 <= order <= steps <= MAX_STEPS:
         raise ValueError(f"{path} holds {len(rows)} tensors for {steps} steps; a published student holds 2 + 2K")
     solver = GeneralizedSolver(steps, schedule, t_eps, order)
     stacked = {"phi_c": corrections[0::2], "phi_a": corrections[1::2]}

@@ -84,7 +84,8 @@ class Config(ModelOptions):
     train_seeds: str = "0-1399"
     """Seeds of the teacher set; the paper takes 1,400, and 5,000 for GAS beyond CIFAR-10."""
     teacher_set: Path | None = None
-    """Directory of the teacher set; made if missing. By default runs/teacher-MODEL-..."""
+    """Directory of the teacher set; made if missing. By default runs/teacher-MODEL-... Or a published dataset.pkl, of
+    which --train-seeds names rows."""
     out: Path | None = None
     """Run directory; by default runs/MODEL-STUDENT-kK, numbered if taken."""
     resume: bool | Literal["auto"] = False

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import comparison
-from .._cli import InputError, console, parse_seeds, progress
+from .._cli import InputError, console, progress
 from ..adapters.r3gan import load_r3gan
 from ..conditioning import moved
 from ..denoiser import Denoiser, seeded
@@ -27,7 +27,7 @@ from ..memory import BitsLost, MemoryPolicy, shard_weights
 from ..networks import discriminator_for
 from ..planner import Plans, plan
 from ..solvers import GRIDS, BELMSolver, GeneralizedSolver, LearnedTimes, load_solver
-from ..teacher import load_teacher_set, make_teacher_set, teacher_samples
+from ..teacher import teacher_samples
 from ..units import parse_bytes, show_bytes
 from .adversary import Adversary
 from .recipe import RECIPES, Recipe
@@ -259,29 +259,6 @@ def evaluation_seconds(denoiser: Denoiser, batch: int, device: torch.device) -> 
                 torch.cuda.synchronize(device)
             seconds = time.perf_counter() - begun
     return seconds * batch / few
-
-
-def teacher_set(
-    config: Config, denoiser: Denoiser, device: torch.device, group: Group = ALONE
-) -> tuple[list[int], Tensor]:
-    """Training seeds and the teacher's samples for them, made where they are missing."""
-    seeds = parse_seeds(config.train_seeds)
-    if {*SELECTION_SEEDS, *HELD_OUT_SEEDS} & {*seeds}:
-        raise InputError(
-            f"training seeds must leave 40000-40063 and 50000-50511 for evaluation, got {config.train_seeds}"
-        )
-    teacher = config.teacher
-    name = f"teacher-{Path(config.model).stem.replace(':', '-')}-{teacher.solver}-{teacher.steps}-{teacher.grid}"
-    name += f"-{config.weights}" if config.weights in ("int8", "nf4") else ""
-    name += f"-g{denoiser.guidance}" if isinstance(denoiser.guidance, float) and denoiser.guidance != 1 else ""
-    name += "-g{:g}-{:g}".format(*denoiser.guidance) if isinstance(denoiser.guidance, tuple) else ""
-    name += f"-{Path(config.prompts).stem[:40]}" if config.prompts else ""
-    name += f"-{config.precision}" if config.precision != "fp32" else ""
-    out = config.teacher_set or Path("runs") / name
-    make_teacher_set(denoiser, seeds, teacher, out, batch=config.sample_batch, device=device, group=group)
-    found, samples = load_teacher_set(out)
-    row = {seed: i for i, seed in enumerate(found)}
-    return seeds, samples[[row[seed] for seed in seeds]]
 
 
 def samples(

@@ -1,0 +1,93 @@
+"""docs/models.md: every command runs, on a small random network of the family, saved in the real format."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import latent
+import published
+import pytest
+import torch
+from conftest import GOLDEN, arrays
+from pipelines import saved  # noqa: F401 (a fixture)
+
+from gas_engine import __main__ as command_line
+from gas_engine.networks import build_edm
+
+PAGE = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+ROOT = Path(__file__).parent.parent
+# What makes a run small: 5 updates of 2 samples, everything else measured on 2.
+SMALL = {
+    "--iterations": "5", "--batch": "2", "--train-seeds": "0-3", "--selection": "2", "--held-out": "2",
+    "--evaluation": "student", "--logger": "none", "--sample-every": "5", "--save-every": "5", "--evaluate-every": "5",
+    "--teacher.steps": "7", "--device": "cpu",
+}  # fmt: skip
+FAMILIES = [name for names in re.findall(r"<!-- run: (.*?) -->", PAGE) for name in names.split()]
+
+
+def commands(family: str) -> list[list[str]]:
+    """The words of the family's commands on the page, without the program's name."""
+    block = re.search(rf"<!-- run: [^>]*\b{family}\b[^>]*-->\n```sh\n(.*?)```", PAGE, re.DOTALL)
+    assert block is not None
+    lines = [line for line in block[1].splitlines() if line.strip()]
+    assert all(line.startswith("gas-engine ") for line in lines)
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def smaller(words: list[str]) -> list[str]:
+    if words[0] != "train":
+        return words
+    kept, skip = [], False
+    for word in words:
+        if not skip and word not in SMALL:
+            kept.append(word)
+        skip = word in SMALL
+    return kept + [word for pair in SMALL.items() for word in pair]
+
+
+@pytest.fixture
+def model(request, saved, tmp_path, monkeypatch):  # noqa: F811
+    """Where the family's small model is, from a working directory of its own."""
+    family = request.param
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GAS_ENGINE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "captions.txt").write_text("a photo of a cat\na red house\nthe small dog on a tree\n")
+    if family == "edm":
+        arguments = json.loads((GOLDEN / "tiny_edm_ctor.json").read_text())
+        network = build_edm(arguments["kwargs"], arrays("tiny_edm_state"), arguments["cls"])
+        (tmp_path / "edm.pkl").write_bytes(published.dumps({"ema": published.edm_record(network, arguments["kwargs"])}))
+        return family, "edm.pkl"
+    if family == "ldm":
+        return family, latent.save(tmp_path / "ldm", "cin256", torch.float32)
+    if family == "mymodel":
+        code = re.search(r"```python\n(# mymodel.py\n.*?)```", PAGE, re.DOTALL)
+        assert code is not None
+        (tmp_path / "mymodel.py").write_text(code[1])
+        return family, "mymodel:make_denoiser"
+    return family, saved(family)
+
+
+@pytest.fixture
+def random_lpips(monkeypatch):
+    """The smallest network of LPIPS, with random weights, in place of any of them with trained ones."""
+    import lpips
+
+    made = lpips.LPIPS(net="squeeze", pretrained=True, pnet_rand=True, verbose=False).requires_grad_(False)
+    monkeypatch.setattr(lpips, "LPIPS", lambda net, **_: made)
+
+
+@pytest.mark.parametrize("model", FAMILIES, indirect=True, ids=FAMILIES)
+def test_commands_of_the_page(model, monkeypatch, no_pictures, random_lpips):
+    family, path = model
+    for words in commands(family):
+        words = [str(path) if word == "MODEL" else word for word in smaller(words)]
+        monkeypatch.setattr(sys, "argv", ["gas-engine", *words])
+        try:
+            command_line.main()
+        except SystemExit as stop:
+            assert not stop.code, words
