@@ -23,7 +23,7 @@ from .conditioning import moved
 from .denoiser import Denoiser, seeded
 from .distributed import ALONE, Group
 from .files import atomic, sha256, write_json
-from .models import ModelOptions, open_model, place
+from .models import PlacedModelOptions, open_model, place
 from .rollout import rollout
 from .solvers.named import named_solver
 
@@ -45,7 +45,7 @@ class TeacherSolver:
 
 
 @dataclass
-class Config(TeacherSolver, ModelOptions):
+class Config(TeacherSolver, PlacedModelOptions):
     """Write a set of teacher samples, resuming where an earlier call was stopped."""
 
     seeds: str = "0-1399"

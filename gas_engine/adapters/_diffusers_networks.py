@@ -1,12 +1,8 @@
-"""What a network of diffusers says of itself: how it is called, the shape of its states, what it is told of sizes."""
+"""What a network of diffusers says of itself: how it is called, the shape of its states, what classes it has."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from ..architectures import wrappers
 from ..architectures.wrappers import DiffusersFunction
@@ -76,16 +72,6 @@ def tokens_of(network: Any, shape: tuple[int, int, int]) -> int:
     """Of an image, by which a flow's shift may follow the resolution."""
     patch = _patch(network)
     return (shape[1] // patch) * (shape[2] // patch)
-
-
-def sizes_of(network: Any, shape: tuple[int, int, int], scale: int) -> Mapping[str, Tensor]:
-    """Conditions that follow from the size of an image, [1, n] float32: as the pipelines have them, uncropped."""
-    height, width = (float(scale * n) for n in shape[1:])
-    if network.config.get("addition_embed_type") == "text_time":
-        return {"time_ids": torch.tensor([[height, width, 0.0, 0.0, height, width]])}
-    if getattr(network, "use_additional_conditions", False):
-        return {"resolution": torch.tensor([[height, width]]), "aspect_ratio": torch.tensor([[height / width]])}
-    return {}
 
 
 def classes_of(network: Any) -> Classes | None:

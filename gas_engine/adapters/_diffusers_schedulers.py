@@ -45,9 +45,8 @@ def read_process(config: Mapping[str, Any], tokens: int) -> Process:
         with quiet():
             scheduler = kind.from_config(dict(config))
     except (TypeError, ValueError, NotImplementedError, ImportError, AttributeError) as error:
-        raise ValueError(
-            f"diffusers does not make a {name} of its configuration: {str(error).splitlines()[0]}"
-        ) from None
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"diffusers does not make a {name} of its configuration: {said}") from None
     config = scheduler.config
     flow = name.startswith("FlowMatch") or config.get("use_flow_sigmas")
     said = config.get("prediction_type", "flow_prediction" if flow else "epsilon")
@@ -55,9 +54,7 @@ def read_process(config: Mapping[str, Any], tokens: int) -> Process:
         raise ValueError(f"{name} says prediction_type {said!r}; known: {', '.join(PREDICTIONS)}")
     for option in ("invert_sigmas", "sigma_data"):
         if config.get(option):
-            raise ValueError(
-                f"{name} has {option} = {config[option]}: a process that is not served; known are betas and flows"
-            )
+            raise ValueError(f"{name} has {option} = {config[option]}, which is not served; betas and flows are")
     if config.get("timestep_type") == "continuous":
         raise ValueError(f"{name} has timestep_type 'continuous': labels that are log sigma, which is not served")
     if flow:
@@ -65,10 +62,13 @@ def read_process(config: Mapping[str, Any], tokens: int) -> Process:
     if "beta_schedule" not in config and config.get("trained_betas") is None:
         raise ValueError(f"{name} has neither betas nor a flow's sigmas, which is not served")
     alphas = alphas_cumprod(config)
+    schedule = Schedule.vp_discrete(alphas)
     theirs = getattr(scheduler, "alphas_cumprod", None)
-    if theirs is not None and not torch.allclose(theirs.double().log(), alphas.log(), rtol=1e-3, atol=1e-4):
+    if theirs is not None and not torch.allclose(
+        theirs.double().log().clamp(min=math.log(alphas[-1])), alphas.log(), rtol=1e-3, atol=1e-4
+    ):
         raise ValueError(f"{name} computes another alphas_cumprod than its configuration says, which is not served")
-    return Process(Schedule.vp_discrete(alphas), PREDICTIONS[said], count)
+    return Process(schedule, PREDICTIONS[said], len(alphas))
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:

@@ -14,27 +14,11 @@ from torch import Tensor, nn
 from ..architectures.wrappers import diffusers_class, quiet
 from ..denoiser import Denoiser
 from ..losses.decoders import VAE
-from ._diffusers_networks import classes_of, function_of, shape_of, sizes_of, tokens_of
+from ._diffusers_networks import classes_of, function_of, shape_of, tokens_of
 from ._diffusers_schedulers import read_process
 
 DENOISERS = ("unet", "transformer")
 AUTOENCODERS = ("vae", "vqvae")
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A saved pipeline: where it is, what there is in it, and its denoiser.
-
-    ``name``: a directory or a Hub id, ``pipeline``: the class that saved it, "" for a network alone. ``components``:
-    for each that there is, its library and class; load one with ``from_pretrained(name, subfolder=component)``.
-    ``sizes``: conditions that follow from the resolution, [1, ...] (SDXL's time_ids, PixArt's resolution).
-    """
-
-    name: str
-    pipeline: str
-    components: Mapping[str, tuple[str, str]]
-    denoiser: Denoiser
-    sizes: Mapping[str, Tensor]
 
 
 def load_diffusers(name: str, *, resolution: int | None = None, dtype: torch.dtype | None = None) -> Denoiser:
@@ -51,21 +35,15 @@ def load_diffusers(name: str, *, resolution: int | None = None, dtype: torch.dty
         denoiser = load_diffusers("stable-diffusion-v1-5")
         F = denoiser(x, torch.tensor(0.5), {"text": text})
     """
-    return open_pipeline(name, resolution=resolution, dtype=dtype).denoiser
-
-
-def open_pipeline(name: str, *, resolution: int | None = None, dtype: torch.dtype | None = None) -> Opened:
-    """As ``load_diffusers``, with what else there is in the pipeline."""
     source = _Source.of(name)
     network = source.network(dtype)
     scale, decoder = source.autoencoder()
     shape = shape_of(network, scale, resolution)
     schedule, prediction, labels = read_process(source.config("scheduler"), tokens_of(network, shape))
-    denoiser = Denoiser(
+    return Denoiser(
         function_of(network, schedule, labels), schedule, prediction, shape, conditioning=classes_of(network),
         decoder=decoder, name=name,
     )  # fmt: skip
-    return Opened(name, source.pipeline, source.components, denoiser, sizes_of(network, shape, scale))
 
 
 @dataclass(frozen=True)
@@ -73,7 +51,6 @@ class _Source:
     """Where the parts of a pipeline are."""
 
     name: str
-    pipeline: str
     components: Mapping[str, tuple[str, str]]
     alone: bool = False  # a network's own directory
 
@@ -85,17 +62,16 @@ class _Source:
                 raise ValueError(
                     f"{name} has neither model_index.json nor config.json; give a directory that save_pretrained wrote"
                 )
-            config = _read(diffusers_class("ConfigMixin").load_config, name, "config.json of")
+            config = _settings(diffusers_class("AutoencoderKL").load_config, name, "config.json of")
             found = {"transformer": ("diffusers", str(config.get("_class_name")))}
-            return cls(name, "", found, alone=True)
-        index = _read(diffusers_class("DiffusionPipeline").load_config, name, "model_index.json of")
+            return cls(name, found, alone=True)
+        index = _settings(diffusers_class("DiffusionPipeline").load_config, name, "model_index.json of")
         components = {
             key: (value[0], value[1])
             for key, value in index.items()
             if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, str) for v in value)
         }
-        kind = index.get("_class_name")
-        return cls(name, kind if isinstance(kind, str) else "", components)
+        return cls(name, components)
 
     def network(self, dtype: torch.dtype | None) -> Any:
         """The denoiser's network, frozen."""
@@ -124,7 +100,7 @@ class _Source:
         """Of a component, as it is saved."""
         where, subfolder = self._where(part)
         load = diffusers_class("DDIMScheduler" if part == "scheduler" else "AutoencoderKL").load_config
-        return _read(lambda place: load(place, subfolder=subfolder), where, f"the {part}'s configuration of")
+        return _settings(lambda place: load(place, subfolder=subfolder), where, f"the {part}'s configuration of")
 
     def _where(self, part: str) -> tuple[str, str | None]:
         if not self.alone:
@@ -139,14 +115,14 @@ class _Source:
             raise ValueError(
                 f"the {part} of {self.name} is {name} of {library!r}, code that is not run; it must be one of diffusers"
             )
-        cls = diffusers_class(name)
-        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        cls: Any = diffusers_class(name)
+        is_network = isinstance(cls, type) and issubclass(cls, nn.Module)
+        if not is_network:
             raise ValueError(f"the {part} of {self.name} is {name}, which is no network")
-        saved: Any = cls
         where, subfolder = self._where(part)
 
         def load(place: str) -> Any:
-            return saved.from_pretrained(
+            return cls.from_pretrained(
                 place, subfolder=subfolder, use_safetensors=True, torch_dtype=dtype or torch.float32,
                 output_loading_info=True,
             )  # fmt: skip
@@ -177,8 +153,12 @@ class LazyVAE(VAE):
     def read(self) -> None:
         """Read the weights, if they are not there. Raises ValueError where they cannot be."""
         if self._unread is not None:
-            vae, self._unread = self._unread(), None
-            self.vae = vae.requires_grad_(False).eval()
+            vae = self._unread()
+            if vae.config.get("latents_mean") is not None:
+                raise ValueError(
+                    f"{type(vae).__name__} has latents_mean, latents of another scale, which is not served"
+                )
+            self._unread, self.vae = None, vae.requires_grad_(False).eval()
 
     def forward(self, z: Tensor) -> Tensor:
         self.read()
@@ -193,10 +173,18 @@ class LazyVAE(VAE):
         return super().named_children()
 
 
+def _settings(load: Callable[[str], Any], name: str, what: str) -> dict[str, Any]:
+    found = _read(load, name, what)
+    if not isinstance(found, dict):
+        raise ValueError(f"cannot read {what} {name}: it is a {type(found).__name__}, not an object of settings")
+    return found
+
+
 def _read(load: Callable[[str], Any], name: str, what: str) -> Any:
     try:
         with quiet():
             return load(name)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        said = str(error).strip().partition("\n")[0] or type(error).__name__
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        said = " ".join(lines[: 1 + lines[0].endswith(":")])
         raise ValueError(f"cannot read {what} {name}: {said}") from None
