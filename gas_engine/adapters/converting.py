@@ -165,10 +165,10 @@ def _plain(value: Any) -> Any:
         if isinstance(value, (list, tuple, set, frozenset)):
             return [plain(part, depth + 1) for part in islice(value, left + 1)]
         if isinstance(value, Record):
-            parts = {"args": value.args, "kwargs": value.kwargs, "state": value.state, "items": value.items}
-            return {"class": f"{value.module}.{value.name}"[:200]} | {
-                k: plain(v, depth + 1) for k, v in parts.items() if v
-            }
+            held = {"args": value.args, "kwargs": value.kwargs, "state": value.state, "items": value.items}
+            named = {"class": f"{value.module}.{value.name}"[:200]}
+            said_so = {key: part for key, part in held.items() if not _is_empty(part)}
+            return named | {key: plain(part, depth + 1) for key, part in said_so.items()}
         if isinstance(value, Name):
             return f"{value.module}.{value.name}"[:200]
         if isinstance(value, (Tensor, np.ndarray)):
@@ -178,6 +178,10 @@ def _plain(value: Any) -> Any:
         return f"{type(value).__name__}"
 
     return plain(value, 0)
+
+
+def _is_empty(part: Any) -> bool:
+    return part is None or (isinstance(part, (tuple, dict, list)) and not part)
 
 
 _WRITERS: dict[str, Callable[[Any, Path], dict[str, Any]]] = {

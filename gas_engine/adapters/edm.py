@@ -92,7 +92,7 @@ def described_edm(content: Any) -> EDMDescription:
     precond = _class_of(content)
     if precond not in _ARGUMENTS:
         raise ValueError(f"it is a {said(precond)[1:-1]}; known networks: {', '.join(_ARGUMENTS)}")
-    return EDMDescription(_arguments(content, precond), state_dict_of(content), precond)
+    return EDMDescription(_arguments(content, precond), _weights(content), precond)
 
 
 def _plain(table: Mapping[Any, Any]) -> EDMDescription:
@@ -108,11 +108,22 @@ def _plain(table: Mapping[Any, Any]) -> EDMDescription:
     if kwargs is None or tensors is None or not isinstance(precond, str):
         keys = ", ".join(said(key) for key in list(table)[:8])
         raise ValueError(f"it holds no network under 'ema': it has the keys {keys or 'of nothing'}")
-    weights = {
-        str(name): torch.as_tensor(value) for name, value in tensors.items() if isinstance(value, (Tensor, np.ndarray))
-    }
-    bounded(weights.values())
-    return EDMDescription({str(key): _plain_value(v) for key, v in kwargs.items()}, weights, precond.split(".")[-1])
+    return EDMDescription(
+        {str(key): _plain_value(v) for key, v in kwargs.items()}, _tensors_in(tensors), precond.split(".")[-1]
+    )
+
+
+def _weights(record: Record) -> dict[str, Tensor]:
+    """Of a module, or of an object that keeps its ``state_dict``."""
+    attributes = attributes_of(record)
+    table = mapping_of(attributes.get("state_dict"))
+    return state_dict_of(record) if "_modules" in attributes or table is None else _tensors_in(table)
+
+
+def _tensors_in(table: Mapping[Any, Any]) -> dict[str, Tensor]:
+    tensors = {str(k): torch.as_tensor(v) for k, v in table.items() if isinstance(v, (Tensor, np.ndarray))}
+    bounded(tensors.values())
+    return tensors
 
 
 def _class_of(record: Record) -> str:
