@@ -22,8 +22,9 @@ def read_pickle(file: Path | str | IO[bytes]) -> Any:
     Understood: None, numbers, strings, bytes, list, tuple, dict, set, OrderedDict, defaultdict; tensors and parameters
     of any device, which become CPU tensors; torch dtypes, devices and sizes; NumPy arrays, scalars and dtypes. A class
     or function that is only named becomes a `Name`, anything else a `Record`.
-    Memory: the tensors of a zip file are mapped and stay on the disk until they are used; other files take about twice
-    their size while they are read. At most 2^24 instructions are followed, and little is made beyond that.
+    Bytes beyond 64 KiB stay a memoryview of the file.
+    Memory: the tensors of a zip file are mapped and stay on the disk until they are used, those of other files are
+    copied out of a map of the file. At most 2^24 instructions are followed, and little is made beyond that.
     Raises ValueError, one sentence with the file's name, for a file that is missing, truncated, damaged, hostile, or no
     such file.
 

@@ -38,7 +38,7 @@ class Reader:
         value, position = self._pickle(0)
         return self._stream(position) if type(value) is int and value == _MAGIC else value
 
-    def _nested(self, data: bytes) -> Any:
+    def _nested(self, data: Any) -> Any:
         return Reader(bytearray(data), self.budget, self.depth + 1).read()
 
     def _pickle(self, position: int, stored: Any = None) -> tuple[Any, int]:

@@ -14,6 +14,8 @@ from typing import Any
 from ._literals import integer, latin1, long, quoted, short, unicode, utf8
 from ._records import Name, Record, Refused, checked_key
 
+_LARGE = 2**16
+
 
 @dataclass
 class Budget:
@@ -66,6 +68,15 @@ class Machine:
             raise EOFError
         self.position += count
         return bytes(self.data[self.position - count : self.position])
+
+    def blob(self, count: int) -> bytes | memoryview:
+        """Bytes; where they are many, a view of the file, because the memo keeps them until the end."""
+        if count <= _LARGE:
+            return self.take(count)
+        if count > len(self.data) - self.position:
+            raise EOFError
+        self.position += count
+        return memoryview(self.data)[self.position - count : self.position].toreadonly()
 
     def number(self, form: str) -> Any:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
@@ -226,9 +237,9 @@ _ACTIONS: dict[int, Callable[[Machine], Any]] = {
     ord("X"): _counted("<I", utf8),
     0x8C: _counted("B", utf8),
     0x8D: _counted("<Q", utf8),
-    ord("B"): _counted("<I", bytes),
+    ord("B"): lambda m: m.push(m.blob(m.number("<I"))),
     ord("C"): _counted("B", bytes),
-    0x8E: _counted("<Q", bytes),
+    0x8E: lambda m: m.push(m.blob(m.number("<Q"))),
     0x96: _counted("<Q", bytearray),
     ord("]"): lambda m: m.push([]),
     ord("}"): lambda m: m.push({}),

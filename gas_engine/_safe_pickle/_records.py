@@ -65,7 +65,7 @@ def checked_key(value: Any) -> Any:
             if seen > _MOST_PARTS:
                 raise Refused(f"a key has more than {_MOST_PARTS} parts")
             pending.extend(part)
-        elif type(part).__hash__ is None or (isinstance(part, (str, bytes)) and len(part) > _LONGEST_KEY):
+        elif type(part).__hash__ is None or (isinstance(part, (str, bytes, memoryview)) and len(part) > _LONGEST_KEY):
             raise Refused(f"a {type(part).__name__} is no key, or a very long one")
     return value
 
