@@ -29,6 +29,7 @@ class Reader:
     def __init__(self, data: Any, budget: Budget | None = None, depth: int = 0) -> None:
         self.data, self.budget, self.depth = data, budget or Budget(len(data)), depth
         self.storages: dict[Any, Storage] = {}
+        self.promised = 0
 
     def read(self) -> Any:
         if self.depth > _DEEPEST:
@@ -77,7 +78,8 @@ class Reader:
             raise Refused("it holds views of storages, as PyTorch before 0.4 wrote them")
         size = count * dtype.itemsize
         if key not in self.storages:
-            if size + sum(len(storage.bytes) for storage in self.storages.values()) > len(self.data):
+            self.promised += size
+            if self.promised > len(self.data):
                 raise EOFError
             self.storages[key] = Storage(torch.empty(size, dtype=torch.uint8), dtype)
         storage = self.storages[key]
