@@ -65,8 +65,8 @@ def outcome(kind: str, content: bytes, folder: Path, watch: Watch) -> str:
         assert path.name in said and "\n" not in said and len(said) < 1500, said
         assert said.encode() and "more memory than there is" not in said and "allocate" not in said, said
     finally:
-        watch.armed = False
-    assert not watch.seen, watch.seen
+        watch.armed, seen, watch.seen = False, watch.seen, []
+    assert not seen, seen
     return said
 
 
@@ -125,17 +125,21 @@ def main(folder: Path, which: str, first: int, last: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size + 2**30, size + 2**30))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     counts: Counter[str] = Counter()
-    results = {}
+    results, failed = {}, []
     if which == "made":
         for label, kind, content in made(folder):
             results.setdefault(label, {})[kind] = outcome(kind, content, folder, watch)
     else:
         for count in range(first, last):
             kind, content = mutated(seeds, count, random.Random(count))
-            said = outcome(kind, content, folder, watch)
+            try:
+                said = outcome(kind, content, folder, watch)
+            except Exception as error:
+                failed.append(f"{count} {kind}: {type(error).__name__} {str(error)[:300]}")
+                continue
             counts[f"{kind}: {'value' if said == 'value' else 'refused'}"] += 1
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    json.dump({"counts": counts, "results": results, "grown": grown}, sys.stdout)
+    json.dump({"counts": counts, "results": results, "grown": grown, "failed": failed}, sys.stdout)
 
 
 def _warm(folder: Path, kind: str) -> None:

@@ -218,7 +218,7 @@ def test_latents_of_another_scale_are_refused(saved: Saved, tmp_path: Path) -> N
     shutil.copytree(saved("sd15"), tmp_path / "p")
     _config(tmp_path / "p/vae", latents_mean=[0.0] * 4)
     decoder = load_diffusers(str(tmp_path / "p")).decoder
-    with pytest.raises(ValueError, match="AutoencoderKL has latents_mean, latents of another scale"):
+    with pytest.raises(ValueError, match="AutoencoderKL has latents_mean: latents of another scale"):
         decoder(torch.zeros(1, 4, 8, 8))
 
 

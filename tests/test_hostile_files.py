@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ def ended(process, folder):
     assert process.returncode == 0, f"the file is kept in {folder}: {error[-2000:]}"
     assert not (folder / "canary").exists()
     report = json.loads(out)
+    assert not report["failed"], report["failed"][:5]
     assert report["grown"] < 2**28, report["grown"]
     return report
 
@@ -63,7 +65,7 @@ def test_code_becomes_records(results):
 @pytest.mark.parametrize(
     ("label", "said"),
     [
-        ("length-8e", "truncated"), ("long-large", "digits"), ("laughs-key", "no key|parts"),
+        ("length-8e", "truncated"), ("long-large", "digits"), ("laughs-key", "parts"),
         ("range", "container of a Record"), ("bytes", "bytes of a int"), ("copies", "unfolds"), ("sets", "unfolds"),
         ("storages", "unfolds"), ("matryoshka", "nests"), ("array", "written as 8 bytes"), ("outside", "outside"),
         ("expanded", "more numbers than are written"), ("negative-stride", "no numbers"), ("compressed", "compressed"),
@@ -71,8 +73,6 @@ def test_code_becomes_records(results):
     ],
 )  # fmt: skip
 def test_bombs_are_refused_for_what_they_are(results, label, said):
-    import re
-
     assert re.search(said, results[label]["checkpoint"]), results[label]["checkpoint"]
 
 

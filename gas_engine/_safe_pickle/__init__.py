@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from ._containers import Reader
-from ._records import Name, Record, Refused, attributes_of, mapping_of, said, state_dict_of
+from ._records import Name, Record, Refused, attributes_of, bounded, mapping_of, said, state_dict_of
 
-__all__ = ["Name", "Record", "attributes_of", "mapping_of", "read_pickle", "said", "state_dict_of"]
+__all__ = ["Name", "Record", "attributes_of", "bounded", "mapping_of", "read_pickle", "said", "state_dict_of"]
 
 
 def read_pickle(file: Path | str | IO[bytes]) -> Any:

@@ -168,7 +168,10 @@ def _sorted_header(data: bytes) -> bytes:
 def _published(path: Path, schedule: Schedule, t_eps: float) -> GeneralizedSolver:
     try:
         rows = read_pickle(path)["ema"]["shadow_params"]
-        rows = [torch.as_tensor(row).detach().to(torch.float64) for row in rows[: 3 + 2 * MAX_STEPS]]
+        rows = [torch.as_tensor(row).detach() for row in rows[: 3 + 2 * MAX_STEPS]]
+        if any(row.numel() > MAX_STEPS for row in rows):
+            raise ValueError(f"its tensors are {max(row.numel() for row in rows):,} numbers long")
+        rows = [row.to(torch.float64) for row in rows]
     except Exception as error:  # a foreign file fails in any way
         reason = str(error) if isinstance(error, ValueError) else f"no ema/shadow_params: {type(error).__name__}"
         raise ValueError(f"{path} is not a published student ({reason})") from None
