@@ -165,6 +165,32 @@ def test_inpainting_keeps_what_the_mask_does_not_cover(strength, saved):  # noqa
     assert torch.equal(found[..., :4], kept[0][..., :4])
 
 
+def test_a_refiner_takes_over(saved):  # noqa: F811
+    """SDXL's base stops at a fraction of the labels, where its refiner begins: learned rows, then those of theory."""
+    pipe = pipeline(saved("sdxl"))
+    denoiser = opened(saved("sdxl"), 1.0)
+    solver = solver_for(denoiser, 6)
+    refiner = diffusers.StableDiffusionXLImg2ImgPipeline.from_pipe(pipe)
+    refiner.set_progress_bar_config(disable=True)
+    pipe.scheduler, refiner.scheduler = (GASScheduler.from_solvers(solver, "noise") for _ in range(2))
+    options = {"num_inference_steps": 6, "guidance_scale": 1.0, "output_type": "latent"}
+    noise, cond = seeded(denoiser, [0])
+    base = pipe(PROMPT, height=16, width=16, latents=noise, denoising_end=0.5, **options).images
+    taken = pipe.scheduler.step_index
+    assert 0 < taken < 6
+    states = {}
+    with torch.no_grad():
+        rollout(denoiser, noise, solver.tableau("noise"), cond, on_step=states.__setitem__)
+        close(base, states[taken])
+        rest = classical.dpmpp(denoiser.schedule, solver.times()[taken:], 2)
+        wanted = rollout(denoiser, base, rest, cond)
+    found = refiner(
+        PROMPT, image=base, denoising_start=0.5, original_size=(16, 16), target_size=(16, 16), **options
+    ).images
+    assert refiner.scheduler.begin_index == taken
+    close(found, wanted)
+
+
 def test_a_pipeline_saves_and_loads_with_its_scheduler(saved, tmp_path):  # noqa: F811
     """scheduler/gas_scheduler.py goes with it: whoever trusts the directory needs no gas_engine."""
     path = saved("sd15")
