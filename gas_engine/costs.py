@@ -25,7 +25,7 @@ from .conditioning import Conditioning
 from .denoiser import Denoiser
 from .execution import Execution, viewable
 from .losses.distillation import DistillationLoss, distillation_loss
-from .memory import ByteTracker, cast, phase
+from .memory import ByteTracker, cast, phase, quantisable
 from .memory.blocks import repeated_blocks
 from .schedule import Schedule
 
@@ -90,7 +90,7 @@ class Probe:
         self.weights = sum(sizes.values())
         blocks = repeated_blocks(self.denoiser)
         self.blocks = sorted(sum(p.nbytes for p in (*b.parameters(), *b.buffers())) for b in blocks)
-        linear = [m.weight for m in self.denoiser.modules() if type(m) is nn.Linear]
+        linear = [layer.weight for layer in quantisable(self.denoiser)]
         self.layers = [w.nbytes for w in linear]
         matrices = {id(p): p for p in linear}.values()
         self.matrix_numbers, self.matrix_bytes = sum(p.numel() for p in matrices), sum(p.nbytes for p in matrices)

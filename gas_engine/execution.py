@@ -26,8 +26,8 @@ class Execution:
 
     ``memory``: the policy of the rollout. ``micro_batch``: samples at a time, None for all. ``lean``: the network's
     graph keeps only what an input gradient needs. ``blocks``: "none", "auto" or "all" of its blocks are rebuilt in the
-    backward pass. ``weights``: "resident", "int8" (linear layers in eight bits, an approximation), or "streamed" from
-    host memory block by block, which rebuilds the blocks as well; "nf4" (four bits) can be planned, and not run yet.
+    backward pass. ``weights``: "resident", "int8" or "nf4" (linear layers in eight or four bits, an approximation), or
+    "streamed" from host memory block by block, which rebuilds the blocks as well.
     ``precision``: of the network's weights and arithmetic, "fp32" as the model has them, or narrower, an approximation;
     states and told times keep theirs. ``channels_last``: the layout of its images. ``compile``: the network through
     torch.compile, which then chooses what a graph keeps. ``cuda_graphs``: its calls replayed as CUDA graphs, one
@@ -91,12 +91,10 @@ class Execution:
             denoiser = cast(denoiser.requires_grad_(False), dtype, there, self.channels_last)  # type: ignore[assignment]
             if self.weights == "resident":
                 return denoiser
-        if self.weights == "nf4":
-            raise ValueError("four-bit weights (nf4) can be planned but not run yet; use int8 or streamed weights")
         if self.weights == "streamed":
             placed: nn.Module = stream_weights(denoiser.requires_grad_(False), device)
         else:
-            placed = quantize_weights(denoiser.requires_grad_(False), device)
+            placed = quantize_weights(denoiser.requires_grad_(False), device, self.weights)
         assert isinstance(placed, Denoiser)
         return placed
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import sys
 import zlib
+from collections import OrderedDict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -74,12 +77,35 @@ def state_dict(kind: str) -> dict[str, Tensor]:
     return schedule | {name: weight(name, shape) for name, shape in shapes.items()}
 
 
-def save(directory: Path, kind: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Path:
-    """A directory with model.ckpt, as Lightning writes it, and config.yaml."""
+class ModelCheckpoint:
+    """Lightning keeps what its callbacks hold under their classes, which nobody has who only reads the file."""
+
+    __module__ = "pytorch_lightning.callbacks.model_checkpoint"
+
+
+def save_checkpoint(file: Path, weights: dict[str, Tensor], zipped: bool = True) -> None:
+    """A file as Lightning writes it, with PyTorch's format of today or the older one."""
+    packages = ModelCheckpoint.__module__.split(".")
+    names = [".".join(packages[: n + 1]) for n in range(len(packages))]
+    sys.modules |= {name: ModuleType(name) for name in names}
+    sys.modules[names[-1]].ModelCheckpoint = ModelCheckpoint
+    content = {
+        "epoch": 12,
+        "global_step": 345,
+        "pytorch-lightning_version": "1.4.2",
+        "state_dict": OrderedDict(weights),
+    }
+    content |= {"callbacks": {ModelCheckpoint: {"monitor": "val/loss"}}, "optimizer_states": [], "lr_schedulers": []}
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    for name in names:
+        del sys.modules[name]
+
+
+def save(directory: Path, kind: str, dtype: torch.dtype = torch.float64, zipped: bool = True, **changes: Any) -> Path:
+    """A directory with model.ckpt and config.yaml, with ``changes`` of its model's settings."""
     weights = {k: v.to(dtype) if v.dtype == torch.float64 else v for k, v in state_dict(kind).items()}
-    content = {"epoch": 12, "global_step": 345, "pytorch-lightning_version": "1.4.2", "state_dict": weights}
     directory.mkdir(parents=True, exist_ok=True)
-    torch.save(content | {"callbacks": {}, "optimizer_states": [], "lr_schedulers": []}, directory / "model.ckpt")
+    save_checkpoint(directory / "model.ckpt", weights, zipped)
     document = settings(kind)
     document["model"]["params"] |= changes
     (directory / "config.yaml").write_text(yaml.safe_dump(document))

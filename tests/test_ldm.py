@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from latent import GOLDEN, KINDS, UNET, changed, golden, save, state_dict
+from latent import GOLDEN, KINDS, UNET, changed, golden, save, save_checkpoint, state_dict
 from torch import Tensor, nn
 from twin import plain_rollout, relative
 
@@ -57,7 +57,8 @@ def test_network_and_first_stage_equal_the_original(kind, models):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_single_precision(kind, tmp_path):
-    denoiser, data = load_ldm(save(tmp_path, kind, torch.float32, use_ema=False) / "model.ckpt"), golden(kind)
+    directory = save(tmp_path, kind, torch.float32, zipped=kind != "cin256_heads", use_ema=False)  # or the older format
+    denoiser, data = load_ldm(directory / "model.ckpt"), golden(kind)
     assert relative(outputs(denoiser, data), data["plain"]) < 1e-5
     assert relative(denoiser.decoder(data["x"].float()), data["image"]) < 1e-5
     assert not any(p.requires_grad for part in (denoiser, denoiser.decoder) for p in part.parameters())
@@ -97,9 +98,8 @@ def test_averaged_weights_are_taken_where_the_original_takes_them(files, tmp_pat
     assert relative(outputs(averaged, data), data["averaged"]) < 1e-9
     pruned = load_ldm(save(tmp_path / "pruned", "cin256_heads", use_ema=True))  # has none
     assert relative(outputs(pruned, golden("cin256_heads")), golden("cin256_heads")["plain"]) < 1e-9
-    content = torch.load(files["lsun_beds256"] / "model.ckpt", weights_only=True)
-    del content["state_dict"]["model_ema.diffusion_modelout0weight"]
-    torch.save(content, tmp_path / "model.ckpt")
+    weights = {k: v for k, v in state_dict("lsun_beds256").items() if k != "model_ema.diffusion_modelout0weight"}
+    save_checkpoint(tmp_path / "model.ckpt", weights)
     with pytest.raises(ValueError, match=r"does not hold the network of .*model_ema.diffusion_modelout0weight"):
         load_ldm(tmp_path / "model.ckpt", files["lsun_beds256"] / "config.yaml")
 
@@ -158,16 +158,20 @@ def test_losses_in_pixels(models):
     torch.testing.assert_close(loss(x, y), wanted)
 
 
-def test_scale_factor_of_the_file_comes_first(files, tmp_path):
-    """Its buffer, which training wrote; otherwise the YAML's; the decoder divides by it."""
+def test_scale_factor_comes_from_the_yaml_or_was_measured(files, tmp_path):
+    """The decoder divides by it; ``scale_by_std`` leaves it in the checkpoint."""
     x = golden("cin256")["x"]
     image = load_ldm(files["cin256"]).decoder(x)
-    by_config = load_ldm(save(tmp_path / "config", "cin256", scale_factor=0.5))
-    assert relative(by_config.decoder(0.5 * x), image) < 1e-12
-    content = torch.load(files["cin256"] / "model.ckpt", weights_only=True)
-    content["state_dict"]["scale_factor"] = torch.tensor(0.25)
-    torch.save(content, tmp_path / "config" / "model.ckpt")
-    assert relative(load_ldm(tmp_path / "config").decoder(0.25 * x), image) < 1e-12
+    assert relative(load_ldm(save(tmp_path / "yaml", "cin256", scale_factor=0.5)).decoder(0.5 * x), image) < 1e-12
+    measured = save(tmp_path / "measured", "cin256", scale_by_std=True)
+    with pytest.raises(ValueError, match="do not belong together: there is no scale_factor"):
+        load_ldm(measured)
+    for scale in (0.25, 0.0):
+        save_checkpoint(measured / "model.ckpt", state_dict("cin256") | {"scale_factor": torch.tensor(scale)})
+        if scale:
+            assert relative(load_ldm(measured).decoder(scale * x), image) < 1e-12
+    with pytest.raises(ValueError, match=r"scale_factor is 0\.0"):
+        load_ldm(measured)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +222,7 @@ def test_damaged_and_foreign_files(files, tmp_path):
             load_ldm(tmp_path)
         assert "\n" not in str(caught.value)
     torch.save([1, 2], file)
-    with pytest.raises(ValueError, match="holds no state_dict: it is list"):
+    with pytest.raises(ValueError, match="holds no state_dict: it is a list"):
         load_ldm(tmp_path)
     torch.save({"state_dict": {"a": torch.zeros(2)}}, file)
     with pytest.raises(ValueError, match=r"does not hold the network of .*config.yaml: .*cond_stage_model.embedding"):
@@ -232,8 +236,11 @@ def test_a_checkpoint_and_the_yaml_of_another(files, tmp_path):
     with pytest.raises(ValueError, match="does not hold the network of"):
         load_ldm(by_class, plain / "config.yaml")
     (tmp_path / "wide.yaml").write_text(yaml.safe_dump(changed(f"{UNET}/model_channels", 64)))
-    with pytest.raises(ValueError, match=r"network.conv_in.weight is .32, 3, 3, 3. instead of .64, 3"):
+    with pytest.raises(ValueError, match=r"conv_in.weight is torch.float64 .32, 3, 3, 3. instead of float .64, 3"):
         load_ldm(by_class, tmp_path / "wide.yaml")
+    (tmp_path / "odd.yaml").write_text(yaml.safe_dump(changed(f"{UNET}/model_channels", 33)))
+    with pytest.raises(ValueError, match=r"cannot build the networks of .*odd.yaml: num_channels"):
+        load_ldm(by_class, tmp_path / "odd.yaml")
     weights = {k: v for k, v in state_dict("cin256").items() if "decoder.conv_in" not in k}
     torch.save({"state_dict": weights}, tmp_path / "model.ckpt")
     with pytest.raises(ValueError, match=r"does not hold the first stage of .*it lacks decoder.conv_in.bias, one of 2"):

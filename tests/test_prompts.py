@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from gas_engine import Denoiser, Schedule
 from gas_engine.adapters import text_encoders
+from gas_engine.adapters.diffusers import load_diffusers
 from gas_engine.adapters.text import conditioning_of
 from gas_engine.adapters.text_encoders import TextEncoders
 from gas_engine.guidance import guided
@@ -44,6 +45,10 @@ def pipeline(path):
     loaded = DiffusionPipeline.from_pretrained(path)
     loaded.set_progress_bar_config(disable=True)
     return loaded
+
+
+def untold(path, resolution=None, **options):
+    return conditioning_of(load_diffusers(str(path), resolution=resolution), **options)
 
 
 def drawn(conditioning, seeds):
@@ -112,7 +117,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_embeddings_are_those_of_the_pipeline(name, saved, texts):
-    told = conditioning_of(str(saved(name)), 16).told(texts, "", None)
+    told = untold(saved(name), 16).told(texts, "", None)
     cond, pipe = drawn(told, [3, 2**40 + 2, 3]), pipeline(saved(name))
     more = {"sd3": {"prompt_2": None, "prompt_3": None}, "flux": {"prompt_2": None}, "flux_schnell": {"prompt_2": None}}
     if name == "sd15":
@@ -142,13 +147,11 @@ def test_guidance_is_that_of_the_pipeline(name, negative, saved):
     pipe.scheduler.step = lambda output, *a, **k: outputs.append(output) or step(output, *a, **k)
     negatives = {"negative_prompt": negative} if negative else {}
     pipe(TEXTS[0], guidance_scale=7.5, num_inference_steps=3, output_type="latent", **negatives)
-    conditioning = conditioning_of(str(saved(name))).told(TEXTS[0], negative, None)
-
-    def network(x, t, cond):
-        added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]} if name == "sdxl" else None
-        return pipe.unet(x, t, encoder_hidden_states=cond["text"], added_cond_kwargs=added).sample
-
-    denoiser = guided(Denoiser(network, Schedule.flow(), "noise", (4, 8, 8)), 7.5, conditioning.null)
+    plain = load_diffusers(str(saved(name)))
+    conditioning = conditioning_of(plain).told(TEXTS[0], negative, None)
+    call = plain.function.call
+    labelled = Denoiser(lambda x, t, cond: call(x, t.expand(len(x)), cond), Schedule.flow(), "noise", (4, 8, 8))
+    denoiser = guided(labelled, 7.5, conditioning.null)
     assert len(inputs) == len(outputs) >= 3 and conditioning.facts()["negative"] == negative
     with torch.no_grad():
         for (x, t), output in zip(inputs, outputs, strict=True):
@@ -157,24 +160,24 @@ def test_guidance_is_that_of_the_pipeline(name, negative, saved):
 
 @pytest.mark.parametrize("height", [None, 32])
 def test_sizes_that_a_model_is_told(height, saved, tmp_path):
-    told = conditioning_of(str(saved("sdxl")), height).told("a cat", "", None)
+    told = untold(saved("sdxl"), height).told("a cat", "", None)
     side = height or 16
     assert drawn(told, [5, 6])["time_ids"].tolist() == [[side, side, 0, 0, side, side]] * 2
     assert told.null["time_ids"].tolist() == [[side, side, 0, 0, side, side]]
 
 
 def test_guidance_as_an_input(saved, texts):
-    untold = conditioning_of(str(saved("flux")), 16)
-    assert untold.guidance_input and untold.takes_prompts
-    assert drawn(untold.told(texts, "", None), [1, 2])["guidance"].tolist() == [3.5, 3.5]
-    assert drawn(untold.told(texts, "", 5.0), [1])["guidance"].tolist() == [5.0]
-    ranged = untold.told(texts, "", (2.0, 9.0))
+    model = untold(saved("flux"), 16)
+    assert model.guidance_input and model.takes_prompts
+    assert drawn(model.told(texts, "", None), [1, 2])["guidance"].tolist() == [3.5, 3.5]
+    assert drawn(model.told(texts, "", 5.0), [1])["guidance"].tolist() == [5.0]
+    ranged = model.told(texts, "", (2.0, 9.0))
     scales = drawn(ranged, range(40))["guidance"]
     assert 2 <= scales.min() < 3 and 8 < scales.max() <= 9 and ranged.facts()["guidance"] == [2.0, 9.0]
     assert torch.equal(drawn(ranged, [7])["guidance"], scales[7:8])
     with pytest.raises(ValueError, match="takes guidance as an input, and no negative prompt"):
-        untold.told(texts, "ugly", None)
-    assert "guidance" not in drawn(conditioning_of(str(saved("flux_schnell"))).told(texts, "", None), [1])
+        model.told(texts, "ugly", None)
+    assert "guidance" not in drawn(untold(saved("flux_schnell")).told(texts, "", None), [1])
 
 
 def test_encoders_run_once(saved, texts, tmp_path, monkeypatch, cache):
@@ -183,14 +186,14 @@ def test_encoders_run_once(saved, texts, tmp_path, monkeypatch, cache):
     monkeypatch.setattr("gas_engine.adapters.text.CHUNK", 2)
     calls, own = [], TextEncoders._call
     monkeypatch.setattr(TextEncoders, "_call", lambda self, *a: calls.append(a[0]) or own(self, *a))
-    untold = conditioning_of(str(saved("sd15")))
-    first = drawn(untold.told(texts, "", None), range(5))
-    assert calls == [TEXTS[:2], TEXTS[2:4], TEXTS[4:], [""]] and "pipeline" not in vars(untold.encoders)
+    model = untold(saved("sd15"))
+    first = drawn(model.told(texts, "", None), range(5))
+    assert calls == [TEXTS[:2], TEXTS[2:4], TEXTS[4:], [""]] and "pipeline" not in vars(model.encoders)
     assert all(not path.name.endswith(".tmp.safetensors") for path in cache.iterdir())
 
     def again(source=texts, negative=""):
         calls.clear()
-        return conditioning_of(str(saved("sd15"))).told(source, negative, None)
+        return untold(saved("sd15")).told(source, negative, None)
 
     with monkeypatch.context() as m:
         m.setattr(TextEncoders, "pipeline", property(lambda self: pytest.fail("encoders were loaded")))
@@ -220,18 +223,18 @@ def test_an_interrupted_run_goes_on(saved, texts, monkeypatch):
         return own(self, batch, *more)
 
     monkeypatch.setattr(TextEncoders, "_call", call)
-    untold = conditioning_of(str(saved("sd15")))
+    model = untold(saved("sd15"))
     with pytest.raises(KeyboardInterrupt):
-        untold.told(texts, "", None)
-    assert "pipeline" not in vars(untold.encoders)
-    untold.told(texts, "", None)
+        model.told(texts, "", None)
+    assert "pipeline" not in vars(model.encoders)
+    model.told(texts, "", None)
     assert calls == [TEXTS[:2], TEXTS[2:4], TEXTS[2:4], TEXTS[4:], [""]]
 
 
 def test_kept_as_the_encoders_were_saved(saved, texts):
     """In half precision, half the bytes; rows are float32 all the same."""
-    wide = conditioning_of(str(saved("sdxl"))).told(texts, "", None)
-    half = conditioning_of(str(saved("sdxl")), dtype=torch.bfloat16).told(texts, "", None)
+    wide = untold(saved("sdxl")).told(texts, "", None)
+    half = untold(saved("sdxl"), dtype=torch.bfloat16).told(texts, "", None)
     with safe_open(wide.files[0], "pt") as a, safe_open(half.files[0], "pt") as b:
         assert a.get_tensor("text").dtype == torch.float32 and b.get_tensor("text").dtype == torch.bfloat16
         assert a.get_slice("text").get_shape() == [5, 16, 2 * WIDTH]
@@ -240,22 +243,22 @@ def test_kept_as_the_encoders_were_saved(saved, texts):
 
 
 def test_clear_words(saved, monkeypatch, tmp_path):
-    untold = conditioning_of(str(saved("sd15")))
-    for ask in (lambda: untold.told(None, "", None), lambda: drawn(untold, [1])):
+    model = untold(saved("sd15"))
+    for ask in (lambda: model.told(None, "", None), lambda: drawn(model, [1])):
         with pytest.raises(ValueError, match="sd15 is told by text; say by which: --prompts FILE or TEXT"):
             ask()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GAS_ENGINE_CACHE", str(tmp_path / "file"))
     with pytest.raises(ValueError, match=r"cannot be kept in .*; name a directory in GAS_ENGINE_CACHE"):
-        untold.told("a cat", "", None)
+        model.told("a cat", "", None)
     monkeypatch.setenv("GAS_ENGINE_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    conditioning_of(str(saved("sd15"))).told("a cat", "", None)
+    untold(saved("sd15")).told("a cat", "", None)
     assert len(list((tmp_path / "xdg" / "gas_engine" / "prompts").glob("*.safetensors"))) == 2
 
 
 def test_classes_by_name(saved):
-    every = conditioning_of(str(saved("dit")))
+    every = untold(saved("dit"))
     assert every.classes == 1000 and every.null.tolist() == [1000] and every.told(None) is every
     assert len(set(drawn(every, range(30)).tolist())) > 20
     two = every.told("goldfish")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from ._containers import Reader
-from ._records import Name, Record, Refused, attributes_of, mapping_of, said, state_dict_of
+from ._records import Name, Record, Refused, attributes_of, bounded, mapping_of, said, state_dict_of
 
-__all__ = ["Name", "Record", "attributes_of", "mapping_of", "read_pickle", "said", "state_dict_of"]
+__all__ = ["Name", "Record", "attributes_of", "bounded", "mapping_of", "read_pickle", "said", "state_dict_of"]
 
 
 def read_pickle(file: Path | str | IO[bytes]) -> Any:
@@ -42,7 +42,8 @@ def read_pickle(file: Path | str | IO[bytes]) -> Any:
     except MemoryError:
         reason = "it asks for more memory than there is"
     except Exception as error:  # a damaged pickle fails in any way
-        reason = f"is it damaged, or no pickle at all? ({type(error).__name__})"
+        seen = (ascii(str(error))[1:-1].split("\\n") or [""])[0][:80]
+        reason = f"is it damaged, or no pickle at all? ({type(error).__name__}: {seen})"
     raise ValueError(f"cannot read the pickle {name}: {reason}")
 
 

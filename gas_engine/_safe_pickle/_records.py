@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,17 @@ def attributes_of(record: Any) -> dict[str, Any]:
     return state
 
 
+def bounded(tensors: Iterable[Tensor]) -> None:
+    """Raise ValueError if copies of the tensors took far more memory than they take as views of each other."""
+    wanted, held = 0, {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        wanted += tensor.numel() * tensor.itemsize
+        held[storage.data_ptr()] = storage.nbytes()
+    if wanted > 4 * sum(held.values()) + 2**26:
+        raise ValueError(f"it writes {sum(held.values()):,} bytes of tensors and means {wanted:,}")
+
+
 def state_dict_of(record: Any) -> dict[str, Tensor]:
     """Parameters and persistent buffers of a recorded `torch.nn.Module` and its submodules, by their dotted names.
 
@@ -93,6 +104,7 @@ def state_dict_of(record: Any) -> dict[str, Tensor]:
             raise ValueError(f"{said(record)} names more than {_MOST:,} tensors")
         if value is not None:
             tensors[name] = value
+    bounded(tensors.values())
     return tensors
 
 

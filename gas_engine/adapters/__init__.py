@@ -36,7 +36,7 @@ def load_denoiser(name: str, resolution: int | None = None) -> Denoiser:
         from .text import conditioning_of
 
         denoiser = load_diffusers(name, resolution=resolution)
-        denoiser.conditioning = conditioning_of(name, resolution) or denoiser.conditioning
+        denoiser.conditioning = conditioning_of(denoiser)
         return denoiser
     if resolution is not None:
         raise ValueError(f"a resolution of {resolution} was given, but {name} has one of its own; leave it out")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures.wrappers import LABELS, ClassUNet, DiffusersFunction, UNet, diffusers_class
+from ..architectures.wrappers import ClassUNet, DiffusersFunction, UNet, diffusers_class
 from ..schedule import Schedule
 
 MODEL = "ldm.models.diffusion.ddpm.LatentDiffusion"
@@ -38,7 +38,7 @@ class LatentDiffusion:
     """A model without its weights.
 
     ``unet``, ``first_stage``: arguments of diffusers' classes. ``rows`` of the class embedding, None if unconditional;
-    ``betas`` [1000] in float64; ``shape`` [C, h, w] of a state.
+    ``betas`` [N] in float64; ``shape`` [C, h, w] of a state; ``scale_factor`` None if the checkpoint says it.
     """
 
     unet: dict[str, Any]
@@ -48,7 +48,7 @@ class LatentDiffusion:
     prediction: str
     shape: tuple[int, int, int]
     rows: int | None
-    scale_factor: float
+    scale_factor: float | None
     use_ema: bool
 
     @property
@@ -92,14 +92,14 @@ def read_config(path: Path) -> LatentDiffusion:
 
 
 def _model(settings: Mapping[str, Any]) -> LatentDiffusion:
-    steps, schedule = settings.get("timesteps", LABELS), settings.get("beta_schedule", "linear")
-    if steps != LABELS or schedule != "linear" or settings.get("given_betas") is not None:
-        raise ValueError(f"a linear schedule of {LABELS} steps is understood, got {schedule!r:.40} of {steps!r:.40}")
+    for name, known in (("beta_schedule", "linear"), ("given_betas", None)):
+        if settings.get(name, known) != known:
+            raise ValueError(f"{name} is {settings[name]!r:.40}; understood is {known}")
     ends = [_number(settings, name, default) for name, default in (("linear_start", 1e-4), ("linear_end", 2e-2))]
     if not 0 < ends[0] < ends[1] < 1:
         raise ValueError(f"linear_start and linear_end must rise between 0 and 1, got {ends[0]} and {ends[1]}")
     prediction = settings.get("parameterization", "eps")
-    if prediction not in PREDICTIONS:
+    if prediction not in list(PREDICTIONS):
         raise ValueError(f"parameterization is {prediction!r:.40}; understood are {', '.join(PREDICTIONS)}")
     rows, width = _classes(settings)
     unet = _unet(_settings(settings, "unet_config", NETWORK), width)
@@ -109,7 +109,8 @@ def _model(settings: Mapping[str, Any]) -> LatentDiffusion:
             f"the network must take and give the {channels} channels of the latents, but takes {unet['in_channels']} "
             f"and gives {unet['out_channels']}"
         )
-    betas = torch.linspace(ends[0] ** 0.5, ends[1] ** 0.5, LABELS, dtype=torch.float64) ** 2
+    steps = _count(settings, "timesteps", 10**5, 1000)
+    betas = torch.linspace(ends[0] ** 0.5, ends[1] ** 0.5, steps, dtype=torch.float64) ** 2
     size = unet["sample_size"] = _count(settings, "image_size", 4096)
     return LatentDiffusion(
         unet,
@@ -119,7 +120,7 @@ def _model(settings: Mapping[str, Any]) -> LatentDiffusion:
         PREDICTIONS[prediction],
         (channels, size, size),
         rows,
-        _number(settings, "scale_factor", 1.0),
+        None if settings.get("scale_by_std") else _number(settings, "scale_factor", 1.0),
         bool(settings.get("use_ema", True)),
     )
 
@@ -145,7 +146,7 @@ def _unet(settings: Mapping[str, Any], width: int | None) -> dict[str, Any]:
             f"the network's context_dim {settings.get('context_dim')!r:.40} (use_spatial_transformer: "
             f"{settings.get('use_spatial_transformer', False)!r:.40}) does not fit classes of width {width}"
         )
-    channels = [_count(settings, "model_channels", 65536) * m for m in _counts(settings, "channel_mult")]
+    channels = [_count(settings, "model_channels", 8192) * m for m in _counts(settings, "channel_mult")]
     attends = [2**level in _counts(settings, "attention_resolutions") for level in range(len(channels))]
     kind = "Attn" if width is None else "CrossAttn"
     levels = [f"{kind if attend else ''}{{}}Block2D" for attend in attends]
@@ -153,7 +154,7 @@ def _unet(settings: Mapping[str, Any], width: int | None) -> dict[str, Any]:
         "in_channels": _count(settings, "in_channels", 256),
         "out_channels": _count(settings, "out_channels", 256),
         "block_out_channels": channels,
-        "layers_per_block": _count(settings, "num_res_blocks", 64),
+        "layers_per_block": _count(settings, "num_res_blocks", 16),
         "down_block_types": [level.format("Down") for level in levels],
         "up_block_types": [level.format("Up") for level in reversed(levels)],
     }
@@ -171,7 +172,7 @@ def _unet(settings: Mapping[str, Any], width: int | None) -> dict[str, Any]:
         return arguments | {"attention_head_dim": None if head_width == -1 else head_width}
     # What diffusers calls attention_head_dim is the number of heads here.
     number = heads if head_width == -1 else [count // head_width for count in channels]
-    depth = _count(settings, "transformer_depth", 64, 1)
+    depth = _count(settings, "transformer_depth", 16, 1)
     return arguments | {
         "attention_head_dim": number, "cross_attention_dim": width, "transformer_layers_per_block": depth,
     }  # fmt: skip
@@ -187,10 +188,10 @@ def _first_stage(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "in_channels": _count(inner, "in_channels", 256),
         "out_channels": _count(inner, "out_ch", 256),
-        "block_out_channels": [_count(inner, "ch", 65536) * m for m in multiples],
+        "block_out_channels": [_count(inner, "ch", 8192) * m for m in multiples],
         "down_block_types": ["DownEncoderBlock2D"] * len(multiples),
         "up_block_types": ["UpDecoderBlock2D"] * len(multiples),
-        "layers_per_block": _count(inner, "num_res_blocks", 64),
+        "layers_per_block": _count(inner, "num_res_blocks", 16),
         "latent_channels": _count(inner, "z_channels", 256),
         "sample_size": _count(inner, "resolution", 65536),
         "num_vq_embeddings": _count(settings, "n_embed", 2**24),
@@ -226,6 +227,6 @@ def _count(settings: Mapping[str, Any], name: str, most: int, default: int | Non
 
 def _counts(settings: Mapping[str, Any], name: str) -> list[int]:
     values = settings[name]
-    if not isinstance(values, list) or not 1 <= len(values) <= 16:
-        raise ValueError(f"{name} must be a list of 1 to 16 numbers, got {values!r:.40}")
-    return [_count({name: value}, name, 1024) for value in values]
+    if not isinstance(values, list) or not 1 <= len(values) <= 8:
+        raise ValueError(f"{name} must be a list of 1 to 8 numbers, got {values!r:.40}")
+    return [_count({name: value}, name, 128) for value in values]

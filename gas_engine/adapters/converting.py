@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .._safe_pickle import Name, Record, mapping_of, read_pickle, said
+from .._safe_pickle import Name, Record, bounded, mapping_of, read_pickle, said
 from ..files import sha256, write_json
 from ..networks import R3GANDiscriminator
 from . import edm, published, r3gan
@@ -130,6 +130,7 @@ def _named_tensors(content: Any) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in table.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError("it holds no tensors by name")
+    bounded(tensors.values())
     return tensors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._safe_pickle import Record, attributes_of, mapping_of, read_pickle, said, state_dict_of
+from .._safe_pickle import Record, attributes_of, bounded, mapping_of, read_pickle, said, state_dict_of
 from ..denoiser import EDMDenoiser
 from ..networks import EDMNetwork, build_edm
 from .described import is_safetensors, read_described, write_described
@@ -57,7 +58,7 @@ def load_edm(path: Path | str, name: str | None = None, t_eps: float | None = No
         return EDMDenoiser(network_of(description), t_eps or float(facts.get("t_eps", 1e-3)), name or str(path))
     except ValueError as error:
         said = str(error)
-        raise ValueError(said if str(path) in said else f"cannot use the network of {path}: {said}") from None
+        raise ValueError(said if str(path) in said else f"cannot use the network of {path}: {said:.500}") from None
     except Exception as error:  # arguments of the wrong types fail in any way
         raise ValueError(f"{path} does not describe its network completely ({error!r:.200})") from None
 
@@ -110,6 +111,7 @@ def _plain(table: Mapping[Any, Any]) -> EDMDescription:
     weights = {
         str(name): torch.as_tensor(value) for name, value in tensors.items() if isinstance(value, (Tensor, np.ndarray))
     }
+    bounded(weights.values())
     return EDMDescription({str(key): _plain_value(v) for key, v in kwargs.items()}, weights, precond.split(".")[-1])
 
 
@@ -146,7 +148,7 @@ def _initial(attributes: Mapping[str, Any], names: tuple[str, ...]) -> dict[str,
 
 def _plain_value(value: Any) -> Any:
     """Numbers of NumPy or in tensors as Python's, tuples as lists: what JSON says."""
-    if isinstance(value, (np.generic, np.ndarray, Tensor)):
+    if isinstance(value, np.generic) or (isinstance(value, (np.ndarray, Tensor)) and math.prod(value.shape) <= 1000):
         return value.tolist()
     if isinstance(value, (tuple, list)):
         return [_plain_value(part) if isinstance(part, (np.generic, Tensor)) else part for part in value]

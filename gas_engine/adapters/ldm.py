@@ -6,6 +6,7 @@ Neither file is executed: the classes that the YAML names are compared with know
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .._safe_pickle import mapping_of, read_pickle, said
 from ..conditioning import Classes
 from ..denoiser import Denoiser
 from ..losses.decoders import VAE
@@ -28,7 +30,7 @@ def load_ldm(path: Path | str, config: Path | str | None = None) -> Denoiser:
     ``path``: the ``.ckpt``, with its YAML beside it (of the same stem, ``config.yaml``, or the only one), or the
     directory of both; ``config`` is a YAML elsewhere. States [B, C, h, w] as the YAML says, such as 3 x 64 x 64;
     conditions are class indices int64 [B] (the last row of the embedding is the null class of guidance) or None. The
-    network is told ``1000 t - 1``, with its fraction, on the YAML's schedule ``sqrt(beta)`` linear in n, n = 1..1000.
+    network is told ``N t - 1``, with its fraction; the YAML's schedule has ``sqrt(beta)`` linear in n, n = 1..N.
     Where ``use_ema`` holds, as it does by default, and the file has them, the averaged weights are taken.
 
     ``decoder``: latents -> images [B, 3, H, W] in [-1, 1]. It divides by the scale factor and rounds to the codebook,
@@ -46,8 +48,8 @@ def load_ldm(path: Path | str, config: Path | str | None = None) -> Denoiser:
     weights = _state_dict(checkpoint)
     with _found(f"{checkpoint} and {document} do not belong together"):
         _same_schedule(model, weights)
-        scale = float(weights.get("scale_factor", model.scale_factor))
-    with torch.device("meta"):
+        scale = _scale(model, weights)
+    with _found(f"cannot build the networks of {document}"), torch.device("meta"):
         function, autoencoder = model.function(), model.autoencoder(scale)
     with _found(f"{checkpoint} does not hold the network of {document}"):
         _fill(function, _network(model, weights))
@@ -83,14 +85,12 @@ def _only(directory: Path, suffix: str, *preferred: str) -> Path:
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a damaged file fails in any way
-        raise ValueError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from None
-    weights = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(weights, Mapping):
-        raise ValueError(f"{path} holds no state_dict: it is {type(content).__name__}")
-    return {key: value for key, value in weights.items() if isinstance(value, Tensor)}
+    content = read_pickle(path)
+    found = mapping_of(content)
+    weights = None if found is None else mapping_of(found.get("state_dict", found))
+    if weights is None:
+        raise ValueError(f"{path} holds no state_dict: it is {said(content)}")
+    return {key: value for key, value in weights.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
 @contextlib.contextmanager
@@ -112,15 +112,24 @@ def _same_schedule(model: LatentDiffusion, weights: Mapping[str, Tensor]) -> Non
             raise ValueError(f"their {name} are {ends[0]} and {ends[1]}")
 
 
+def _scale(model: LatentDiffusion, weights: Mapping[str, Tensor]) -> float:
+    """The factor that latents are multiplied by; training may have measured it (``scale_by_std``)."""
+    scale = float(weights["scale_factor"] if model.scale_factor is None else model.scale_factor)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale_factor is {scale}")
+    return scale
+
+
 def _fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give a module on the meta device its weights, as they are, frozen."""
     needed = module.state_dict()
-    for said, names in (("lacks", needed.keys() - weights.keys()), ("also has", weights.keys() - needed.keys())):
+    for verb, names in (("lacks", needed.keys() - weights.keys()), ("also has", weights.keys() - needed.keys())):
         if names:
-            raise ValueError(f"it {said} {min(names)}, one of {len(names)}")
+            raise ValueError(f"it {verb} {min(names)}, one of {len(names)}")
     for name, tensor in needed.items():
-        if weights[name].shape != tensor.shape:
-            raise ValueError(f"{name} is {list(weights[name].shape)} instead of {list(tensor.shape)}")
+        given = weights[name]
+        if given.shape != tensor.shape or not given.is_floating_point():
+            raise ValueError(f"{name} is {given.dtype} {list(given.shape)} instead of float {list(tensor.shape)}")
     module.load_state_dict(weights, assign=True)
     module.eval().requires_grad_(False)
 

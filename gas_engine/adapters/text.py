@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Generator, Tensor
 
 from ..conditioning import Classes, Conditioning, Range, scales
+from ..denoiser import Denoiser
 from ..prompts import read_prompts
 from .text_encoders import CHUNK, Row, TextEncoders, directory_of
 
@@ -22,53 +23,44 @@ DISTILLED_GUIDANCE = 3.5  # what the pipelines of models that take guidance as a
 
 
 def conditioning_of(
-    location: str,
-    resolution: int | tuple[int, int] | None = None,
-    *,
+    denoiser: Denoiser,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     length: int | None = None,
 ) -> Conditioning | None:
-    """What the denoiser of a saved pipeline (a directory or a Hub id) is told; no weights are read.
+    """What the denoiser of a saved pipeline (of ``load_diffusers``) is told; no weights are read.
 
-    A text model has a ``TextConditioning``, to be told its prompts; one of classes ``NamedClasses``; others None.
-    ``resolution``: pixels [height, width] of the images, the model's own unless given. ``dtype``, ``device`` and
-    ``length`` (tokens): see ``TextEncoders``.
+    A text model has a ``TextConditioning``, to be told its prompts; one of classes ``NamedClasses``; others what they
+    have. ``dtype``, ``device`` and ``length``: see ``TextEncoders``.
 
-        denoiser.conditioning = conditioning_of("stable-diffusion-v1-5").told("captions_val2014.json", "", None)
+        denoiser = load_diffusers("stable-diffusion-v1-5")
+        denoiser.conditioning = conditioning_of(denoiser).told("captions_val2014.json", "", None)
     """
-    directory = directory_of(location)
-    index = _json(directory / "model_index.json")
-    name = next((n for n in ("unet", "transformer") if isinstance(index.get(n), list) and index[n][0]), "")
-    config = _json(directory / name / "config.json") if name else {}
-    if any(key.startswith("text_encoder") and isinstance(value, list) and value[0] for key, value in index.items()):
-        given = (resolution, resolution) if isinstance(resolution, int) else resolution
+    own, directory = denoiser.conditioning, directory_of(denoiser.name)
+    if not (directory / "model_index.json").exists():
+        return own
+    index = json.loads((directory / "model_index.json").read_text())
+    if any(name.startswith("text_encoder") and isinstance(v, list) and v[0] for name, v in index.items()):
+        function: Any = denoiser.function
         encoders = TextEncoders(directory, dtype, device, length)
-        sizes = _sizes(config, given or _own_size(config, directory))
-        return TextConditioning(location, encoders, sizes, bool(config.get("guidance_embeds")))
-    classes = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
-    return NamedClasses(int(classes), index.get("id2label") or {}) if classes else None
+        guided = bool(function.network.config.get("guidance_embeds"))
+        return TextConditioning(denoiser.name, encoders, _sizes(function.network, denoiser.shape, directory), guided)
+    if isinstance(own, Classes) and own.null is not None:
+        return NamedClasses(own, index.get("id2label") or {})
+    return own
 
 
-def _own_size(config: dict[str, Any], directory: Path) -> tuple[int, int]:
-    side = config.get("sample_size") or 128
-    height, width = (side, side) if isinstance(side, int) else side
-    vae = directory / "vae" / "config.json"
-    factor = 2 ** (len(_json(vae).get("block_out_channels", [0])) - 1) if vae.exists() else 8
-    return int(height * factor), int(width * factor)
-
-
-def _sizes(config: dict[str, Any], size: tuple[int, int]) -> Row:
-    """What a model is told of the image's size, [1, ...]: SDXL (arXiv 2307.01952) the original size, the crop's corner
+def _sizes(network: Any, shape: tuple[int, ...] | None, directory: Path) -> Row:
+    """What a model is told of an image's size, [1, ...]: SDXL (arXiv 2307.01952) the original size, the crop's corner
     and the target size; PixArt at 1024 pixels the resolution and the aspect ratio."""
-    height, width = size
-    if config.get("addition_embed_type") == "text_time":
-        return {"time_ids": torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)}
-    told = config.get("use_additional_conditions")
-    if config.get("_class_name") == "PixArtTransformer2DModel" and (
-        config["sample_size"] == 128 if told is None else told
-    ):
-        return {"resolution": torch.tensor([[height, width]]).float(), "aspect_ratio": torch.tensor([[height / width]])}
+    assert shape is not None
+    vae = directory / "vae" / "config.json"
+    scale = 2 ** (len(json.loads(vae.read_text())["block_out_channels"]) - 1) if vae.exists() else 1
+    height, width = (float(scale * side) for side in shape[1:])
+    if network.config.get("addition_embed_type") == "text_time":
+        return {"time_ids": torch.tensor([[height, width, 0.0, 0.0, height, width]])}
+    if getattr(network, "use_additional_conditions", False):
+        return {"resolution": torch.tensor([[height, width]]), "aspect_ratio": torch.tensor([[height / width]])}
     return {}
 
 
@@ -148,16 +140,14 @@ class Prompts(Conditioning):
 
 
 class NamedClasses(Classes):
-    """A class drawn for each seed, of all, or of those that prompts name: "goldfish", or their numbers.
-
-    The null class is the one behind the last (arXiv 2212.09748).
-    """
+    """A class drawn for each seed, of all, or of those that prompts name: "goldfish", or their numbers."""
 
     takes_prompts = True
 
-    def __init__(self, count: int, names: dict[str, str], only: list[int] | None = None) -> None:
-        super().__init__(count, null=count)
-        self.names, self.only = names, only
+    def __init__(self, classes: Classes, names: dict[str, str], only: list[int] | None = None) -> None:
+        assert classes.classes is not None
+        super().__init__(classes.classes)
+        self.null, self.names, self.only = classes.null, names, only
 
     def told(self, prompts: str | None, negative: str = "", guidance: float | Range | None = None) -> NamedClasses:
         if negative:
@@ -172,7 +162,7 @@ class NamedClasses(Classes):
                 few = ", ".join(list(numbers)[:3])
                 raise ValueError(f"{name!r} is no class of this model; it has {few} and so on")
             only.append(numbers[name.lower()])
-        return NamedClasses(self.classes or 0, self.names, only)
+        return NamedClasses(self, self.names, only)
 
     def draw(self, seeds: Sequence[int], generators: Sequence[Generator]) -> Tensor:
         if self.only is None:
@@ -185,13 +175,3 @@ class NamedClasses(Classes):
 
 def _wide(row: Row) -> Row:
     return {name: value.float() if value.is_floating_point() else value for name, value in row.items()}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, no object")
-    return value

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .._cli import progress
+from ..architectures.wrappers import quiet
 from ..files import atomic, tensors_sha256
 from ..units import show_bytes
 
@@ -117,9 +118,11 @@ class TextEncoders:
         names = [file.name for file in self.files if file.suffix == ".safetensors"]
         whole = not names or any(name.count(".") == 1 for name in names)
         variant = None if whole else names[0].split(".")[1].split("-")[0]  # model.fp16.safetensors and nothing else
-        with _quiet():
+        with _silent():
             try:
-                pipeline = DiffusionPipeline.from_pretrained(self.directory, variant=variant, **without)
+                pipeline = DiffusionPipeline.from_pretrained(
+                    self.directory, variant=variant, use_safetensors=True, **without
+                )
             except (OSError, ValueError, SafetensorError) as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(f"cannot load the text encoders of {self.directory}: {reason}") from None
@@ -142,7 +145,7 @@ class TextEncoders:
 
         def encoded(**more: Any) -> tuple[Any, ...]:
             taken = {name: value for name, value in {**settings, **more}.items() if name in known}
-            with _quiet():
+            with _silent():
                 return tuple(self.pipeline.encode_prompt(**taken))
 
         if negative is None or two not in known:
@@ -230,19 +233,17 @@ def _whole(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What diffusers and transformers say of loading, and of long prompts, is not for here."""
+def _silent() -> Iterator[None]:
+    """Without what diffusers and transformers log, and without their bars."""
     from diffusers.utils import logging as theirs
     from transformers.utils import logging as others
 
-    levels, bars = [(log, log.get_verbosity()) for log in (theirs, others)], others.is_progress_bar_enabled()
-    for log, _ in levels:
-        log.set_verbosity_error()
+    shown = [log for log in (theirs, others) if log.is_progress_bar_enabled()]
+    for log in shown:
         log.disable_progress_bar()
     try:
-        yield
+        with quiet():
+            yield
     finally:
-        for log, level in levels:
-            log.set_verbosity(level)
-            if bars:
-                log.enable_progress_bar()
+        for log in shown:
+            log.enable_progress_bar()

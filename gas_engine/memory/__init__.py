@@ -7,7 +7,7 @@ from .precision import cast
 from .reversal import BitsLost
 from .sharding import shard_weights
 from .tracker import ByteTracker, phase
-from .weights import quantize_weights, stream_weights
+from .weights import quantisable, quantize_weights, stream_weights
 
 __all__ = [
     "BitsLost",
@@ -19,6 +19,7 @@ __all__ = [
     "checkpoint_blocks",
     "lean",
     "phase",
+    "quantisable",
     "quantize_weights",
     "shard_weights",
     "stream_weights",

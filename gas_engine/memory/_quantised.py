@@ -13,17 +13,20 @@ from ._view import Forward
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """A linear layer whose weight is a tensor class of its own that can be dequantised (torchao's)."""
+    """A linear layer whose weight is a tensor class of its own that can be dequantised."""
     return type(module) is nn.Linear and hasattr(type(module.weight), "__tensor_flatten__")
 
 
 def quantised(m: Any) -> Forward:
-    return lambda input: _Linear.apply(input, m.weight, m.bias)
+    return lambda input: linear(input, m.weight, m.bias)
+
+
+def linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, by the weight's own kernels; dx = g W, dequantised when it is needed."""
+    return _Linear.apply(input, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b, by the weight's own kernels; dx = g W, dequantised when it is needed."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         ctx.weight = weight

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 __all__ = ["ByteTracker", "phase"]
@@ -98,10 +99,10 @@ class ByteTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        older = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        older = {_key(t) for t in _tensors((args, kwargs))}
         result = func(*args, **kwargs)
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor) and _key(t) not in older:
+        for t in _tensors(result):
+            if _key(t) not in older:
                 self._born(t)
         return result
 
@@ -143,6 +144,15 @@ class ByteTracker(TorchDispatchMode):
         self._now[owner] -= size
         if not self._now[owner]:
             del self._now[owner]
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """Those with a storage: of a quantised weight, its parts."""
+    for leaf in tree_leaves(tree):
+        if is_traceable_wrapper_subclass(leaf):
+            yield from _tensors([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
+        elif isinstance(leaf, Tensor):
+            yield leaf
 
 
 def _key(t: Tensor) -> int:

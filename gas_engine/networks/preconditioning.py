@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._fit import check_fit
+from ._bounded import NoLargerThan
 from .edm_unet import DhariwalUNet, SongUNet
 
 
@@ -123,12 +124,14 @@ def build_edm(
     options = {name: value for name, value in kwargs.items() if name != "use_fp16"}
     tensors = None if state_dict is None else {name: torch.as_tensor(value) for name, value in state_dict.items()}
     try:
-        if tensors is not None:
-            check_fit(lambda: classes[precond](**options), tensors)
-        network = classes[precond](**options)
+        with nullcontext() if tensors is None else NoLargerThan(tensors.values()):
+            network = classes[precond](**options)
     except TypeError as error:
         known = sorted(set(inspect.signature(SongUNet).parameters) | set(inspect.signature(DhariwalUNet).parameters))
         raise ValueError(f"the network does not take these arguments ({error}); known: {', '.join(known)}") from None
     if tensors is not None:
-        network.load_state_dict(tensors, strict=True)
+        try:
+            network.load_state_dict(tensors, strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"the weights do not fit this network: {' '.join(str(error).split())}") from None
     return network.requires_grad_(False).eval()

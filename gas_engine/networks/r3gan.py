@@ -9,14 +9,13 @@ The network follows the dtype of its input, so it runs in float32 and, for check
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._fit import check_fit
+from ._bounded import NoLargerThan
 from ._r3gan_layers import ACTIVATION_GAIN, Head, Layer, Linear, ResidualBlock, Stage, Transition, apply
 
 
@@ -126,13 +125,16 @@ class R3GANDiscriminator(nn.Module):
         except KeyError as error:
             raise ValueError(f"this is no complete R3GAN discriminator: {error} is missing") from None
         kernel = next((v for name, v in state.items() if name.endswith(".Resampler.Kernel")), None)
-        make = partial(
-            cls, widths, cardinalities, blocks, expansion,
-            channels=state["ExtractionLayer.Layer.weight"].shape[1], embedding=head.shape[0],
-            resample_filter=(1, 3, 3, 1) if kernel is None else kernel.sum(0).tolist(),
-        )  # fmt: skip
-        check_fit(make, state)
-        network = make()
+        with NoLargerThan(state.values()):
+            network = cls(
+                widths,
+                cardinalities,
+                blocks,
+                expansion,
+                channels=state["ExtractionLayer.Layer.weight"].shape[1],
+                embedding=head.shape[0],
+                resample_filter=(1, 3, 3, 1) if kernel is None else kernel.sum(0).tolist(),
+            )
         network.load_published(state)
         return network
 
