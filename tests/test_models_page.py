@@ -32,18 +32,9 @@ SMALL = {
 }  # fmt: skip
 FAMILIES = [name for names in re.findall(r"<!-- run: (.*?) -->", PAGE) for name in names.split()]
 
-
 # By which the pipelines are called; FLUX.1-schnell is told none.
-GUIDANCE = {"sd15": 7.5, "sd21v": 7.5, "sdxl": 7.0, "sd3": 7.0, "flux": 3.5, "flux_schnell": 1.0} | {"dit": 1.5, "pixart": 4.5}
-    "sd15": 7.5,
-    "sd21v": 7.5,
-    "sdxl": 7.0,
-    "sd3": 7.0,
-    "flux": 3.5,
-    "flux_schnell": 1.0,
-    "dit": 1.5,
-    "pixart": 4.5,
-}
+GUIDANCE = {"sd15": 7.5, "sd21v": 7.5, "sdxl": 7.0, "sd3": 7.0, "flux": 3.5, "flux_schnell": 1.0, "pixart": 4.5}
+GUIDANCE["dit"] = 1.5
 
 
 def commands(family: str) -> list[list[str]]:
