@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,8 +19,6 @@ from .denoiser import Denoiser
 from .schedule import Schedule
 from .solvers import LearnedTimes, load_solver, save_solver
 from .solvers.files import write_published, write_readable
-
-FILES, DIRECTORIES = ("safetensors", "json", "published"), ("diffusers", "comfyui")
 
 
 @dataclass
@@ -63,10 +62,9 @@ def run(config: Config) -> list[Path]:
 def _solvers(config: Config) -> list[Path]:
     from .export.directories import write_comfyui, write_diffusers
 
-    denoiser = _model(config)
-    solvers = [_open(path, config, denoiser) for path in config.files]
+    solvers = [_open(path, config) for path in config.files]
     if config.to == "diffusers":
-        return [write_diffusers(solvers, _prediction(config, denoiser, solvers), config.out)]
+        return [write_diffusers(solvers, _prediction(config, solvers), config.out)]
     if config.to == "comfyui":
         return [write_comfyui(solvers, config.out)]
     if len(solvers) > 1:
@@ -86,7 +84,7 @@ def _hub(config: Config) -> list[Path]:
     if len(config.files) > 1 or not config.files[0].is_dir():
         raise InputError(f"--to hub takes one run directory, got {', '.join(map(str, config.files))}")
     solver = finished(config.files[0])
-    prediction = None if solver.schedule.kind == "vp_linear" else _prediction(config, _model(config), [solver])
+    prediction = None if solver.schedule.kind == "vp_linear" else _prediction(config, [solver])
     return [write_hub(config.files[0], config.out, prediction)]
 
 
@@ -110,32 +108,35 @@ def _holds_solver(path: Path) -> bool:
     return path.suffix in (".pt", ".pth") and kind_of(path) == "student"
 
 
-def _open(path: Path, config: Config, denoiser: Denoiser | None) -> LearnedTimes:
+def _open(path: Path, config: Config) -> LearnedTimes:
     if path.suffix not in (".pt", ".pth"):
         return load_solver(path)
-    schedule = _schedule(config.schedule) if config.schedule is not None else getattr(denoiser, "schedule", None)
-    if schedule is None:
+    if config.model is None and config.schedule is None:
         raise InputError(f"{path} does not say what it was trained for; give --model, or --schedule and --t-eps")
-    t_eps = config.t_eps or getattr(denoiser, "t_eps", 1e-3)
-    solver = load_solver(path, schedule, t_eps)
+    model = None if config.model is None else _model(config.model)
+    schedule = model.schedule if config.schedule is None and model is not None else _schedule(config.schedule or "")
+    solver = load_solver(path, schedule, config.t_eps or (model.t_eps if model is not None else 1e-3))
     solver.facts["model"] = config.model
     return solver
 
 
-def _model(config: Config) -> Denoiser | None:
-    if config.model is None:
-        return None
-    bundled = ARCHITECTURES.get(config.model)
+@functools.cache
+def _model(name: str) -> Denoiser:
+    bundled = ARCHITECTURES.get(name)
     with FakeTensorMode(allow_non_fake_inputs=True) if bundled else nullcontext():
-        return bundled.denoiser(small=True) if bundled else load_denoiser(config.model)
+        return bundled.denoiser(small=True) if bundled else load_denoiser(name)
 
 
-def _prediction(config: Config, denoiser: Denoiser | None, solvers: Sequence[LearnedTimes]) -> str:
-    said = [config.prediction, getattr(denoiser, "prediction", None), *(s.facts.get("prediction") for s in solvers)]
-    found = next((name for name in said if name is not None), None)
-    if found is None:
+def _prediction(config: Config, solvers: Sequence[LearnedTimes]) -> str:
+    """As the option says, or the files, or the model, which is loaded for it."""
+    said = {config.prediction or solver.facts.get("prediction") for solver in solvers} - {None}
+    if len(said) > 1:
+        raise InputError(f"the files are for networks of different predictions: {', '.join(sorted(map(str, said)))}")
+    if said:
+        return str(said.pop())
+    if config.model is None:
         raise InputError("the file does not say what the network predicts; give --model, or --prediction noise, ...")
-    return found
+    return _model(config.model).prediction
 
 
 def _schedule(text: str) -> Schedule:

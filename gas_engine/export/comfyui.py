@@ -2,7 +2,8 @@
 into ComfyUI/custom_nodes; it needs torch and ComfyUI, nothing else.
 
 The node gives a SAMPLER and its SIGMAS for SamplerCustom; and "gas" is among the samplers of every KSampler, where the
-number of steps must be one that there is a solver of, and the scheduler has no say.
+number of steps must be one that there is a solver of, and the scheduler has no say. ComfyUI tells models of discrete
+labels the nearest whole label, of the learned ones too: samples differ a little from those of other programs.
 """
 
 import functools

@@ -83,7 +83,7 @@ def card(
     diffusers: bool,
 ) -> str:
     """The model card: Markdown under a YAML header."""
-    steps, model = solver.steps, str(solver.facts.get("model", "a frozen network"))
+    steps, model = solver.steps, _public(str(solver.facts.get("model", "a frozen network")))
     guidance = solver.facts.get("guidance", 1.0)
     count = sum(parameter.numel() for parameter in solver.parameters())
     parts = [
@@ -101,7 +101,7 @@ def card(
     parts += ["## Use\n", _use_here(model, guidance, config)]
     if diffusers:
         parts.append(_use_diffusers(steps, model, guidance))
-    parts.append(_use_comfyui(steps))
+    parts.append(_use_comfyui(steps, solver.schedule.kind == "vp_discrete"))
     parts += ["## The solver\n", _times(solver)]
     parts += [f"![{PICTURES[name]}]({name})\n" for name in pictures[1:]]
     return "\n".join(parts)
@@ -117,9 +117,18 @@ def _header(model: str, diffusers: bool) -> str:
         "comfyui",
     ]
     lines = ["---", "# license: yours to choose", "library_name: gas_engine", "tags:", *(f"- {tag}" for tag in tags)]
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+    if _is_hub_id(model):
         lines.append(f"base_model: {model}")
     return "\n".join([*lines, "---", ""])
+
+
+def _public(model: str) -> str:
+    """The model as others know it: a Hub id as it is, a path without its directories."""
+    return model if _is_hub_id(model) else Path(model).name
+
+
+def _is_hub_id(model: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None and not Path(model).exists()
 
 
 def _trained(solver: LearnedTimes, config: Mapping[str, Any]) -> str:
@@ -159,10 +168,11 @@ def _teacher(rows: list[dict[str, str]], config: Mapping[str, Any]) -> str:
 def _use_here(model: str, guidance: Any, config: Mapping[str, Any]) -> str:
     said = f" --guidance {guidance:g}" if isinstance(guidance, (int, float)) and guidance != 1.0 else ""
     said += ' --prompts "a photo of a cat"' if config.get("prompts") else ""
+    model = _public(str(config.get("model", model)))
     return f"""In a copy of this directory, with gas_engine:
 
 ```sh
-gas-engine sample --model {config.get("model", model)}{said} --solver solver.safetensors --seeds 0-7 --out samples
+gas-engine sample --model {model}{said} --solver solver.safetensors --seeds 0-7 --out samples
 ```
 """
 
@@ -189,11 +199,12 @@ DPM-Solver++(2M) over the learned times.
 """
 
 
-def _use_comfyui(steps: int) -> str:
+def _use_comfyui(steps: int, whole_labels: bool) -> str:
+    rounded = "ComfyUI tells this model whole labels, so its samples differ a little from those of other programs.\n"
     return f"""With ComfyUI, copy `comfyui/gas_solver` into `ComfyUI/custom_nodes`: the node "Learned solver" gives
-SAMPLER and SIGMAS for SamplerCustom, and every KSampler has the sampler `gas`, with {steps} steps and any
-scheduler. With k-diffusion, `sample_gas(model, x, sigmas, solver="solvers.json")` in that folder's
-`k_diffusion.py` is a sampler like its own.
+SAMPLER and SIGMAS for SamplerCustom, and every KSampler has the sampler `gas`, with {steps} steps and any scheduler.
+{rounded if whole_labels else ""}With k-diffusion, `sample_gas(model, x, sigmas, solver="solvers.json")` in that
+folder's `k_diffusion.py` is a sampler like its own.
 """
 
 
