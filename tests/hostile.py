@@ -26,9 +26,9 @@ from gas_engine.teacher import load_teacher_set
 READERS: dict[str, Callable[[Path], Any]] = {
     "edm": load_edm, "r3gan": load_r3gan, "set": read_published_teacher_set, "checkpoint": read_pickle,
     "kind": kind_of, "student": lambda path: load_solver(path, Schedule.edm(), 1e-3),
-    "solver": load_solver, "index": lambda path: load_teacher_set(path.parent),
+    "solver": load_solver, "json": load_solver, "index": lambda path: load_teacher_set(path.parent),
 }  # fmt: skip
-SUFFIX = {"student": "student.pt", "solver": "solver.safetensors", "index": "index.json"}
+SUFFIX = {"student": "student.pt", "solver": "solver.safetensors", "index": "index.json", "json": "solver.json"}
 FORBIDDEN = (
     "exec", "compile", "import", "subprocess", "os.", "shutil", "socket", "ctypes", "pickle.find_class", "code.__new__",
     "pty", "webbrowser", "urllib", "marshal", "builtins.input",
@@ -77,6 +77,7 @@ def made(folder: Path) -> Iterator[tuple[str, str, bytes]]:
         "bombs": ("checkpoint", "kind"),
         "containers": ("checkpoint", "student"),
         "modules": ("kind", "edm", "r3gan", "set", "student"),
+        "documents": ("json", "index"),
         "safetensors": ("edm", "r3gan", "set", "solver"),
     }
     for family, kinds in families.items():

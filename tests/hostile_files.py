@@ -17,7 +17,7 @@ from torch import nn
 from gas_engine import GeneralizedSolver, Schedule
 from gas_engine.adapters.edm import save_edm
 from gas_engine.networks import R3GANDiscriminator, build_edm
-from gas_engine.solvers.files import save_solver
+from gas_engine.solvers.files import save_solver, write_readable
 
 TINY = {
     "img_resolution": 4, "img_channels": 1, "label_dim": 0, "model_type": "SongUNet", "model_channels": 4,
@@ -223,6 +223,14 @@ def safetensors() -> Iterator[tuple[str, bytes]]:
     yield "solver-facts", save({"x": torch.zeros(1)}, {**solver, "steps": "[" * 10**5})
 
 
+def documents() -> Iterator[tuple[str, bytes]]:
+    """JSON that is no solver."""
+    yield "json-deep", b"[" * 10**5
+    yield "json-null", b"null"
+    yield "json-bytes", b"\xff\xfe{}"
+    yield "json-steps", json.dumps({"format": "gas_engine.solver/1", "family": "gs", "steps": 10**12}).encode()
+
+
 def modules() -> Iterator[tuple[str, bytes]]:
     """Networks that contain themselves, or more modules than there is time for."""
     kind = name("torch.nn", "Module") + b")\x81q\x00"
@@ -260,7 +268,9 @@ def seeds(folder) -> list[tuple[str, bytes]]:
     network = build_edm(TINY)
     D = R3GANDiscriminator([4], [2], [1], channels=1)
     save_edm(network, TINY, folder / "edm.safetensors")
-    save_solver(GeneralizedSolver(steps=3, schedule=Schedule.edm(), t_eps=1e-3), folder / "solver.safetensors")
+    solver = GeneralizedSolver(steps=3, schedule=Schedule.edm(), t_eps=1e-3)
+    save_solver(solver, folder / "solver.safetensors")
+    write_readable(solver, folder / "solver.json")
     rows = {"ema": {"shadow_params": student(3)}, "step": 1}
     weights = {"state_dict": {f"model.{i}": torch.randn(3, i) for i in range(5)}, "callbacks": {"a": nn.Linear(1, 1)}}
     return [
@@ -273,6 +283,7 @@ def seeds(folder) -> list[tuple[str, bytes]]:
         ("checkpoint", saved(weights)),
         ("checkpoint", saved(weights, False)),
         ("solver", (folder / "solver.safetensors").read_bytes()),
+        ("json", (folder / "solver.json").read_bytes()),
         ("edm", (folder / "edm.safetensors").read_bytes()),
         ("index", json.dumps({"format": "gas_engine.teacher/1", "made_by": {}, "shards": []}).encode()),
     ]
@@ -280,4 +291,5 @@ def seeds(folder) -> list[tuple[str, bytes]]:
 
 MAKERS: dict[str, Callable[..., Iterator[tuple[str, bytes]]]] = {
     "executions": executions, "bombs": bombs, "containers": containers, "safetensors": safetensors, "modules": modules,
+    "documents": documents,
 }  # fmt: skip
