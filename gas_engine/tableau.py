@@ -16,6 +16,8 @@ from torch import Tensor
 from .schedule import Schedule
 
 PREDICTIONS = ("noise", "data", "velocity", "flow")
+# A signal level below that of any variance preserving schedule in use: 0.0066 of the linear one, 0.068 of SD's.
+NEXT_TO_NOISE = 1e-3
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -113,6 +115,8 @@ class Tableau:
         (x - alpha' F) / sigma' for "data", alpha' F + sigma' x for "velocity" (variance preserving), x + alpha' F
         for "flow" (alpha' + sigma' = 1). The solver
         at t uses e, m = (x - sigma e) / alpha, or a mix of both. So S = p x + q F, with scalars p and q (each [K]).
+        Where alpha is next to 0, as at the start of a flow, (x - sigma e) / alpha would multiply an offset t' - t by as
+        much as 1e6: there m is taken at t' as well, (x - sigma' e) / alpha', which is the same without an offset.
 
         Raises ValueError for an unknown type or when the tableau was made without nodes and schedule.
         """
@@ -127,6 +131,8 @@ class Tableau:
             )
         alphas, sigmas, _ = self.schedule(torch.cat([self.nodes[:-1], self.t_net]))
         (alpha, told_alpha), (sigma, told_sigma) = alphas.chunk(2), sigmas.chunk(2)
+        noise = alpha < NEXT_TO_NOISE
+        alpha, sigma = torch.where(noise, told_alpha, alpha), torch.where(noise, told_sigma, sigma)
         e_x, e_f = _noise_estimate(prediction, told_alpha, told_sigma)
         p, q = _from_noise(self.prediction, alpha, sigma, e_x, e_f)
         return replace(self, A=self.A + self.B * p, B=self.B * q, prediction=prediction, folded=True)

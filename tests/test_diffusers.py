@@ -233,8 +233,7 @@ def test_the_generalized_solver_learns_on_a_flow(opened: Callable[[str], Denoise
     denoiser, x, cond = opened("sd3"), state(4), cond_of("sd3", 4)
     target = rollout(denoiser, x, named_solver("heun", denoiser.schedule, 24, "uniform"), cond)
     solver = GeneralizedSolver(steps=4, schedule=denoiser.schedule)
-    solver.xi.requires_grad_(False)
-    optimizer = torch.optim.Adam([p for p in solver.parameters() if p.requires_grad], 2e-3)
+    optimizer = torch.optim.Adam(solver.parameters(), 1e-3)
     losses = []
     for _ in range(20):
         optimizer.zero_grad()
@@ -242,7 +241,7 @@ def test_the_generalized_solver_learns_on_a_flow(opened: Callable[[str], Denoise
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.85 * losses[0]
+    assert losses[-1] < 0.9 * losses[0] and max(losses) == losses[0]
 
 
 def test_a_plan_for_it(opened: Callable[[str], Denoiser]) -> None:
