@@ -1,8 +1,9 @@
 # make demo    set up, train a solver on the embedded model, end with a table and pictures (about two minutes to train)
 # make test    set up, run the tests
 # make bench   set up, run the benches, write bench/results/*.csv
+# make fuzz    set up, fuzz the readers of foreign files for five minutes (FUZZ_SECONDS=300)
 # make lint    set up, check formatting, lints and types
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench fuzz lint format clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -23,6 +24,10 @@ test: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest -q bench --save-csv
+
+fuzz: $(READY)
+	$(BIN)/python -c "import atheris" 2> /dev/null || $(BIN)/pip install -q atheris
+	$(BIN)/python tests/fuzz/fuzz_files.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

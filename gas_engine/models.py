@@ -30,6 +30,12 @@ class ModelOptions:
     """Scale of classifier-free guidance, such as 7.5; or a range such as 2:9, drawn from for each sample."""
     resolution: int | None = None
     """Pixels a side of a text model's pictures; the model's own unless given."""
+
+
+@dataclass
+class PlacedModelOptions(ModelOptions):
+    """How its weights are held, beside."""
+
     weights: Weights = "resident"
     """Frozen weights on the device, in eight or four bits there, or in host memory, brought block by block."""
     quantize: Literal["int8", "nf4"] | None = None
@@ -45,12 +51,13 @@ class ModelOptions:
         self.weights, self.quantize = self.quantize, None
 
 
-def open_model(options: ModelOptions) -> Denoiser:
+def open_model(options: ModelOptions, default_prompt: str | None = None) -> Denoiser:
     """The model on the host, conditioned and guided. Raises ValueError for options that it has no use for."""
     denoiser = load_denoiser(options.model, options.resolution)
     conditioning, scale = denoiser.conditioning, parse_guidance(options.guidance) if options.guidance else None
     if conditioning is not None and conditioning.takes_prompts:
-        denoiser.conditioning = conditioning.told(options.prompts, options.negative_prompt, scale)
+        prompts = options.prompts or (None if conditioning.classes else default_prompt)
+        denoiser.conditioning = conditioning.told(prompts, options.negative_prompt, scale)
     elif options.prompts is not None or options.negative_prompt:
         raise InputError(f"--prompts was given, but {denoiser.name} takes no text; leave it out")
     return _guided(denoiser, scale)
@@ -71,6 +78,6 @@ def _guided(denoiser: Denoiser, scale: float | Range | None) -> Denoiser:
     return guided(denoiser, scale, conditioning.null)
 
 
-def place(options: ModelOptions, denoiser: Denoiser, device: torch.device) -> Denoiser:
+def place(options: PlacedModelOptions, denoiser: Denoiser, device: torch.device) -> Denoiser:
     """The model on the device, its weights as the options say."""
     return Execution(weights=options.weights, precision=options.precision).place(denoiser, device)

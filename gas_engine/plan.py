@@ -9,25 +9,21 @@ import csv
 import functools
 import io
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.table import Table
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
 
 from ._cli import InputError, command, console, progress, writable
-from .adapters import load_denoiser
-from .architectures import ARCHITECTURES
-from .denoiser import Denoiser
+from .architectures import ARCHITECTURES, Architecture
+from .denoiser import Denoiser, seeded
 from .execution import BLOCKS, DTYPES, WEIGHTS, Weights
 from .files import atomic, write_text
-from .guidance import guided
+from .guidance import guided, parse_guidance
 from .memory import MemoryPolicy
+from .models import ModelOptions, open_model
 from .networks import discriminator_for
 from .planner import Plan, Plans, plan
 from .rehearsal import PHASES
@@ -41,7 +37,7 @@ HEADS = {
 
 
 @dataclass
-class Config:
+class Config(ModelOptions):
     """Find the fastest way to train a solver in a number of bytes; needs no GPU and no weights."""
 
     model: str = "digits"
@@ -54,8 +50,6 @@ class Config:
     """Bytes of the device for tensors, such as 8GiB; a CUDA context needs about half a GiB more."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the network's weights and arithmetic (train --precision); the usual one of the model unless given."""
-    guidance: bool = False
-    """Train with classifier-free guidance: two network calls an evaluation."""
     loss: str = "l1"
     """l1, l2, huber, lpips, lpips-alex, lpips-squeeze, or a sum such as lpips+0.1*l1."""
     loss_chunk: int | None = None
@@ -73,14 +67,8 @@ class Config:
 def run(config: Config) -> Plans:
     """Measure, print, write; raises ValueError if no plan fits, after that."""
     bundled = ARCHITECTURES.get(config.model)
-    with FakeTensorMode(allow_non_fake_inputs=True) if bundled else nullcontext():
-        denoiser = bundled.denoiser() if bundled else _load(config.model)
+    denoiser, cond = _bundled(bundled, config) if bundled else _opened(config)
     dtype = DTYPES.get(config.dtype, bundled.dtype if bundled else None)
-    cond = bundled.cond(1) if bundled else _classes(denoiser)
-    if config.guidance:
-        if cond is None or (bundled and not bundled.guided):
-            raise InputError(f"{denoiser.name} is not used with classifier-free guidance; leave out --guidance")
-        denoiser = guided(denoiser, 2.0, bundled.null_cond(1) if bundled else tree_map(torch.zeros_like, cond))
     with progress() as bar:
         task = bar.add_task("plan", total=2 + len(BLOCKS), note="")
 
@@ -99,7 +87,7 @@ def run(config: Config) -> Plans:
         )  # fmt: skip
         bar.update(task, completed=2 + len(BLOCKS), note="")
     title = f"{bundled.title if bundled else denoiser.name}, batch {config.batch}, K = {config.steps}"
-    said = [word for word in ("guidance", "adversarial") if getattr(config, word)]
+    said = [word for word in ("guidance", "adversarial") if getattr(config, word) and getattr(config, word) != "1"]
     title = ", ".join([title, *said, show_bytes(plans.budget)])
     console.print(table(plans, title), width=max(console.width, 110), crop=False, soft_wrap=False)
     directory = writable(config.out)
@@ -215,16 +203,24 @@ def plot(path: Path, plans: Plans, title: str) -> None:
     plt.close(figure)
 
 
-def _load(name: str) -> Denoiser:
+def _bundled(model: Architecture, config: Config) -> tuple[Denoiser, Any]:
+    """A network without its weights, guided if asked for, and a condition of the right shapes."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        denoiser = model.denoiser()
+    cond, scale = model.cond(1), parse_guidance(config.guidance or "1")
+    if scale != 1.0 and not model.guided:
+        raise InputError(f"{denoiser.name} is not used with classifier-free guidance; leave out --guidance")
+    return guided(denoiser, 2.0 if scale != 1.0 else 1.0, model.null_cond(1)), cond
+
+
+def _opened(config: Config) -> tuple[Denoiser, Any]:
+    """A model as ``train`` opens it; which text a text model is told makes no difference."""
     try:
-        return load_denoiser(name)
+        denoiser = open_model(config, default_prompt="a photo")
     except ValueError as error:
         known = f"; bundled without weights: {', '.join(ARCHITECTURES)}" if "unknown model" in str(error) else ""
         raise InputError(f"{error}{known}") from None
-
-
-def _classes(denoiser: Denoiser) -> Tensor | None:
-    return torch.zeros(1, dtype=torch.int64) if denoiser.classes else None
+    return denoiser, seeded(denoiser, [0])[1] if denoiser.conditioning is not None else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

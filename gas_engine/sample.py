@@ -15,7 +15,7 @@ from ._cli import InputError, command, console, parse_seeds, pick_device, progre
 from .conditioning import moved, take
 from .denoiser import Denoiser, seeded
 from .files import atomic
-from .models import ModelOptions, open_model, place
+from .models import PlacedModelOptions, open_model, place
 from .pictures import image_rows, pictures_of
 from .rollout import rollout
 from .solvers.files import load_solver
@@ -26,7 +26,7 @@ COLUMNS, MAX_SHOWN = 8, 256
 
 
 @dataclass
-class Config(ModelOptions):
+class Config(PlacedModelOptions):
     """Draw samples with a classical solver or a learned one."""
 
     solver: str = "unipc"

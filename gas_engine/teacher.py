@@ -23,7 +23,7 @@ from .conditioning import moved
 from .denoiser import Denoiser, seeded
 from .distributed import ALONE, Group
 from .files import atomic, sha256, write_json
-from .models import ModelOptions, open_model, place
+from .models import PlacedModelOptions, open_model, place
 from .rollout import rollout
 from .solvers.named import named_solver
 
@@ -45,7 +45,7 @@ class TeacherSolver:
 
 
 @dataclass
-class Config(TeacherSolver, ModelOptions):
+class Config(TeacherSolver, PlacedModelOptions):
     """Write a set of teacher samples, resuming where an earlier call was stopped."""
 
     seeds: str = "0-1399"
@@ -151,6 +151,8 @@ def load_teacher_set(out: Path) -> tuple[list[int], Tensor]:
         except SafetensorError as error:
             raise InputError(f"cannot read {out / entry['file']}: {error}") from None
         seeds += entry["seeds"]
+    if not samples:
+        raise InputError(f"the teacher set {out} is empty: its index.json names no shards")
     return seeds, torch.cat(samples)
 
 
@@ -159,11 +161,12 @@ def _read_index(out: Path) -> dict[str, Any] | None:
         index = json.loads((out / "index.json").read_text())
         if index["format"] != FORMAT:
             raise ValueError(f"format {index['format']!r}")
-        return {"made_by": dict(index["made_by"]), "shards": list(index["shards"])}
+        shards = [{"file": str(e["file"]), "seeds": list(e["seeds"]), "sha256": e["sha256"]} for e in index["shards"]]
+        return {"made_by": dict(index["made_by"]), "shards": shards}
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{out / 'index.json'} is not the index of a teacher set ({error!r})") from None
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise InputError(f"{out / 'index.json'} is not the index of a teacher set ({error!r:.200})") from None
 
 
 def _intact(out: Path, entry: dict[str, Any]) -> bool:

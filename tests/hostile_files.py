@@ -143,7 +143,7 @@ def bombs() -> Iterator[tuple[str, bytes]]:
     yield "deep-dicts", pickled(b"}N" * 50_000 + b"N" + b"s" * 50_000)
     yield "marks", pickled(b"(" * 100_000)
     yield "laughs", pickled(nested(100, b"]", b"h\x00h\x00\x86"))
-    yield "laughs-key", pickled(b"}", nested(100, b")", b"h\x00h\x00\x86"), b"Ns")
+    yield "laughs-key", pickled(nested(100, b")", b"h\x00h\x00\x86"), b"}h\x00Ns")
     yield "laughs-set", pickled(call(name("builtins", "set"), b"(" + nested(60, b")", b"h\x00h\x00\x86") + b"t"))
     yield "laughs-frozen", pickled(nested(60, b")", b"(h\x00h\x00\x86N\x91"))
     yield "range", pickled(call(name("builtins", "list"), call(name("builtins", "range"), number(10**12))))
@@ -235,6 +235,12 @@ def modules() -> Iterator[tuple[str, bytes]]:
         both = b"".join(text(part) + b"h\x00s" for part in "ab")
         leaf += name("torch.nn", "Module") + b")\x81" + empty + both + b"sbq\x00"
     yield "laughing-modules", pickled(b"}", text("D"), leaf, b"s")
+    long = name("torch.nn", "Module") + b")\x81" + empty + b"sbq\x00"
+    for _ in range(50):
+        long += name("torch.nn", "Module") + b")\x81" + empty + text("x" * 60_000) + b"h\x00ssbq\x00"
+    yield "long-names", pickled(b"}", text("D"), long, b"s")
+    items = nested(60, b")", b"h\x00h\x00\x86") + name("dnnlib", "EasyDict") + b")\x81h\x00N\x86a"
+    yield "laughing-items", pickled(items)
     D = R3GANDiscriminator([8], [2], [1], channels=1)
     state = dict(D.state_dict())
     state["MainLayers.999999999.Layers.0.LinearLayer1.Layer.weight"] = torch.zeros(1)
@@ -242,6 +248,8 @@ def modules() -> Iterator[tuple[str, bytes]]:
     wide = {**D.state_dict(), "MainLayers.0.Layers.0.LinearLayer1.Layer.weight": torch.zeros(1, 1).expand(1, 10**6)}
     yield "widths", pickle.dumps({"D": wide})
     yield "edm-blocks", dumps({"ema": edm_record(build_edm(TINY), {**TINY, "num_blocks": 10**12})})
+    half = torch.zeros(2**20, dtype=torch.float16)
+    yield "shared", pickle.dumps({"D": {f"{i}.ExtractionLayer.Layer.weight": half for i in range(20_000)}})
     yield "set", pickle.dumps({"noise": [torch.zeros(1, 1, 1).expand(1, 2000, 2000)] * 10**4, "images": []})
     yield "student", pickle.dumps({"ema": {"shadow_params": [torch.zeros(1).expand(10**6)] * 10**4}})
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gas_engine import Schedule
+from gas_engine.adapters._diffusers_named import NamedFunction
 from gas_engine.adapters._diffusers_networks import function_of, shape_of
 from gas_engine.adapters._diffusers_schedulers import read_process
 from gas_engine.adapters.diffusers import LazyVAE, load_diffusers
-from gas_engine.architectures.wrappers import NamedFunction
 from gas_engine.losses import distillation_loss
 from gas_engine.losses.decoders import decoded
 
@@ -218,7 +218,7 @@ def test_latents_of_another_scale_are_refused(saved: Saved, tmp_path: Path) -> N
     shutil.copytree(saved("sd15"), tmp_path / "p")
     _config(tmp_path / "p/vae", latents_mean=[0.0] * 4)
     decoder = load_diffusers(str(tmp_path / "p")).decoder
-    with pytest.raises(ValueError, match="AutoencoderKL has latents_mean, latents of another scale"):
+    with pytest.raises(ValueError, match="AutoencoderKL has latents_mean: latents of another scale"):
         decoder(torch.zeros(1, 4, 8, 8))
 
 
@@ -243,6 +243,15 @@ def test_a_name_that_is_no_directory_is_asked_of_the_hub(monkeypatch: pytest.Mon
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"cannot read model_index.json of nobody/nothing: "):
         load_diffusers("nobody/nothing")
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+def test_the_class_that_published_transformers_are_saved_under(saved: Saved, tmp_path: Path, name: str) -> None:
+    shutil.copytree(saved(name), tmp_path / "p")
+    _index(tmp_path / "p", transformer=["diffusers", "Transformer2DModel"])
+    _config(tmp_path / "p/transformer", _class_name="Transformer2DModel")
+    functions = [load_diffusers(str(path)).function for path in (saved(name), tmp_path / "p")]
+    assert type(functions[0]) is type(functions[1])
 
 
 def _without(path: Path, part: str) -> None:

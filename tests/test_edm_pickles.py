@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import types
 
 import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, arrays
-from published import EasyDict, dumps, edm_record
+from published import EasyDict, Persistent, dumps, edm_record
 from twin import relative
 
 from gas_engine.adapters import load_edm
@@ -50,6 +51,8 @@ def shapes_of_files(network, kwargs):
     yield "metadata as EasyDict", EasyDict(ema=edm_record(network, kwargs, positional=3, meta=EasyDict))
     yield "plain", {"ema": {"cls": "EDMPrecond", "kwargs": kwargs, "state_dict": network.state_dict()}}
     yield "golden", {"cls": "EDMPrecond", "init_kwargs": EasyDict(kwargs), "state": state}
+    flat = types.SimpleNamespace(_init_kwargs=kwargs, state_dict=network.state_dict())
+    yield "flat", {"ema": Persistent("EDMPrecond", flat, (), kwargs)}
     yield "qualified", {"ema": edm_record(network, kwargs, "training.networks.EDMPrecond")}
 
 

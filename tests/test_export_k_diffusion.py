@@ -26,9 +26,12 @@ def level(schedule, t):
 
 
 def time_of(schedule, sigma):
-    """Its inverse."""
+    """Its inverse; a flow's may be told a little beyond sigma = 1."""
     sigma = sigma.double()
-    return schedule.inverse(torch.log1p(-sigma) - sigma.log() if schedule.kind == "flow" else -sigma.log())
+    if schedule.kind == "flow":
+        shift = schedule.parameters["shift"]
+        return sigma / (shift - (shift - 1) * sigma)
+    return schedule.inverse(-sigma.log())
 
 
 def wrapped(model, calls=None):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is limited and read as on Linux: run it there")
 HERE = Path(__file__).parent
 MUTATED = 10_000
 PROCESSES = 2
@@ -28,6 +30,7 @@ def ended(process, folder):
     assert process.returncode == 0, f"the file is kept in {folder}: {error[-2000:]}"
     assert not (folder / "canary").exists()
     report = json.loads(out)
+    assert not report["failed"], report["failed"][:5]
     assert report["grown"] < 2**28, report["grown"]
     return report
 
@@ -63,7 +66,7 @@ def test_code_becomes_records(results):
 @pytest.mark.parametrize(
     ("label", "said"),
     [
-        ("length-8e", "truncated"), ("long-large", "digits"), ("laughs-key", "no key|parts"),
+        ("length-8e", "truncated"), ("long-large", "digits"), ("laughs-key", "parts"),
         ("range", "container of a Record"), ("bytes", "bytes of a int"), ("copies", "unfolds"), ("sets", "unfolds"),
         ("storages", "unfolds"), ("matryoshka", "nests"), ("array", "written as 8 bytes"), ("outside", "outside"),
         ("expanded", "more numbers than are written"), ("negative-stride", "no numbers"), ("compressed", "compressed"),
@@ -71,11 +74,10 @@ def test_code_becomes_records(results):
     ],
 )  # fmt: skip
 def test_bombs_are_refused_for_what_they_are(results, label, said):
-    import re
-
     assert re.search(said, results[label]["checkpoint"]), results[label]["checkpoint"]
 
 
+@pytest.mark.slow
 def test_mutated_files(tmp_path):
     """Valid files of every format with flipped, cut, repeated and exchanged bytes; some of them are still valid."""
     share = MUTATED // PROCESSES

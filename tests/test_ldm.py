@@ -158,14 +158,20 @@ def test_losses_in_pixels(models):
     torch.testing.assert_close(loss(x, y), wanted)
 
 
-def test_scale_factor_of_the_file_comes_first(files, tmp_path):
-    """Its buffer, which training wrote; otherwise the YAML's; the decoder divides by it."""
+def test_scale_factor_comes_from_the_yaml_or_was_measured(files, tmp_path):
+    """The decoder divides by it; ``scale_by_std`` leaves it in the checkpoint."""
     x = golden("cin256")["x"]
     image = load_ldm(files["cin256"]).decoder(x)
-    by_config = load_ldm(save(tmp_path / "config", "cin256", scale_factor=0.5))
-    assert relative(by_config.decoder(0.5 * x), image) < 1e-12
-    save_checkpoint(tmp_path / "config" / "model.ckpt", state_dict("cin256") | {"scale_factor": torch.tensor(0.25)})
-    assert relative(load_ldm(tmp_path / "config").decoder(0.25 * x), image) < 1e-12
+    assert relative(load_ldm(save(tmp_path / "yaml", "cin256", scale_factor=0.5)).decoder(0.5 * x), image) < 1e-12
+    measured = save(tmp_path / "measured", "cin256", scale_by_std=True)
+    with pytest.raises(ValueError, match="do not belong together: there is no scale_factor"):
+        load_ldm(measured)
+    for scale in (0.25, 0.0):
+        save_checkpoint(measured / "model.ckpt", state_dict("cin256") | {"scale_factor": torch.tensor(scale)})
+        if scale:
+            assert relative(load_ldm(measured).decoder(scale * x), image) < 1e-12
+    with pytest.raises(ValueError, match=r"scale_factor is 0\.0"):
+        load_ldm(measured)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +238,9 @@ def test_a_checkpoint_and_the_yaml_of_another(files, tmp_path):
     (tmp_path / "wide.yaml").write_text(yaml.safe_dump(changed(f"{UNET}/model_channels", 64)))
     with pytest.raises(ValueError, match=r"conv_in.weight is torch.float64 .32, 3, 3, 3. instead of float .64, 3"):
         load_ldm(by_class, tmp_path / "wide.yaml")
+    (tmp_path / "odd.yaml").write_text(yaml.safe_dump(changed(f"{UNET}/model_channels", 33)))
+    with pytest.raises(ValueError, match=r"cannot build the networks of .*odd.yaml: num_channels"):
+        load_ldm(by_class, tmp_path / "odd.yaml")
     weights = {k: v for k, v in state_dict("cin256").items() if "decoder.conv_in" not in k}
     torch.save({"state_dict": weights}, tmp_path / "model.ckpt")
     with pytest.raises(ValueError, match=r"does not hold the first stage of .*it lacks decoder.conv_in.bias, one of 2"):

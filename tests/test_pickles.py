@@ -217,6 +217,7 @@ def test_files_of_torch_save_come_out_bitwise(zipped, tmp_path):
     assert torch.equal(torch.load(path, weights_only=False)["state_dict"]["a"], base)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read as on Linux: run it there")
 def test_zip_files_are_mapped(tmp_path):
     """Reading a file of torch.save takes no memory for its numbers."""
     path = tmp_path / "large.pt"
@@ -224,6 +225,14 @@ def test_zip_files_are_mapped(tmp_path):
     before = resident()
     x = read_pickle(path)["x"]
     assert resident() - before < 2**22 and x.shape == (2**24,)
+
+
+def test_long_bytes_are_a_view_of_the_file(tmp_path):
+    path, text = tmp_path / "long.pkl", bytes(range(256)) * 1024
+    path.write_bytes(pickle.dumps([text, text[:100], np.frombuffer(text, "u1"), torch.arange(2.0**16)]))
+    view, short, array, tensor = read_pickle(path)
+    assert view == text and view.readonly and short == text[:100] and array.tobytes() == text
+    assert torch.equal(tensor, torch.arange(2.0**16))
 
 
 def resident():

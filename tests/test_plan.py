@@ -33,9 +33,15 @@ def test_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert f"choice: micro-batch {chosen['micro_batch']}," in said
 
 
-def test_guidance_and_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_guidance_and_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent)
     options = [
+        "--model",
+        "toy:make_guided",
         "--guidance",
+        "2",
         "--weights",
         "resident",
         "nf4",
@@ -81,7 +87,7 @@ def test_nothing_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ("options", "words"),
     [
         (["--memory-budget", "0.8"], "such as 8GiB, got '0.8'"),
-        (["--model", "cifar10", "--guidance"], "cifar10 is not used with classifier-free guidance"),
+        (["--model", "cifar10", "--guidance", "2"], "cifar10 is not used with classifier-free guidance"),
         (["--model", "cifar"], "unknown model 'cifar'"),
         (["--steps", "0"], "steps and batch must be at least 1"),
     ],

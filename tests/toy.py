@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gas_engine import Denoiser, Schedule
+from gas_engine.conditioning import Classes
 
 SHAPE = (2, 3, 3)
 
@@ -99,3 +100,11 @@ class Perceptron(nn.Module):
 def make_perceptron() -> Denoiser:
     torch.manual_seed(0)
     return Denoiser(Perceptron(), Schedule.vp_linear(0.1, 20.0), "data", SHAPE, name="perceptron")
+
+
+def make_guided() -> Denoiser:
+    """The same with ten classes, which it ignores, and one of none."""
+    plain = make_perceptron()
+    return Denoiser(
+        plain.function, plain.schedule, "data", SHAPE, conditioning=Classes(10, null=10), name="guided perceptron"
+    )

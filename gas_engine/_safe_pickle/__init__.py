@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from ._containers import Reader
-from ._records import Name, Record, Refused, attributes_of, mapping_of, said, state_dict_of
+from ._records import Name, Record, Refused, attributes_of, bounded, mapping_of, said, state_dict_of
 
-__all__ = ["Name", "Record", "attributes_of", "mapping_of", "read_pickle", "said", "state_dict_of"]
+__all__ = ["Name", "Record", "attributes_of", "bounded", "mapping_of", "read_pickle", "said", "state_dict_of"]
 
 
 def read_pickle(file: Path | str | IO[bytes]) -> Any:
@@ -22,8 +22,9 @@ def read_pickle(file: Path | str | IO[bytes]) -> Any:
     Understood: None, numbers, strings, bytes, list, tuple, dict, set, OrderedDict, defaultdict; tensors and parameters
     of any device, which become CPU tensors; torch dtypes, devices and sizes; NumPy arrays, scalars and dtypes. A class
     or function that is only named becomes a `Name`, anything else a `Record`.
-    Memory: the tensors of a zip file are mapped and stay on the disk until they are used, those of the others are
-    copied once; at most 2^24 instructions are followed, and little is made beyond the size of the file.
+    Bytes beyond 64 KiB stay a memoryview of the file.
+    Memory: the tensors of a zip file are mapped and stay on the disk until they are used, those of other files are
+    copied out of a map of the file. At most 2^24 instructions are followed, and little is made beyond that.
     Raises ValueError, one sentence with the file's name, for a file that is missing, truncated, damaged, hostile, or no
     such file.
 

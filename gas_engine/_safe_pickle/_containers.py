@@ -38,7 +38,7 @@ class Reader:
         value, position = self._pickle(0)
         return self._stream(position) if type(value) is int and value == _MAGIC else value
 
-    def _nested(self, data: bytes) -> Any:
+    def _nested(self, data: Any) -> Any:
         return Reader(bytearray(data), self.budget, self.depth + 1).read()
 
     def _pickle(self, position: int, stored: Any = None) -> tuple[Any, int]:
@@ -60,20 +60,16 @@ class Reader:
             storage = self.storages.pop(key) if isinstance(key, str) and key in self.storages else None
             if storage is None:
                 raise Refused("its list of storages names an unknown one")
-            (count,) = struct.unpack("<q", self._bytes(position, 8))
+            (count,) = struct.unpack("<q", self.data[position : position + 8].ljust(8, b"\xff"))
             if count * storage.dtype.itemsize != len(storage.bytes):
                 raise Refused(f"a storage of {len(storage.bytes)} bytes is announced as {said(count)} numbers")
+            if position + 8 + len(storage.bytes) > len(self.data):
+                raise EOFError
             if count:
-                content = self._bytes(position + 8, len(storage.bytes))
-                storage.bytes.copy_(torch.frombuffer(content, dtype=torch.uint8))
+                content = torch.frombuffer(self.data, dtype=torch.uint8, count=len(storage.bytes), offset=position + 8)
+                storage.bytes.copy_(content)
             position += 8 + len(storage.bytes)
         return value
-
-    def _bytes(self, position: int, count: int) -> bytearray:
-        content = bytearray(self.data[position : position + count])
-        if len(content) < count:
-            raise EOFError
-        return content
 
     def _promised(self, dtype: torch.dtype, key: str, count: int, view: Any) -> Storage:
         """A storage whose bytes come behind the pickle."""

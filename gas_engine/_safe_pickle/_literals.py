@@ -36,3 +36,7 @@ def quoted(line: bytes) -> str:
 
 def latin1(data: bytes) -> str:
     return data.decode("latin1")  # Python 2 strings, NumPy arrays among them
+
+
+def unicode(line: bytes) -> str:
+    return codecs.raw_unicode_escape_decode(line)[0]  # type: ignore[attr-defined]

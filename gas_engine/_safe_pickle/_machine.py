@@ -11,12 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ._literals import integer, latin1, long, quoted, short, utf8
-from ._records import Name, Record, Refused
+from ._literals import integer, latin1, long, quoted, short, unicode, utf8
+from ._records import Name, Record, Refused, checked_key
 
-__all__ = ["Budget", "Machine", "checked_key"]
-
-_MOST_PARTS, _LONGEST_KEY = 64, 2**16
+_LARGE = 2**16
 
 
 @dataclass
@@ -35,21 +33,6 @@ class Budget:
         self.bytes -= count
         if self.bytes < 0:
             raise Refused(f"it unfolds into far more than its {self.size:,} bytes")
-
-
-def checked_key(value: Any) -> Any:
-    """A key of a dict or set, if it is hashed and compared in no time: numbers, strings, small tuples of them."""
-    pending, seen = [value], 0
-    while pending:
-        part = pending.pop()
-        if type(part) in (tuple, frozenset):
-            seen += len(part)
-            if seen > _MOST_PARTS:
-                raise Refused(f"a key has more than {_MOST_PARTS} parts")
-            pending.extend(part)
-        elif type(part).__hash__ is None or (isinstance(part, (str, bytes)) and len(part) > _LONGEST_KEY):
-            raise Refused(f"a {type(part).__name__} is no key, or a very long one")
-    return value
 
 
 class Machine:
@@ -85,6 +68,15 @@ class Machine:
             raise EOFError
         self.position += count
         return bytes(self.data[self.position - count : self.position])
+
+    def blob(self, count: int) -> bytes | memoryview:
+        """Bytes; where they are many, a view of the file, because the memo keeps them until the end."""
+        if count <= _LARGE:
+            return self.take(count)
+        if count > len(self.data) - self.position:
+            raise EOFError
+        self.position += count
+        return memoryview(self.data)[self.position - count : self.position].toreadonly()
 
     def number(self, form: str) -> Any:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
@@ -230,7 +222,7 @@ _ACTIONS: dict[int, Callable[[Machine], Any]] = {
     ord("I"): _lined(integer),
     ord("L"): _lined(lambda line: int(short(line).rstrip(b"L"))),
     ord("S"): _lined(quoted),
-    ord("V"): _lined(lambda line: line.decode("raw-unicode-escape")),
+    ord("V"): _lined(unicode),
     ord("J"): lambda m: m.push(m.number("<i")),
     ord("K"): lambda m: m.push(m.number("B")),
     ord("M"): lambda m: m.push(m.number("<H")),
@@ -245,9 +237,9 @@ _ACTIONS: dict[int, Callable[[Machine], Any]] = {
     ord("X"): _counted("<I", utf8),
     0x8C: _counted("B", utf8),
     0x8D: _counted("<Q", utf8),
-    ord("B"): _counted("<I", bytes),
+    ord("B"): lambda m: m.push(m.blob(m.number("<I"))),
     ord("C"): _counted("B", bytes),
-    0x8E: _counted("<Q", bytes),
+    0x8E: lambda m: m.push(m.blob(m.number("<Q"))),
     0x96: _counted("<Q", bytearray),
     ord("]"): lambda m: m.push([]),
     ord("}"): lambda m: m.push({}),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-_DEEPEST, _MOST = 64, 100_000  # modules inside of each other, and tensors of one network
+_DEEPEST, _MOST, _LONGEST_NAME = 64, 100_000, 200  # modules inside of each other, tensors of one network
+_MOST_PARTS, _LONGEST_KEY = 64, 2**16
 
 
 class Refused(ValueError):
@@ -53,13 +55,30 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def checked_key(value: Any) -> Any:
+    """A key of a dict or set, if it is hashed and compared in no time: numbers, strings, small tuples of them."""
+    pending, seen = [value], 0
+    while pending:
+        part = pending.pop()
+        if type(part) in (tuple, frozenset):
+            seen += len(part)
+            if seen > _MOST_PARTS:
+                raise Refused(f"a key has more than {_MOST_PARTS} parts")
+            pending.extend(part)
+        elif type(part).__hash__ is None or (isinstance(part, (str, bytes, memoryview)) and len(part) > _LONGEST_KEY):
+            raise Refused(f"a {type(part).__name__} is no key, or a very long one")
+    return value
+
+
 def mapping_of(value: Any) -> dict[Any, Any] | None:
     """A dict, also where it was recorded as an object of a class derived from dict; None for anything else."""
     if isinstance(value, dict):
         return value
     if isinstance(value, Record):
         if value.items and all(isinstance(item, tuple) and len(item) == 2 for item in value.items):
-            return dict(value.items)
+            with contextlib.suppress(Refused):
+                return {checked_key(key): item for key, item in value.items}
+            return None
         if value.args and isinstance(value.args[0], dict):
             return value.args[0]
         if isinstance(value.state, dict):
@@ -82,6 +101,17 @@ def attributes_of(record: Any) -> dict[str, Any]:
     return state
 
 
+def bounded(tensors: Iterable[Tensor]) -> None:
+    """Raise ValueError if copies of the tensors took far more memory than they take as views of each other."""
+    wanted, held = 0, {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        wanted += tensor.numel() * tensor.itemsize
+        held[storage.data_ptr()] = storage.nbytes()
+    if wanted > 4 * sum(held.values()) + 2**26:
+        raise ValueError(f"it writes {sum(held.values()):,} bytes of tensors and means {wanted:,}")
+
+
 def state_dict_of(record: Any) -> dict[str, Tensor]:
     """Parameters and persistent buffers of a recorded `torch.nn.Module` and its submodules, by their dotted names.
 
@@ -93,6 +123,7 @@ def state_dict_of(record: Any) -> dict[str, Tensor]:
             raise ValueError(f"{said(record)} names more than {_MOST:,} tensors")
         if value is not None:
             tensors[name] = value
+    bounded(tensors.values())
     return tensors
 
 
@@ -108,6 +139,8 @@ def _tensors(record: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor
         raise ValueError(f"{said(record)} is no torch module: its attributes are {known}")
     transient = attributes.get("_non_persistent_buffers_set")
     transient = transient if isinstance(transient, set) else ()
+    if any(not isinstance(name, str) or len(name) > _LONGEST_NAME for table in tables for name in table or ()):
+        raise ValueError(f"{said(record)} has parts that are not named as those of a module")
     for name, value in (*parameters.items(), *buffers.items()):
         if isinstance(value, Tensor) and name not in transient:
             yield f"{prefix}{name}", value

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._machine import Budget, checked_key
-from ._records import Name, Record, Refused, said
+from ._machine import Budget
+from ._records import Name, Record, Refused, checked_key, said
 
 _PLAIN_DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16|[SU][1-9]\d{0,5})")
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "numpy._core": "numpy.core"}
+_BYTES = (bytes, bytearray, memoryview)
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -55,7 +56,7 @@ class Values:
     outside of it.
     """
 
-    def __init__(self, budget: Budget, nested: Callable[[bytes], Any], stored: Callable[..., Storage] | None) -> None:
+    def __init__(self, budget: Budget, nested: Callable[[Any], Any], stored: Callable[..., Storage] | None) -> None:
         self.budget, self.nested, self.stored = budget, nested, stored
         self.names: dict[tuple[str, str], Any] = {}
 
@@ -123,7 +124,7 @@ class Values:
         return kind(map(checked_key, self._items(items))) if kind in (set, frozenset) else kind(self._items(items))
 
     def bytes(self, kind: type, text: Any = b"", encoding: Any = "latin1") -> Any:
-        if not isinstance(text, (bytes, bytearray, str)) or encoding not in ("latin1", "latin-1"):
+        if not isinstance(text, (*_BYTES, str)) or encoding not in ("latin1", "latin-1"):
             raise Refused(f"it makes {kind.__name__} of a {type(text).__name__}")
         self.budget.take(len(text))
         return kind(text.encode("latin1") if isinstance(text, str) else text)
@@ -149,10 +150,10 @@ class Values:
         return torch.Size(sizes)
 
     def storage(self, data: Any) -> Storage:
-        if not isinstance(data, (bytes, bytearray)):
+        if not isinstance(data, _BYTES):
             raise Refused(f"a storage is made of a {type(data).__name__}")
         self.budget.take(2 * len(data))
-        storage = self.nested(bytes(data))
+        storage = self.nested(data)
         if not isinstance(storage, Storage):
             raise Refused(f"a storage is a {type(storage).__name__}")
         return storage
@@ -208,12 +209,12 @@ class Values:
         if not isinstance(state, tuple) or len(state) != 5:
             raise Refused("a NumPy array has no state")
         _, shape, dtype, fortran, data = state
-        if not isinstance(dtype, np.dtype) or not isinstance(data, (bytes, bytearray, str)):
+        if not isinstance(dtype, np.dtype) or not isinstance(data, (*_BYTES, str)):
             return Record("numpy", "ndarray", state=state)  # of objects
         return self.array(data, dtype, shape, "F" if fortran else "C")
 
     def array(self, data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-        if not isinstance(dtype, np.dtype) or not isinstance(data, (bytes, bytearray, str)) or order not in ("C", "F"):
+        if not isinstance(dtype, np.dtype) or not isinstance(data, (*_BYTES, str)) or order not in ("C", "F"):
             raise Refused(f"a NumPy array is made of a {type(data).__name__}")
         shape = shape if isinstance(shape, tuple) else (shape,)
         if not _counts(*shape) or len(shape) > 32:

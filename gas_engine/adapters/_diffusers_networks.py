@@ -8,6 +8,7 @@ from ..architectures import wrappers
 from ..architectures.wrappers import DiffusersFunction
 from ..conditioning import Classes
 from ..schedule import Schedule
+from ._diffusers_named import NamedFunction
 
 _FUNCTIONS: dict[str, type[DiffusersFunction]] = {
     "UNet2DModel": wrappers.UNet,
@@ -27,7 +28,7 @@ def function_of(network: Any, schedule: Schedule, labels: int) -> DiffusersFunct
     name, config = type(network).__name__, network.config
     if name in _REVERSED:
         raise ValueError(f"{name} takes a 'timestep' that runs from data to noise, which is not served")
-    kind = _FUNCTIONS.get(name, wrappers.NamedFunction)
+    kind = _FUNCTIONS.get(name, NamedFunction)
     if name == "UNet2DConditionModel":
         added = config.addition_embed_type
         if added not in (None, "text_time"):

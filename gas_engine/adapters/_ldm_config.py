@@ -38,7 +38,7 @@ class LatentDiffusion:
     """A model without its weights.
 
     ``unet``, ``first_stage``: arguments of diffusers' classes. ``rows`` of the class embedding, None if unconditional;
-    ``betas`` [N] in float64; ``shape`` [C, h, w] of a state.
+    ``betas`` [N] in float64; ``shape`` [C, h, w] of a state; ``scale_factor`` None if the checkpoint says it.
     """
 
     unet: dict[str, Any]
@@ -48,7 +48,7 @@ class LatentDiffusion:
     prediction: str
     shape: tuple[int, int, int]
     rows: int | None
-    scale_factor: float
+    scale_factor: float | None
     use_ema: bool
 
     @property
@@ -99,7 +99,7 @@ def _model(settings: Mapping[str, Any]) -> LatentDiffusion:
     if not 0 < ends[0] < ends[1] < 1:
         raise ValueError(f"linear_start and linear_end must rise between 0 and 1, got {ends[0]} and {ends[1]}")
     prediction = settings.get("parameterization", "eps")
-    if prediction not in PREDICTIONS:
+    if prediction not in list(PREDICTIONS):
         raise ValueError(f"parameterization is {prediction!r:.40}; understood are {', '.join(PREDICTIONS)}")
     rows, width = _classes(settings)
     unet = _unet(_settings(settings, "unet_config", NETWORK), width)
@@ -120,7 +120,7 @@ def _model(settings: Mapping[str, Any]) -> LatentDiffusion:
         PREDICTIONS[prediction],
         (channels, size, size),
         rows,
-        _number(settings, "scale_factor", 1.0),
+        None if settings.get("scale_by_std") else _number(settings, "scale_factor", 1.0),
         bool(settings.get("use_ema", True)),
     )
 
@@ -146,7 +146,7 @@ def _unet(settings: Mapping[str, Any], width: int | None) -> dict[str, Any]:
             f"the network's context_dim {settings.get('context_dim')!r:.40} (use_spatial_transformer: "
             f"{settings.get('use_spatial_transformer', False)!r:.40}) does not fit classes of width {width}"
         )
-    channels = [_count(settings, "model_channels", 65536) * m for m in _counts(settings, "channel_mult")]
+    channels = [_count(settings, "model_channels", 8192) * m for m in _counts(settings, "channel_mult")]
     attends = [2**level in _counts(settings, "attention_resolutions") for level in range(len(channels))]
     kind = "Attn" if width is None else "CrossAttn"
     levels = [f"{kind if attend else ''}{{}}Block2D" for attend in attends]
@@ -154,7 +154,7 @@ def _unet(settings: Mapping[str, Any], width: int | None) -> dict[str, Any]:
         "in_channels": _count(settings, "in_channels", 256),
         "out_channels": _count(settings, "out_channels", 256),
         "block_out_channels": channels,
-        "layers_per_block": _count(settings, "num_res_blocks", 64),
+        "layers_per_block": _count(settings, "num_res_blocks", 16),
         "down_block_types": [level.format("Down") for level in levels],
         "up_block_types": [level.format("Up") for level in reversed(levels)],
     }
@@ -172,7 +172,7 @@ def _unet(settings: Mapping[str, Any], width: int | None) -> dict[str, Any]:
         return arguments | {"attention_head_dim": None if head_width == -1 else head_width}
     # What diffusers calls attention_head_dim is the number of heads here.
     number = heads if head_width == -1 else [count // head_width for count in channels]
-    depth = _count(settings, "transformer_depth", 64, 1)
+    depth = _count(settings, "transformer_depth", 16, 1)
     return arguments | {
         "attention_head_dim": number, "cross_attention_dim": width, "transformer_layers_per_block": depth,
     }  # fmt: skip
@@ -188,10 +188,10 @@ def _first_stage(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "in_channels": _count(inner, "in_channels", 256),
         "out_channels": _count(inner, "out_ch", 256),
-        "block_out_channels": [_count(inner, "ch", 65536) * m for m in multiples],
+        "block_out_channels": [_count(inner, "ch", 8192) * m for m in multiples],
         "down_block_types": ["DownEncoderBlock2D"] * len(multiples),
         "up_block_types": ["UpDecoderBlock2D"] * len(multiples),
-        "layers_per_block": _count(inner, "num_res_blocks", 64),
+        "layers_per_block": _count(inner, "num_res_blocks", 16),
         "latent_channels": _count(inner, "z_channels", 256),
         "sample_size": _count(inner, "resolution", 65536),
         "num_vq_embeddings": _count(settings, "n_embed", 2**24),
@@ -227,6 +227,6 @@ def _count(settings: Mapping[str, Any], name: str, most: int, default: int | Non
 
 def _counts(settings: Mapping[str, Any], name: str) -> list[int]:
     values = settings[name]
-    if not isinstance(values, list) or not 1 <= len(values) <= 16:
-        raise ValueError(f"{name} must be a list of 1 to 16 numbers, got {values!r:.40}")
-    return [_count({name: value}, name, 1024) for value in values]
+    if not isinstance(values, list) or not 1 <= len(values) <= 8:
+        raise ValueError(f"{name} must be a list of 1 to 8 numbers, got {values!r:.40}")
+    return [_count({name: value}, name, 128) for value in values]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from .._safe_pickle import Name, Record, mapping_of, read_pickle, said
+from .._safe_pickle import Name, Record, bounded, mapping_of, read_pickle, said
 from ..files import sha256, write_json
 from ..networks import R3GANDiscriminator
 from . import edm, published, r3gan
@@ -65,7 +66,7 @@ def _content(path: Path | str) -> Any:
 
 def _kind(path: Path | str, content: Any) -> str:
     for kind, make in (
-        ("student", _student), ("teacher set", published.teacher_rows), ("edm", edm.described_edm),
+        ("student", _student), ("teacher set", _rows), ("edm", edm.described_edm),
         ("r3gan", _discriminator), ("checkpoint", _named_tensors),
     ):  # fmt: skip
         try:
@@ -81,6 +82,11 @@ def _student(content: Any) -> None:
     average = mapping_of(content["ema"])
     if average is None or "shadow_params" not in average:
         raise ValueError("no published student")
+
+
+def _rows(content: Any) -> None:
+    if not {"noise", "condition"} <= (mapping_of(content) or {}).keys():
+        raise ValueError("no published teacher set")
 
 
 def _discriminator(content: Any) -> dict[str, Tensor]:
@@ -130,6 +136,7 @@ def _named_tensors(content: Any) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in table.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError("it holds no tensors by name")
+    bounded(tensors.values())
     return tensors
 
 
@@ -144,21 +151,26 @@ def _plain(value: Any) -> Any:
     def plain(value: Any, depth: int) -> Any:
         nonlocal left
         left -= 1
-        if value is None or type(value) in (bool, int, str):
+        if isinstance(value, str):
+            left -= len(value) // 64
+            return value if left >= 0 else "..."
+        if value is None or type(value) in (bool, int):
             return value
         if isinstance(value, (float, np.floating)):
             return float(value) if math.isfinite(value) else str(value)
         if left < 0 or depth > 50:
             return "..."
         if isinstance(value, dict):
-            return {said(k).strip("'")[:200]: plain(v, depth + 1) for k, v in list(value.items())[: left + 1]}
+            return {said(k).strip("'")[:200]: plain(v, depth + 1) for k, v in islice(value.items(), left + 1)}
         if isinstance(value, (list, tuple, set, frozenset)):
-            return [plain(part, depth + 1) for part in list(value)[: left + 1]]
+            return [plain(part, depth + 1) for part in islice(value, left + 1)]
         if isinstance(value, Record):
-            parts = {"args": value.args, "kwargs": value.kwargs, "state": value.state, "items": value.items}
-            return {"class": f"{value.module}.{value.name}"} | {k: plain(v, depth + 1) for k, v in parts.items() if v}
+            held = {"args": value.args, "kwargs": value.kwargs, "state": value.state, "items": value.items}
+            named = {"class": f"{value.module}.{value.name}"[:200]}
+            said_so = {key: part for key, part in held.items() if not _is_empty(part)}
+            return named | {key: plain(part, depth + 1) for key, part in said_so.items()}
         if isinstance(value, Name):
-            return f"{value.module}.{value.name}"
+            return f"{value.module}.{value.name}"[:200]
         if isinstance(value, (Tensor, np.ndarray)):
             return {"dtype": str(value.dtype), "shape": list(value.shape)}
         if isinstance(value, np.generic):
@@ -166,6 +178,10 @@ def _plain(value: Any) -> Any:
         return f"{type(value).__name__}"
 
     return plain(value, 0)
+
+
+def _is_empty(part: Any) -> bool:
+    return part is None or (isinstance(part, (tuple, dict, list)) and not part)
 
 
 _WRITERS: dict[str, Callable[[Any, Path], dict[str, Any]]] = {

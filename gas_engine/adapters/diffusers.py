@@ -155,9 +155,7 @@ class LazyVAE(VAE):
         if self._unread is not None:
             vae = self._unread()
             if vae.config.get("latents_mean") is not None:
-                raise ValueError(
-                    f"{type(vae).__name__} has latents_mean, latents of another scale, which is not served"
-                )
+                raise ValueError(f"{type(vae).__name__} has latents_mean: latents of another scale, not served")
             self._unread, self.vae = None, vae.requires_grad_(False).eval()
 
     def forward(self, z: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._safe_pickle import Record, attributes_of, mapping_of, read_pickle, said, state_dict_of
+from .._safe_pickle import Record, attributes_of, bounded, mapping_of, read_pickle, said, state_dict_of
 from ..denoiser import EDMDenoiser
 from ..networks import EDMNetwork, build_edm
 from .described import is_safetensors, read_described, write_described
@@ -91,7 +92,7 @@ def described_edm(content: Any) -> EDMDescription:
     precond = _class_of(content)
     if precond not in _ARGUMENTS:
         raise ValueError(f"it is a {said(precond)[1:-1]}; known networks: {', '.join(_ARGUMENTS)}")
-    return EDMDescription(_arguments(content, precond), state_dict_of(content), precond)
+    return EDMDescription(_arguments(content, precond), _weights(content), precond)
 
 
 def _plain(table: Mapping[Any, Any]) -> EDMDescription:
@@ -107,10 +108,22 @@ def _plain(table: Mapping[Any, Any]) -> EDMDescription:
     if kwargs is None or tensors is None or not isinstance(precond, str):
         keys = ", ".join(said(key) for key in list(table)[:8])
         raise ValueError(f"it holds no network under 'ema': it has the keys {keys or 'of nothing'}")
-    weights = {
-        str(name): torch.as_tensor(value) for name, value in tensors.items() if isinstance(value, (Tensor, np.ndarray))
-    }
-    return EDMDescription({str(key): _plain_value(v) for key, v in kwargs.items()}, weights, precond.split(".")[-1])
+    return EDMDescription(
+        {str(key): _plain_value(v) for key, v in kwargs.items()}, _tensors_in(tensors), precond.split(".")[-1]
+    )
+
+
+def _weights(record: Record) -> dict[str, Tensor]:
+    """Of a module, or of an object that keeps its ``state_dict``."""
+    attributes = attributes_of(record)
+    table = mapping_of(attributes.get("state_dict"))
+    return state_dict_of(record) if "_modules" in attributes or table is None else _tensors_in(table)
+
+
+def _tensors_in(table: Mapping[Any, Any]) -> dict[str, Tensor]:
+    tensors = {str(k): torch.as_tensor(v) for k, v in table.items() if isinstance(v, (Tensor, np.ndarray))}
+    bounded(tensors.values())
+    return tensors
 
 
 def _class_of(record: Record) -> str:
@@ -146,7 +159,7 @@ def _initial(attributes: Mapping[str, Any], names: tuple[str, ...]) -> dict[str,
 
 def _plain_value(value: Any) -> Any:
     """Numbers of NumPy or in tensors as Python's, tuples as lists: what JSON says."""
-    if isinstance(value, (np.generic, np.ndarray, Tensor)):
+    if isinstance(value, np.generic) or (isinstance(value, (np.ndarray, Tensor)) and math.prod(value.shape) <= 1000):
         return value.tolist()
     if isinstance(value, (tuple, list)):
         return [_plain_value(part) if isinstance(part, (np.generic, Tensor)) else part for part in value]

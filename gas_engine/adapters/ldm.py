@@ -6,6 +6,7 @@ Neither file is executed: the classes that the YAML names are compared with know
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -47,8 +48,8 @@ def load_ldm(path: Path | str, config: Path | str | None = None) -> Denoiser:
     weights = _state_dict(checkpoint)
     with _found(f"{checkpoint} and {document} do not belong together"):
         _same_schedule(model, weights)
-        scale = float(weights.get("scale_factor", model.scale_factor))
-    with torch.device("meta"):
+        scale = _scale(model, weights)
+    with _found(f"cannot build the networks of {document}"), torch.device("meta"):
         function, autoencoder = model.function(), model.autoencoder(scale)
     with _found(f"{checkpoint} does not hold the network of {document}"):
         _fill(function, _network(model, weights))
@@ -111,6 +112,14 @@ def _same_schedule(model: LatentDiffusion, weights: Mapping[str, Tensor]) -> Non
             raise ValueError(f"their {name} are {ends[0]} and {ends[1]}")
 
 
+def _scale(model: LatentDiffusion, weights: Mapping[str, Tensor]) -> float:
+    """The factor that latents are multiplied by; training may have measured it (``scale_by_std``)."""
+    scale = float(weights["scale_factor"] if model.scale_factor is None else model.scale_factor)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale_factor is {scale}")
+    return scale
+
+
 def _fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give a module on the meta device its weights, as they are, frozen."""
     needed = module.state_dict()
@@ -120,9 +129,7 @@ def _fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, tensor in needed.items():
         given = weights[name]
         if given.shape != tensor.shape or not given.is_floating_point():
-            raise ValueError(
-                f"{name} is {given.dtype} {list(given.shape)} instead of floating point {list(tensor.shape)}"
-            )
+            raise ValueError(f"{name} is {given.dtype} {list(given.shape)} instead of float {list(tensor.shape)}")
     module.load_state_dict(weights, assign=True)
     module.eval().requires_grad_(False)
 

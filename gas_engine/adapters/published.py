@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._safe_pickle import mapping_of, read_pickle, said
+from .._safe_pickle import bounded, mapping_of, read_pickle, said
 from .described import is_safetensors, read_described, write_described
 
 FORMAT = "gas_engine.published_set/1"
@@ -92,6 +92,7 @@ def _stacked(name: str, column: Any) -> Tensor:
         rows.append(torch.as_tensor(row))
         if rows[-1].ndim != 3 or rows[-1].shape != rows[0].shape or not rows[-1].is_floating_point():
             raise ValueError(f"a row of its {name} is {rows[-1].dtype} {list(rows[-1].shape)}, not float [C, H, W]")
+    bounded(rows)
     return torch.stack(rows).float()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._safe_pickle import mapping_of, read_pickle, said, state_dict_of
+from .._safe_pickle import bounded, mapping_of, read_pickle, said, state_dict_of
 from ..networks import R3GANDiscriminator
 from .described import is_safetensors, read_described
 
@@ -48,5 +48,6 @@ def discriminator_weights(content: Any) -> dict[str, Tensor]:
     except ValueError:
         tensors = mapping_of(record) or {}
         if tensors and all(isinstance(value, Tensor) for value in tensors.values()):
+            bounded(tensors.values())
             return {str(name): value for name, value in tensors.items()}
         raise ValueError(f"holds no discriminator under 'D', but {said(record)}, no torch module") from None

@@ -166,8 +166,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             {
                 **_UNET, "sample_size": 64, "in_channels": 3, "out_channels": 3, "cross_attention_dim": 512,
                 "block_out_channels": (192, 384, 576, 960),
-                # Their number; each is 32 wide.
-                "attention_head_dim": (6, 12, 18, 30),
+                "attention_head_dim": 1,  # their number
                 "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
                 "up_block_types": (*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
             },

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from .hub import push_to_hub, write_hub
 from .k_diffusion import sample_gas
 from .numbers import for_diffusers, for_sigma_space
 
-__all__ = ["GASScheduler", "for_diffusers", "for_sigma_space", "sample_gas"]
+__all__ = ["GASScheduler", "for_diffusers", "for_sigma_space", "push_to_hub", "sample_gas", "write_hub"]
 
 
 def __getattr__(name: str) -> Any:

@@ -33,6 +33,8 @@ def sample_gas(model, x, sigmas, extra_args=None, callback=None, disable=None, *
     """
     numbers = read(solver)
     steps, first = len(sigmas) - 1, float(sigmas[0])
+    if steps < 1 or first <= 0:
+        return x
     wide = torch.promote_types(x.dtype, torch.float32)
     ones = torch.ones(len(x), dtype=wide, device=x.device)
 

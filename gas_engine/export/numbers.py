@@ -12,16 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures import network_label
-from ..architectures.wrappers import LABELS
+from ..adapters._diffusers_schedulers import PREDICTIONS
+from ..architectures.wrappers import LABELS, network_label
 from ..schedule import Schedule
 from ..solvers import LearnedTimes, classical, load_solver
 from ..tableau import Tableau
 
 Solvers = Path | str | LearnedTimes | Iterable[Path | str | LearnedTimes]
 THEORY_ORDER = 2
-# diffusers' names.
-PREDICTION_TYPES = {"noise": "epsilon", "velocity": "v_prediction", "data": "sample", "flow": "flow_prediction"}
 
 
 def opened(solvers: Solvers) -> list[LearnedTimes]:
@@ -69,8 +67,8 @@ def for_diffusers(solvers: Solvers, prediction: str) -> dict[str, Any]:
         }
     return {
         "solvers": numbers,
-        "prediction_type": PREDICTION_TYPES[prediction],
-        "num_train_timesteps": LABELS,
+        "prediction_type": next(name for name, ours in PREDICTIONS.items() if ours == prediction),
+        "num_train_timesteps": len(found[0].schedule.parameters.get("alphas_cumprod", range(LABELS))),
     }
 
 

@@ -1,4 +1,4 @@
-"""A network is built for weights: no larger than they are, whatever its arguments say."""
+"""A network is built for weights: no larger than they are, whatever its arguments say, and without drawing others."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch.overrides import TorchFunctionMode
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.randn)
 
 
-class NoLargerThan(TorchFunctionMode):
-    """Within it, ValueError is raised before more numbers are made than twice those of the weights, and 2^20.
+class BuiltFor(TorchFunctionMode):
+    """Within it, parameters stay undrawn, for the weights to be loaded, and ValueError is raised before more numbers
+    are made than twice those of the weights, and 2^20.
 
-    with NoLargerThan(state_dict.values()):
+    with BuiltFor(state_dict.values()):
         network = SongUNet(**arguments_of_a_file)
     """
 
@@ -26,6 +27,8 @@ class NoLargerThan(TorchFunctionMode):
         self.left = 2 * self.given + 2**20
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (Tensor.uniform_, Tensor.normal_):
+            return args[0]
         if function in _FACTORIES:
             shape = args[0] if args and isinstance(args[0], (tuple, list)) else args
             self.left -= math.prod(shape)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._bounded import NoLargerThan
+from ._bounded import BuiltFor
 from .edm_unet import DhariwalUNet, SongUNet
 
 
@@ -124,7 +124,7 @@ def build_edm(
     options = {name: value for name, value in kwargs.items() if name != "use_fp16"}
     tensors = None if state_dict is None else {name: torch.as_tensor(value) for name, value in state_dict.items()}
     try:
-        with nullcontext() if tensors is None else NoLargerThan(tensors.values()):
+        with nullcontext() if tensors is None else BuiltFor(tensors.values()):
             network = classes[precond](**options)
     except TypeError as error:
         known = sorted(set(inspect.signature(SongUNet).parameters) | set(inspect.signature(DhariwalUNet).parameters))

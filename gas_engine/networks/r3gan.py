@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._bounded import NoLargerThan
+from ._bounded import BuiltFor
 from ._r3gan_layers import ACTIVATION_GAIN, Head, Layer, Linear, ResidualBlock, Stage, Transition, apply
 
 
@@ -125,7 +125,7 @@ class R3GANDiscriminator(nn.Module):
         except KeyError as error:
             raise ValueError(f"this is no complete R3GAN discriminator: {error} is missing") from None
         kernel = next((v for name, v in state.items() if name.endswith(".Resampler.Kernel")), None)
-        with NoLargerThan(state.values()):
+        with BuiltFor(state.values()):
             network = cls(
                 widths,
                 cardinalities,

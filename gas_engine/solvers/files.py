@@ -1,4 +1,4 @@
-"""Solver files: a few kilobytes of safetensors that describe themselves, and the published students' .pt."""
+"""Solver files: a few kilobytes of safetensors or JSON that describe themselves, and the published students' .pt."""
 
 from __future__ import annotations
 
@@ -13,32 +13,64 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .._safe_pickle import read_pickle
-from ..files import atomic, tensors_sha256
+from ..files import atomic, tensors_sha256, write_text
 from ..schedule import Schedule
 from ._times import MAX_STEPS, LearnedTimes
 from .belm import BELMSolver
 from .generalized import GeneralizedSolver
 
 FORMAT = "gas_engine.solver/1"
+DERIVED = "follows from the parameters"
 FAMILIES: dict[str, type[LearnedTimes]] = {cls.family: cls for cls in (GeneralizedSolver, BELMSolver)}
 
 
 def save_solver(solver: LearnedTimes, path: Path | str, **facts: Any) -> None:
     """Write a solver with everything needed to use it; ``facts`` (model, metrics, version, ...) are kept as JSON."""
-    metadata = {"format": FORMAT, **solver.config(), **facts}
-    metadata["checksum"] = tensors_sha256(solver.state_dict(), metadata)
+    metadata = _metadata(solver, facts)
     data = save(solver.state_dict(), {key: json.dumps(value) for key, value in metadata.items()})
     with atomic(path) as temporary:
         temporary.write_bytes(_sorted_header(data))
 
 
+@torch.no_grad()
+def write_readable(solver: LearnedTimes, path: Path | str, **facts: Any) -> None:
+    """Write a solver as JSON that ``load_solver`` reads back to the bit, with what follows from its parameters: times
+    of states and network, and the tableau for data estimates D, x[n+1] = sum_j A[n][j] x[j] + B[n][j] D[j]."""
+    tableau = solver.tableau("data")
+    lower = {name: [row[: n + 1] for n, row in enumerate(getattr(tableau, name).tolist())] for name in "AB"}
+    follows = {"times": solver.times().tolist(), "told_times": tableau.t_net.tolist(), **lower}
+    parameters = {name: value.tolist() for name, value in solver.state_dict().items()}
+    content = {**_metadata(solver, facts), "parameters": parameters, DERIVED: follows}
+    write_text(path, _with_short_rows(content) + "\n")
+
+
+def write_published(solver: LearnedTimes, path: Path | str, step: int = 0) -> None:
+    """Write a student in the format of the published ones, {ema: {shadow_params: [...]}, model, optim, step}.
+
+    Theta, xi, c_1, a_1, c_2, a_2, ..., float64, which ``load_solver`` reads back to the bit. The format says neither
+    schedule nor t_eps. Raises ValueError for what it cannot say: another family or form, an order below K.
+    """
+    if not isinstance(solver, GeneralizedSolver) or solver.form != "theory" or solver.order != solver.steps:
+        said = f"order {solver.order}, form {solver.form}" if isinstance(solver, GeneralizedSolver) else solver.family
+        raise ValueError(
+            f"the published format holds Generalized Solvers with theory and of full order only, not this one "
+            f"({said}); write safetensors or JSON instead"
+        )
+    a, c = (value.detach().clone().unbind(1) for value in (solver.phi_a, solver.phi_c))
+    rows = [solver.theta.detach().clone(), solver.xi.detach().clone()]
+    rows += [row.contiguous() for pair in zip(c, a, strict=True) for row in pair]
+    content = {"ema": {"shadow_params": rows}, "model": {}, "optim": {}, "step": step}
+    with atomic(path) as temporary:
+        torch.save(content, temporary)
+
+
 def load_solver(
     path: Path | str, schedule: Schedule | None = None, t_eps: float | None = None, model: str | None = None
 ) -> LearnedTimes:
-    """Read a solver from ``solver.safetensors`` or from a published student's ``.pt``.
+    """Read a solver from ``solver.safetensors``, from its readable ``.json``, or from a published student's ``.pt``.
 
     A ``.pt`` (``{"ema": {"shadow_params": [theta, xi, c_1, a_1, c_2, a_2, ...]}}``; nothing in it is executed) says
-    nothing about its schedule, so it needs ``schedule`` and ``t_eps``. For a safetensors file these two and ``model``
+    nothing about its schedule, so it needs ``schedule`` and ``t_eps``. For other files these two and ``model``
     are what the caller is about to use: where the file was trained for others, a warning names both, and the file's
     own schedule is kept. The facts in the file are ``solver.facts``.
 
@@ -77,10 +109,7 @@ def load_solver(
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            raw = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        metadata = {key: json.loads(value) for key, value in raw.items()}
+        metadata, tensors = _read_json(path) if path.suffix == ".json" else _read_safetensors(path)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read the solver {path}: {error}") from None
     if metadata.get("format") != FORMAT:
@@ -88,6 +117,43 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if metadata.pop("checksum", None) != tensors_sha256(tensors, metadata):
         raise ValueError(f"{path} is corrupted: its numbers do not match its checksum")
     return metadata, tensors
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        raw = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    return {key: json.loads(value) for key, value in raw.items()}, tensors
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict) or not isinstance(content.get("parameters"), dict):
+        raise ValueError("it holds no parameters")
+    try:
+        parameters = content.pop("parameters")
+        tensors = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in parameters.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"its parameters are no numbers ({error})") from None
+    content.pop(DERIVED, None)
+    return content, tensors
+
+
+def _metadata(solver: LearnedTimes, facts: dict[str, Any]) -> dict[str, Any]:
+    metadata = {"format": FORMAT, **solver.config(), **facts}
+    return metadata | {"checksum": tensors_sha256(solver.state_dict(), metadata)}
+
+
+def _with_short_rows(value: Any, depth: int = 0) -> str:
+    """JSON with a line for each entry and each row of numbers."""
+    if isinstance(value, dict):
+        inner, end = "\n" + " " * (depth + 1), "\n" + " " * depth
+        entries = (f"{json.dumps(key)}: {_with_short_rows(entry, depth + 1)}" for key, entry in value.items())
+        return "{" + ",".join(inner + entry for entry in entries) + end + "}"
+    if isinstance(value, list) and any(isinstance(row, list) for row in value):
+        inner, end = "\n" + " " * (depth + 1), "\n" + " " * depth
+        return "[" + ",".join(inner + json.dumps(row) for row in value) + end + "]"
+    return json.dumps(value)
 
 
 def _sorted_header(data: bytes) -> bytes:
@@ -102,7 +168,10 @@ def _sorted_header(data: bytes) -> bytes:
 def _published(path: Path, schedule: Schedule, t_eps: float) -> GeneralizedSolver:
     try:
         rows = read_pickle(path)["ema"]["shadow_params"]
-        rows = [torch.as_tensor(row).detach().to(torch.float64) for row in rows[: 3 + 2 * MAX_STEPS]]
+        rows = [torch.as_tensor(row).detach() for row in rows[: 3 + 2 * MAX_STEPS]]
+        if any(row.numel() > MAX_STEPS for row in rows):
+            raise ValueError(f"its tensors are {max(row.numel() for row in rows):,} numbers long")
+        rows = [row.to(torch.float64) for row in rows]
     except Exception as error:  # a foreign file fails in any way
         reason = str(error) if isinstance(error, ValueError) else f"no ema/shadow_params: {type(error).__name__}"
         raise ValueError(f"{path} is not a published student ({reason})") from None

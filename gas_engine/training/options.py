@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..models import ModelOptions
+from ..models import PlacedModelOptions
 from ..teacher import TeacherSolver
 
 
 @dataclass
-class Config(ModelOptions):
+class Config(PlacedModelOptions):
     """Learn a few-step solver for a frozen diffusion or flow model."""
 
     config: Path | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .._cli import console, progress
 from ..denoiser import Denoiser
 from ..files import write_text
 from ..metrics import judge_of
+from ..models import PlacedModelOptions
 from ..solvers import LearnedTimes, grid, save_solver
 from ..tableau import Tableau
 from . import setup
@@ -73,7 +75,7 @@ def finish(
     console.print(
         f"solver    {directory.solver} ({directory.solver.stat().st_size / 1024:.1f} kB)\n"
         f"pictures  {directory.path}/comparison.png  schedule.png  tableau.png  history.png\n"
-        f"sample    python -m gas_engine.sample --model {config.model} --solver {directory.solver} --out samples",
+        f"sample    python -m gas_engine.sample {_model_options(config)} --solver {directory.solver} --out samples",
         soft_wrap=True,
     )
 
@@ -109,6 +111,15 @@ def _history(directory: RunDirectory, title: str) -> None:
     if rows:
         updates, times, told, a, b = ([row[name] for row in rows] for name in ("step", "times", "told", "A", "B"))
         pictures.history_plot(directory.path / "history.png", updates, times, told, a, b, title)
+
+
+def _model_options(config: Config) -> str:
+    """What of the command line says which model this is, and what it is told."""
+    names = [field.name for field in dataclasses.fields(PlacedModelOptions) if field.name != "model"]
+    given = {name: getattr(config, name) for name in names}
+    default = PlacedModelOptions()
+    said = {"model": config.model} | {name: v for name, v in given.items() if v != getattr(default, name)}
+    return " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in said.items())
 
 
 def _version() -> str:
