@@ -1,7 +1,7 @@
 """Weights in four bits: the NormalFloat of QLoRA (arXiv 2305.14314), 36 bytes for 64 numbers.
 
-torchao's class of that name takes only sizes that its blocks divide, makes NaN of blocks of equal scales, and looks
-values up with eight bytes a number; this one is for any weight, and its dequantisation needs little beside its result.
+torchao's class of that name takes only sizes that its blocks divide, and dequantises with five times its result in
+memory; this one is for any weight, and needs 4 MiB beside its result.
 """
 
 from __future__ import annotations
