@@ -11,7 +11,7 @@ from ._cli import InputError
 from .adapters import load_denoiser
 from .conditioning import Range
 from .denoiser import Denoiser
-from .execution import Execution, Precision, Weights
+from .execution import DTYPES, Execution, Precision, Weights
 from .guidance import guided, parse_guidance
 
 
@@ -30,6 +30,8 @@ class ModelOptions:
     """Scale of classifier-free guidance, such as 7.5; or a range such as 2:9, drawn from for each sample."""
     resolution: int | None = None
     """Pixels a side of a text model's pictures; the model's own unless given."""
+    text_length: int | None = None
+    """Tokens of a text for a T5 encoder (SD 3, FLUX, PixArt); the pipeline's own number unless given."""
 
 
 @dataclass
@@ -53,7 +55,9 @@ class PlacedModelOptions(ModelOptions):
 
 def open_model(options: ModelOptions, default_prompt: str | None = None) -> Denoiser:
     """The model on the host, conditioned and guided. Raises ValueError for options that it has no use for."""
-    denoiser = load_denoiser(options.model, options.resolution)
+    precision = getattr(options, "precision", "fp32")
+    dtype = None if precision == "fp32" else DTYPES[precision]  # a large network never lies on the host in fp32
+    denoiser = load_denoiser(options.model, options.resolution, text_length=options.text_length, dtype=dtype)
     conditioning, scale = denoiser.conditioning, parse_guidance(options.guidance) if options.guidance else None
     if conditioning is not None and conditioning.takes_prompts:
         prompts = options.prompts or (None if conditioning.classes else default_prompt)

@@ -25,7 +25,9 @@ from .distributed import ALONE, Group
 from .files import atomic, sha256, write_json
 from .models import PlacedModelOptions, open_model, place
 from .rollout import rollout
+from .schedule import Schedule
 from .solvers.named import named_solver
+from .tableau import Tableau
 
 FORMAT = "gas_engine.teacher/1"
 
@@ -40,8 +42,21 @@ class TeacherSolver:
     """Network evaluations."""
     grid: str = "logSNR"
     """Grid of times."""
-    t_eps: float = 1e-4
-    """Time at which the teacher stops."""
+    t_eps: float | None = None
+    """Time at which the teacher stops; 1e-4 unless given, or 1e-3 where the schedule does not reach as far."""
+
+    def on(self, schedule: Schedule) -> TeacherSolver:
+        """With a t_eps for this schedule."""
+        t_eps = self.t_eps
+        if t_eps is None:
+            t_eps = 1e-4 if schedule.domain[0] < 1e-4 else 1e-3
+        return TeacherSolver(self.solver, self.steps, self.grid, t_eps)
+
+    def tableau(self, schedule: Schedule) -> Tableau:
+        """Raises ValueError for an unknown solver or grid, and for a t_eps outside the schedule."""
+        solver = self.on(schedule)
+        assert solver.t_eps is not None
+        return named_solver(solver.solver, schedule, solver.steps, solver.grid, solver.t_eps)
 
 
 @dataclass
@@ -70,7 +85,7 @@ def teacher_samples(
     The processes of ``group`` take a batch each and tell each other: same bits for any number of them.
     """
     device = device or torch.device("cpu")
-    tableau = named_solver(solver.solver, denoiser.schedule, solver.steps, solver.grid, solver.t_eps)
+    tableau = solver.tableau(denoiser.schedule)
 
     def samples(start: int) -> Tensor:
         noise, cond = seeded(denoiser, seeds[start : start + batch])
@@ -95,7 +110,8 @@ def make_teacher_set(
     """
     if batch < 1 or shard < 1:
         raise InputError(f"batch and shard must be at least 1, got {batch} and {shard}")
-    named_solver(solver.solver, denoiser.schedule, solver.steps, solver.grid, solver.t_eps)  # refuse before writing
+    solver = solver.on(denoiser.schedule)
+    solver.tableau(denoiser.schedule)  # refuse before writing
     writable(out)
     made_by = {
         "model": denoiser.name, "fingerprint": denoiser.fingerprint(), **json.loads(json.dumps(denoiser.facts())),

@@ -21,7 +21,6 @@ from gas_engine.denoiser import seeded
 from gas_engine.guidance import guided, parse_guidance
 from gas_engine.models import ModelOptions, open_model
 from gas_engine.solvers.grids import GITS, grid
-from gas_engine.solvers.named import named_solver
 from gas_engine.training import setup
 from gas_engine.training.options import Config
 from gas_engine.training.presets import with_preset
@@ -239,7 +238,7 @@ def test_the_recipes_are_options_of_train(path):
             found = tyro.cli(Config, args=with_preset(["--config", str(path), "--steps", str(steps), *more]))
             assert found.steps == steps and setup.recipe(found).iterations == found.iterations
             assert found.teacher.steps == steps + 1 or path.stem != "mscoco"
-            named_solver(found.teacher.solver, SCHEDULE, found.teacher.steps, found.teacher.grid, found.teacher.t_eps)
+            assert found.teacher.tableau(SCHEDULE).steps == found.teacher.steps
 
 
 def test_the_gits_grid_has_the_published_levels():

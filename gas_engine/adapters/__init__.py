@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+
 from ..denoiser import Denoiser
 from .digits import load_digits
 from .edm import load_edm
@@ -13,7 +15,9 @@ from .factory import load_factory
 __all__ = ["load_denoiser", "load_digits", "load_edm", "load_factory"]
 
 
-def load_denoiser(name: str, resolution: int | None = None) -> Denoiser:
+def load_denoiser(
+    name: str, resolution: int | None = None, *, text_length: int | None = None, dtype: torch.dtype | None = None
+) -> Denoiser:
     """Load a frozen model, on the CPU.
 
     | name | what it is |
@@ -24,7 +28,8 @@ def load_denoiser(name: str, resolution: int | None = None) -> Denoiser:
     | a directory, ``owner/name`` | a diffusers pipeline, of the disk or of the Hub; ``resolution``: its pixels a side |
     | ``module:factory`` | any importable function that takes nothing and returns a ``Denoiser`` |
 
-    Nothing in a file is executed. Raises ValueError, with what was found and what is accepted, for anything else, and
+    ``text_length``: tokens of a text for its T5 encoder. ``dtype``: that a pipeline's weights are read in, float32
+    unless given. Nothing in a file is executed. Raises ValueError, with what was found and what is accepted, for anything else, and
     for truncated or foreign files.
 
         denoiser = load_denoiser("digits")
@@ -35,11 +40,13 @@ def load_denoiser(name: str, resolution: int | None = None) -> Denoiser:
         from .diffusers import load_diffusers
         from .text import conditioning_of
 
-        denoiser = load_diffusers(name, resolution=resolution)
-        denoiser.conditioning = conditioning_of(denoiser)
+        denoiser = load_diffusers(name, resolution=resolution, dtype=dtype)
+        denoiser.conditioning = conditioning_of(denoiser, length=text_length)
         return denoiser
     if resolution is not None:
         raise ValueError(f"a resolution of {resolution} was given, but {name} has one of its own; leave it out")
+    if text_length is not None:
+        raise ValueError(f"a text length of {text_length} was given, but {name} takes no text; leave it out")
     if name == "digits":
         return load_digits()
     if path.is_dir() or path.suffix == ".ckpt":
