@@ -32,6 +32,10 @@ class Conditioning:
         """The conditioning of a file of prompts, or of the prompt itself; ``guidance`` for a model that takes it."""
         raise ValueError("this model takes no prompts")
 
+    def of(self, texts: list[str]) -> Conditioning:
+        """The same with other prompts, where row n is told text n."""
+        raise ValueError("this model takes no prompts")
+
     def draw(self, seeds: Sequence[int], generators: Sequence[Generator]) -> Any:
         """Conditions of the seeds, on the CPU, [len(seeds), ...].
 

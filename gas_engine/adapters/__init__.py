@@ -29,8 +29,8 @@ def load_denoiser(
     | ``module:factory`` | any importable function that takes nothing and returns a ``Denoiser`` |
 
     ``text_length``: tokens of a text for its T5 encoder. ``dtype``: that a pipeline's weights are read in, float32
-    unless given. Nothing in a file is executed. Raises ValueError, with what was found and what is accepted, for anything else, and
-    for truncated or foreign files.
+    unless given. Nothing in a file is executed.
+    Raises ValueError, with what was found and what is accepted, for anything else, and for truncated or foreign files.
 
         denoiser = load_denoiser("digits")
     """

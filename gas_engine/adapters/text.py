@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -100,7 +101,7 @@ class TextConditioning(Conditioning):
             "guidance": list(scale) if isinstance(scale, tuple) else scale,
             "sizes": {name: value[0].tolist() for name, value in self.sizes.items()},
         }
-        return Prompts(texts, files, self.sizes, null, scale, facts)
+        return Prompts(texts, files, self.sizes, null, scale, facts, self.encoders)
 
     def draw(self, seeds: Sequence[int], generators: Sequence[Generator]) -> Any:
         return self.told(None)
@@ -115,9 +116,9 @@ class Prompts(Conditioning):
 
     def __init__(
         self, texts: list[str], files: list[Path], sizes: Row, null: Row | None, scale: float | Range | None,
-        facts: dict[str, Any],
+        facts: dict[str, Any], encoders: TextEncoders,
     ) -> None:  # fmt: skip
-        self.texts, self.files, self.sizes, self.scale = texts, files, sizes, scale
+        self.texts, self.files, self.sizes, self.scale, self.encoders = texts, files, sizes, scale, encoders
         self.null = None if null is None else {**_wide(null), **sizes}
         self.guidance_input = scale is not None
         self._facts = facts
@@ -129,6 +130,14 @@ class Prompts(Conditioning):
         if self.scale is not None:
             cond["guidance"] = scales(self.scale, generators)
         return cond
+
+    def of(self, texts: list[str]) -> Prompts:
+        try:
+            other = copy.copy(self)
+            other.texts, other.files = texts, self.encoders.encode(texts)
+            return other
+        finally:
+            self.encoders.release()
 
     def _row(self, n: int) -> Row:
         with safe_open(self.files[n // CHUNK], framework="pt") as file:

@@ -57,7 +57,7 @@ def published_set(path: Path, denoiser: Denoiser, rows: list[int]) -> tuple[list
         )
     cond: Any = found.cond
     if isinstance(cond, list):
-        if denoiser.conditioning is None or not hasattr(denoiser.conditioning, "of"):
+        if denoiser.conditioning is None or denoiser.conditioning.classes:
             raise InputError(f"{path} holds prompts, and {denoiser.name} takes none")
         cond = denoiser.conditioning.of([cond[row] for row in rows])
     elif cond is not None:

@@ -189,7 +189,7 @@ def _say_notices(trainer: Trainer) -> None:
 def _write_best(trainer: Trainer, directory: RunDirectory, config: Config) -> None:
     best, solver = trainer.best, type(trainer.average).from_config(trainer.average.config())
     solver.load_state_dict(best.tensors)
-    facts = {"guidance": 1.0} | trainer.denoiser.facts()
+    facts = {"prediction": trainer.denoiser.prediction, "guidance": 1.0} | trainer.denoiser.facts()
     save_solver(
         solver, directory.best, model=trainer.denoiser.name, **facts, loss=config.loss,
         metrics={"l1": best.distance, "updates": best.step, "selection_seeds": f"40000-{39_999 + config.selection}"},

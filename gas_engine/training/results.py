@@ -39,7 +39,11 @@ def finish(
         denoiser, tableau, held_out, f"learned ({_family(config)})", f"{trainer.step} updates", batch, group
     )  # fmt: skip
     if directory.writes:
-        facts = {"guidance": 1.0} | denoiser.facts() | {"loss": config.loss, "version": _version()}
+        facts = (
+            {"prediction": denoiser.prediction, "guidance": 1.0}
+            | denoiser.facts()
+            | {"loss": config.loss, "version": _version()}
+        )
         metrics: dict[str, Any] = {"l1": mine.l1, "rmse": mine.rmse, "psnr": mine.psnr}
         metrics["held_out_seeds"] = f"50000-{49_999 + len(held_out.noise)}"
         save_solver(student, directory.solver, model=denoiser.name, **facts, metrics=metrics)

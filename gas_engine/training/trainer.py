@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..conditioning import moved, take
+from ..conditioning import Conditioning, moved, take
 from ..denoiser import Denoiser, seeded
 from ..distributed import ALONE, Group
 from ..execution import Execution, out_of_memory
@@ -56,7 +56,7 @@ class Trainer:
 
     The batch of update i, and whatever a network may draw meanwhile, depends on ``seed`` and i alone, so a resumed run
     sees what it would have seen. Parameters are float64 on the CPU; samples live on ``device``. ``stored``: noise and
-    conditions of the targets, where they do not follow from ``seeds``.
+    conditions of the targets (tensors, or drawn by row), where they do not follow from ``seeds``.
 
     An update is, in this order: the batch; a step of the adversary, if there is one; the gradient of the solver; the
     check that it is finite; and only then clipped gradients, optimiser and average, all of them or none. An update
@@ -123,9 +123,12 @@ class Trainer:
         return Batch(mine, noise, cond, targets, fresh, len(mine) / len(rows))
 
     def _inputs(self, rows: list[int]) -> tuple[Tensor, Any]:
-        if self.stored is not None:
-            return tree_map(lambda values: values[rows], self.stored)
-        return seeded(self.denoiser, [self.seeds[row] for row in rows])
+        if self.stored is None:
+            return seeded(self.denoiser, [self.seeds[row] for row in rows])
+        noise, cond = self.stored
+        if isinstance(cond, Conditioning):
+            return noise[rows], cond.draw(rows, [torch.Generator().manual_seed(row) for row in rows])
+        return noise[rows], tree_map(lambda values: values[rows], cond)
 
     def update(self) -> Tensor:
         """One update; returns the loss (a scalar on the device, not read here, so that nothing waits for it).
