@@ -35,7 +35,8 @@ FAMILIES = [name for names in re.findall(r"<!-- run: (.*?) -->", PAGE) for name 
 # By which the pipelines are called; FLUX.1-schnell is told none.
 GUIDANCE = {"sd15": 7.5, "sd21v": 7.5, "sdxl": 7.0, "sd3": 7.0, "flux": 3.5, "flux_schnell": 1.0, "pixart": 4.5}
 GUIDANCE["dit"] = 1.5
-T5 = ("sd3", "flux", "flux_schnell", "pixart")  # whose texts are long
+FLUX = ("flux", "flux_schnell")  # whose pictures are large unless it is told otherwise
+T5 = ("sd3", "pixart", *FLUX)  # whose texts are long
 
 
 def commands(family: str) -> list[list[str]]:
@@ -105,8 +106,9 @@ def test_commands_of_the_page(model, monkeypatch, no_pictures, small_parts):
     for words in commands(family):
         here = {"MODEL": str(path)} | ({"207": "7"} if family == "ldm" else {})  # which has ten classes
         words = [here.get(word, word) for word in smaller(words)]
-        if family in T5 and words[0] != "convert":
-            words += ["--text-length", "16"]
+        if words[0] != "convert":
+            words += ["--text-length", "16"] if family in T5 else []
+            words += ["--resolution", "16"] if family in FLUX else []
         monkeypatch.setattr(sys, "argv", ["gas-engine", *words])
         try:
             command_line.main()
@@ -125,7 +127,7 @@ def assert_pipeline_repeats(family, path, directory):
 
     prompt, guidance = "a photo of a cat", GUIDANCE[family]
     told = {"prompts": "207"} if family == "dit" else {"prompts": prompt}
-    told |= {"text_length": 16} if family in T5 else {}
+    told |= ({"text_length": 16} if family in T5 else {}) | ({"resolution": 16} if family in FLUX else {})
     denoiser = open_model(ModelOptions(str(path), guidance=str(guidance), **told))
     solver = load_solver(directory.parent / "solver.safetensors")
     noise, cond = seeded(denoiser, [3])
@@ -136,11 +138,12 @@ def assert_pipeline_repeats(family, path, directory):
     pipeline.scheduler = GASScheduler.from_pretrained(directory)
     options = {"num_inference_steps": solver.steps, "guidance_scale": guidance}
     options |= {"max_sequence_length": 16} if family in T5 else {}
+    options |= {"use_resolution_binning": False} if family == "pixart" else {}
     if family == "dit":  # which draws its noise itself, and decodes
         generator = torch.Generator().manual_seed(3)
         images = pipeline([207], generator=generator, output_type="np", **options).images
         got, wanted = torch.from_numpy(images), (denoiser.decoder(wanted) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-    elif family.startswith("flux"):
+    elif family in FLUX:
         channels, rows, columns = denoiser.shape
         packed = pipeline._pack_latents(noise, 1, channels, rows, columns)
         side = rows * pipeline.vae_scale_factor
