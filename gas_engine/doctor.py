@@ -16,7 +16,7 @@ import tyro
 
 __all__ = ["examine", "main"]
 
-OPTIONAL = ("lpips", "torchvision", "diffusers", "tensorboard")
+OPTIONAL = ("lpips", "torchvision", "diffusers", "transformers", "torchao", "tensorboard")
 VARIABLES = ("GAS_ENGINE_NATIVE", "GAS_ENGINE_CUDA", "GAS_ENGINE_CUDA_ARCHS", "GAS_ENGINE_MARCH", "GAS_ENGINE_TIMEOUT")
 
 # One row: (subject, what was found, state), state one of "ok", "note", "bad".

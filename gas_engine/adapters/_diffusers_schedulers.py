@@ -40,6 +40,11 @@ def read_process(config: Mapping[str, Any], tokens: int) -> Process:
     count = config.get("num_train_timesteps", 1000)
     if not isinstance(count, int) or not 2 <= count <= 10**6:
         raise ValueError(f"num_train_timesteps of {name} must lie between 2 and a million, got {count!r}")
+    if name == "GASScheduler":
+        raise ValueError(
+            "the pipeline was saved with a learned solver (GASScheduler), which does not say how the model was trained; "
+            "give the pipeline with its own scheduler"
+        )
     kind = diffusers_class(name)
     try:
         with quiet():
