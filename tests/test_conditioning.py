@@ -211,6 +211,7 @@ def test_options_from_a_file(tmp_path):
     found = tyro.cli(Config, args=said)
     assert (found.steps, found.batch, found.lean, found.guidance) == (3, 6, False, "2.0")
     assert (found.teacher.solver, found.teacher.steps, found.adversarial_weight) == ("ddim", 7, 0.5)
+    assert said == with_preset([f"--config={path}", "--no-lean", "--steps=3", "--adversarial"])
     assert found.config == path and with_preset(["--steps", "4"]) == ["--steps", "4"]
     plain = tyro.cli(Config, args=with_preset(["--config", str(path)]))
     assert (plain.steps, plain.teacher.steps, plain.batch, plain.adversarial_weight) == (2, 5, 4, None)
@@ -218,7 +219,14 @@ def test_options_from_a_file(tmp_path):
 
 @pytest.mark.parametrize(
     "content, said",
-    [("stepz: 3", "'stepz', which is no option"), ("- a", "got list"), ("a: [", "cannot read"), (None, "cannot read")],
+    [
+        ("stepz: 3", "'stepz', which is no option"),
+        ("- a", "got list"),
+        ("a: [", "cannot read"),
+        (None, "cannot read"),
+        ("by_steps: [1]", "by_steps of"),
+        ("steps: 3\nby_steps: {3: 7}", "by_steps: 3 of"),
+    ],
 )
 def test_files_of_no_options(tmp_path, content, said, capsys):
     path = tmp_path / "bad.yaml"

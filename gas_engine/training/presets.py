@@ -25,8 +25,9 @@ def with_preset(words: Sequence[str]) -> list[str]:
 
     Raises InputError for a file that is missing, no YAML, or names no option.
     """
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" not in words:
-        return list(words)
+        return words
     place = words.index("--config") + 1
     if place == len(words):
         raise InputError("--config needs a file of options, such as configs/cifar10.yaml")
@@ -36,16 +37,17 @@ def with_preset(words: Sequence[str]) -> list[str]:
     said = [follows for word, follows in zip(words, [*words[1:], ""], strict=True) if word == "--steps"]
     said += [word.partition("=")[2] for word in words if word.startswith("--steps=")]
     steps = said[0] if said else str(content.get("steps"))
-    cases = content.get("by_steps") or {}
+    cases = _mapping(path, "by_steps", content.get("by_steps"))
     adversarial = "adversarial" in given or (content.get("adversarial") and "no_adversarial" not in given)
     options = _flat(path, {name: value for name, value in content.items() if name not in (*NOTES, *CASES)})
-    options |= _flat(path, content.get("if_adversarial") or {} if adversarial else {})
-    options |= _flat(path, next((case for k, case in cases.items() if str(k) == steps), {}))
+    options |= _flat(path, _mapping(path, "if_adversarial", content.get("if_adversarial")) if adversarial else {})
+    case = next((case for k, case in cases.items() if str(k) == steps), None)
+    options |= _flat(path, _mapping(path, f"by_steps: {steps}", case))
     found: list[str] = []
     for name, value in options.items():
         if not {name, f"no_{name}"} & given:
             found += _words(name, value)
-    return found + list(words)
+    return found + words
 
 
 def name_of(word: str) -> str:
@@ -65,6 +67,12 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} must be a mapping of options, got {type(content).__name__}")
     return content
+
+
+def _mapping(path: Path, name: str, value: Any) -> dict[Any, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"{name} of {path} must be a mapping of options, got {value!r:.40}")
+    return value or {}
 
 
 def _flat(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
