@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from test_edm_pickles import assert_reference, golden_network
 from torch import nn
 
-from gas_engine import Schedule, load_solver
+from gas_engine import Denoiser, Schedule, load_solver
 from gas_engine.adapters import load_edm
 from gas_engine.adapters.converting import kind_of, to_safetensors
 from gas_engine.adapters.published import read_published_teacher_set
 from gas_engine.adapters.r3gan import load_r3gan
 from gas_engine.networks import R3GANDiscriminator
+from gas_engine.training.data import published_set
 
 
 def prompt(i):
@@ -121,3 +122,19 @@ def test_what_cannot_be_converted_says_what_it_holds(tmp_path):
     with pytest.raises(ValueError, match="absent"):
         kind_of(tmp_path / "absent.pkl")
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_published_sets_of_other_conditions(tmp_path):
+    """Refused before anything is trained: what the set tells must be what the model takes."""
+    path = tmp_path / "dataset.pkl"
+    told = Denoiser(lambda x, t, c: x, Schedule.flow(), "flow", (4, 8, 8), classes=3)
+    untold = Denoiser(lambda x, t, c: x, Schedule.flow(), "flow", (4, 8, 8), name="untold")
+    for classes, model, said in (
+        (lambda i: i + 1, told, "class 3; those of"), (lambda i: i, untold, "holds classes, and untold takes none"),
+        (None, told, "holds no conditions"), (str, told, "holds prompts"),
+    ):  # fmt: skip
+        path.write_bytes(pickle.dumps(teacher_set(3, classes, True, (4, 8, 8))))
+        with pytest.raises(ValueError, match=said):
+            published_set(path, model, [0, 1])
+    path.write_bytes(pickle.dumps(teacher_set(3, lambda i: i, True, (4, 8, 8))))
+    assert published_set(path, told, [2, 0])[2][1].tolist() == [2, 0]

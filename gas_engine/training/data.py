@@ -55,15 +55,24 @@ def published_set(path: Path, denoiser: Denoiser, rows: list[int]) -> tuple[list
             f"{path} holds samples of shape {list(found.samples.shape[1:])}, but {denoiser.name} makes "
             f"{list(denoiser.shape or ())}"
         )
-    cond: Any = found.cond
-    if isinstance(cond, list):
-        if denoiser.conditioning is None or denoiser.conditioning.classes:
-            raise InputError(f"{path} holds prompts, and {denoiser.name} takes none")
-        cond = denoiser.conditioning.of([cond[row] for row in rows])
-    elif cond is not None:
-        cond = cond[rows]
-    if denoiser.conditioning is not None and cond is None:
-        raise InputError(f"{path} holds no conditions, and {denoiser.name} needs them")
     if isinstance(denoiser.guidance, tuple):
         raise InputError(f"{path} was made at one scale of guidance; give that, not a range")
-    return rows, found.samples[rows], (found.noise[rows], cond)
+    return rows, found.samples[rows], (found.noise[rows], _conditions(path, found.cond, denoiser, rows))
+
+
+def _conditions(path: Path, cond: Tensor | list[str] | None, denoiser: Denoiser, rows: list[int]) -> Any:
+    """Classes of the rows, or the conditioning of their prompts; checked against what the model takes."""
+    conditioning, classes = denoiser.conditioning, denoiser.classes
+    if isinstance(cond, list):
+        if conditioning is None or classes:
+            raise InputError(f"{path} holds prompts, and {denoiser.name} takes none")
+        return conditioning.of([cond[row] for row in rows])
+    if cond is None:
+        if conditioning is not None:
+            raise InputError(f"{path} holds no conditions, and {denoiser.name} needs them")
+        return None
+    if not classes:
+        raise InputError(f"{path} holds classes, and {denoiser.name} takes none")
+    if int(cond.max()) >= classes:
+        raise InputError(f"{path} holds class {int(cond.max())}; those of {denoiser.name} run from 0 to {classes - 1}")
+    return cond[rows]
