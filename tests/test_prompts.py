@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -257,6 +258,17 @@ def test_clear_words(saved, monkeypatch, tmp_path):
     assert len(list((tmp_path / "xdg" / "gas_engine" / "prompts").glob("*.safetensors"))) == 2
 
 
+@pytest.mark.parametrize("kept", [None, "tokenizer_config.json"])
+def test_half_a_tokenizer(kept, saved, tmp_path):
+    """transformers makes an empty one, to which all words are unknown."""
+    shutil.copytree(saved("sd15"), tmp_path / "p")
+    for file in (tmp_path / "p" / "tokenizer").iterdir():
+        if file.name != kept:
+            file.unlink()
+    with pytest.raises(ValueError, match="tokenizer is not whole: it has no"):
+        untold(tmp_path / "p").told("a cat", "", None)
+
+
 def test_classes_by_name(saved):
     every = untold(saved("dit"))
     assert every.classes == 1000 and every.null.tolist() == [1000] and every.told(None) is every
@@ -264,7 +276,7 @@ def test_classes_by_name(saved):
     two = every.told("goldfish")
     assert drawn(two, [0, 2**41]).tolist() == [1, 1] and two.facts() == {"classes": [1]}
     assert every.told("Carassius auratus").only == [1] and every.told("207").only == [207]
-    with pytest.raises(ValueError, match="'cat' is no class of this model; it has tench, tinca tinca"):
+    with pytest.raises(ValueError, match="'cat' is no class of this model; it has tench, Tinca tinca; goldfish"):
         every.told("cat")
     with pytest.raises(ValueError, match="takes no negative prompt"):
         every.told(None, "ugly")

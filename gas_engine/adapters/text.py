@@ -168,8 +168,8 @@ class NamedClasses(Classes):
         only = []
         for name in read_prompts(prompts):
             if name.lower() not in numbers:
-                few = ", ".join(list(numbers)[:3])
-                raise ValueError(f"{name!r} is no class of this model; it has {few} and so on")
+                few = "; ".join([*list(self.names.values())[:2], f"0 to {(self.classes or 1) - 1}"])
+                raise ValueError(f"{name!r} is no class of this model; it has {few}")
             only.append(numbers[name.lower()])
         return NamedClasses(self, self.names, only)
 

@@ -115,6 +115,12 @@ class TextEncoders:
             for name, value in index.items()
             if isinstance(value, list) and not name.startswith(("tokenizer", "text_encoder"))
         }
+        for name in (n for n, v in index.items() if n.startswith("tokenizer") and isinstance(v, list) and v[0]):
+            if not _has_words(self.directory / name):  # of which transformers makes an empty one, and reads on
+                raise ValueError(
+                    f"{self.directory / name} is not whole: it has no tokenizer.json, *.model, or vocab.json with "
+                    "merges.txt; get the pipeline again"
+                )
         names = [file.name for file in self.files if file.suffix == ".safetensors"]
         whole = not names or any(name.count(".") == 1 for name in names)
         variant = None if whole else names[0].split(".")[1].split("-")[0]  # model.fp16.safetensors and nothing else
@@ -202,6 +208,16 @@ def _named(answer: Sequence[Any]) -> Row:
         elif value.ndim == 2 and len(value) == len(text) and value.shape[1] > 3:
             row["pooled"] = value
     return {name: value.detach().cpu().contiguous() for name, value in row.items()}
+
+
+def _has_words(tokenizer: Path) -> bool:
+    """Whether the directory holds a vocabulary, in any of the forms of transformers."""
+    held = {file.name for file in tokenizer.glob("*")}
+    return (
+        bool(held & {"tokenizer.json", "vocab.txt"})
+        or {"vocab.json", "merges.txt"} <= held
+        or any(name.endswith(".model") for name in held)
+    )
 
 
 def _cache() -> Path:
