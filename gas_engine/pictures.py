@@ -21,6 +21,12 @@ from .schedule import Schedule
 from .tableau import Tableau
 
 
+def can_draw(denoiser: Denoiser) -> None:
+    """Reads what pictures need. Raises ValueError where it cannot be read: before the hours that states take."""
+    if isinstance(denoiser.decoder, nn.Module):
+        next(denoiser.decoder.parameters(), None)
+
+
 @torch.no_grad()
 def pictures_of(denoiser: Denoiser, states: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Pictures of states [N, *shape], on the CPU: of latents, decoded on ``device``, one by one."""

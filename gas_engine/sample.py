@@ -16,7 +16,7 @@ from .conditioning import moved, take
 from .denoiser import Denoiser, seeded
 from .files import atomic
 from .models import PlacedModelOptions, open_model, place
-from .pictures import image_rows, pictures_of
+from .pictures import can_draw, image_rows, pictures_of
 from .rollout import rollout
 from .solvers.files import load_solver
 from .solvers.named import named_solver
@@ -62,6 +62,8 @@ def run(config: Config) -> Path:
     denoiser = place(config, open_model(config), device)
     if config.format == "png" and len(denoiser.shape or ()) != 3:
         raise InputError(f"{denoiser.name} makes no pictures (states of shape {denoiser.shape}); use --format npy")
+    if config.format == "png":
+        can_draw(denoiser)
     tableau = _tableau(config, denoiser)
     noise, cond = _inputs(config, denoiser)
     done: list[Tensor] = []

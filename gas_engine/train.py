@@ -15,6 +15,7 @@ from ._cli import InputError, command, console
 from .distributed import Group
 from .files import write_text
 from .models import open_model
+from .pictures import can_draw
 from .plan import as_csv
 from .training import setup
 from .training.data import teacher_set
@@ -39,6 +40,7 @@ def _run(config: Config, given: Collection[str], group: Group) -> None:
     group = dataclasses.replace(group, lockstep=config.shard)
     device = group.device(config.device)
     model, recipe = open_model(config), setup.recipe(config)
+    can_draw(model)
     solver = setup.solver(config, model, recipe)
     execution, others = setup.execution(config), setup.compared(config, model)
     loss = setup.loss(config, model, device)

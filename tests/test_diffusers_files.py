@@ -21,6 +21,7 @@ from gas_engine.adapters._diffusers_schedulers import read_process
 from gas_engine.adapters.diffusers import LazyVAE, load_diffusers
 from gas_engine.losses import distillation_loss
 from gas_engine.losses.decoders import decoded
+from gas_engine.pictures import can_draw
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install diffusers")
 Saved = Callable[[str], Path]
@@ -220,6 +221,13 @@ def test_latents_of_another_scale_are_refused(saved: Saved, tmp_path: Path) -> N
     decoder = load_diffusers(str(tmp_path / "p")).decoder
     with pytest.raises(ValueError, match="AutoencoderKL has latents_mean: latents of another scale"):
         decoder(torch.zeros(1, 4, 8, 8))
+
+
+def test_an_autoencoder_that_is_not_there_is_missed_before_the_work(saved: Saved, tmp_path: Path) -> None:
+    shutil.copytree(saved("sd15"), tmp_path / "p")
+    (tmp_path / "p/vae/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot read the vae of"):
+        can_draw(load_diffusers(str(tmp_path / "p")))
 
 
 def test_a_loss_in_pixels_looks_into_the_autoencoder(saved: Saved) -> None:
