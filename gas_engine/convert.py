@@ -111,6 +111,8 @@ def _holds_solver(path: Path) -> bool:
 def _open(path: Path, config: Config) -> LearnedTimes:
     if path.suffix not in (".pt", ".pth"):
         return load_solver(path)
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
     if config.model is None and config.schedule is None:
         raise InputError(f"{path} does not say what it was trained for; give --model, or --schedule and --t-eps")
     model = None if config.model is None else _model(config.model)
