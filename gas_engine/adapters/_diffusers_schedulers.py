@@ -42,8 +42,8 @@ def read_process(config: Mapping[str, Any], tokens: int) -> Process:
         raise ValueError(f"num_train_timesteps of {name} must lie between 2 and a million, got {count!r}")
     if name == "GASScheduler":
         raise ValueError(
-            "the pipeline was saved with a learned solver (GASScheduler), which does not say how the model was trained; "
-            "give the pipeline with its own scheduler"
+            "the pipeline was saved with a learned solver (GASScheduler), which does not say how the model was "
+            "trained; give the pipeline with its own scheduler"
         )
     kind = diffusers_class(name)
     try:
