@@ -1,11 +1,12 @@
 # make demo    set up, train a solver on the embedded model, end with a table and pictures (about two minutes to train)
-# make test    set up, run the tests
+# make test    set up, run the tests, in WORKERS=2 processes of one thread
 # make bench   set up, run the benches, write bench/results/*.csv
 # make fuzz    set up, fuzz the readers of foreign files for five minutes (FUZZ_SECONDS=300)
 # make lint    set up, check formatting, lints and types
 .PHONY: demo test bench fuzz lint format clean
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -20,7 +21,7 @@ demo: $(READY)
 	$(BIN)/python -m gas_engine.train --checkpoint-every 1
 
 test: $(READY)
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests
 
 bench: $(READY)
 	$(BIN)/python -m pytest -q bench --save-csv
