@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .conditioning import Classes, Conditioning, Range
 from .files import tensors_sha256
-from .ops import lincomb
 from .schedule import Schedule
 from .tableau import PREDICTIONS
 
@@ -148,13 +147,13 @@ def _modules_in(function: Network) -> nn.Module | None:
 
 
 def weighted_sum(outputs: Sequence[Tensor], weights: Sequence[Weight]) -> Tensor:
-    """``sum_i weights[i] outputs[i]``, differentiable in the outputs [B, ...]; a weight is a number or [B] of them."""
-    if all(not isinstance(weight, Tensor) for weight in weights):
-        return lincomb(outputs, torch.tensor(weights, dtype=torch.float64))
-    total = outputs[0] * each(weights[0], outputs[0])
-    for output, weight in zip(outputs[1:], weights[1:], strict=True):
-        total = torch.addcmul(total, output, each(weight, output))
-    return total
+    """``w a + (1 - w) b`` of two outputs [B, ...], differentiable in them; w is a number, or [B] of them.
+
+    In one pass, and as ``b + w (a - b)``: a guidance scale of 7.5 would make the rounding of each product, and with it
+    that of the whole sum, as much larger.
+    """
+    (a, b), w = outputs, weights[0]
+    return torch.lerp(b, a, each(w, b) if isinstance(w, Tensor) else w)
 
 
 def each(weight: Weight, like: Tensor) -> Tensor:
