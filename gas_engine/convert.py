@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -131,7 +132,14 @@ def _model(name: str) -> Denoiser:
 
 def _prediction(config: Config, solvers: Sequence[LearnedTimes]) -> str:
     """As the option says, or the files, or the model, which is loaded for it."""
-    said = {config.prediction or solver.facts.get("prediction") for solver in solvers} - {None}
+    said = {config.prediction, *(solver.facts.get("prediction") for solver in solvers)} - {None}
+    other = next((s.facts["model"] for s in solvers if s.facts.get("model") not in (None, config.model)), None)
+    if config.model is not None and other is not None and config.model not in ARCHITECTURES:
+        warnings.warn(f"the solver was trained for the model {other!r}, not for {config.model!r}", stacklevel=2)
+    if len(said) > 1 and config.prediction is not None:
+        raise InputError(
+            f"--prediction {config.prediction} was given, but a file says {(said - {config.prediction}).pop()}"
+        )
     if len(said) > 1:
         raise InputError(f"the files are for networks of different predictions: {', '.join(sorted(map(str, said)))}")
     if said:

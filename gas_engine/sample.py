@@ -99,7 +99,8 @@ def _tableau(config: Config, denoiser: Denoiser) -> Tableau:
             raise InputError(f"--solver {config.solver} needs --steps, the number of network evaluations")
         return named_solver(config.solver, denoiser.schedule, config.steps, config.grid, t_eps)
     published = file.suffix in (".pt", ".pth")
-    solver = load_solver(file, denoiser.schedule, t_eps if published else config.t_eps, model=denoiser.name)
+    told = denoiser.facts().get("guidance", 1.0)
+    solver = load_solver(file, denoiser.schedule, t_eps if published else config.t_eps, denoiser.name, told)
     if config.steps is not None and config.steps != solver.steps:
         raise InputError(f"{file} is a solver of {solver.steps} steps, but --steps {config.steps} was given")
     with torch.no_grad():

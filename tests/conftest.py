@@ -38,6 +38,11 @@ def tiny() -> Callable[[float], EDMDenoiser]:
     return lambda t_eps=1e-3: EDMDenoiser(network, t_eps)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that no process of several waits for one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What ptxas said of every CUDA source."""
     reports = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from gas_engine.conditioning import Classes, Conditioning, moved, take
 from gas_engine.denoiser import seeded
 from gas_engine.guidance import guided, parse_guidance
 from gas_engine.models import ModelOptions, open_model
+from gas_engine.solvers import save_solver
 from gas_engine.solvers.grids import GITS, grid
 from gas_engine.training import setup
 from gas_engine.training.options import Config
@@ -255,3 +257,17 @@ def test_the_gits_grid_has_the_published_levels():
         assert relative(sigma / alpha, torch.tensor(GITS[steps], dtype=torch.float64)) < 1e-12
     with pytest.raises(ValueError, match="of 5, 6, 7, 8 steps, got 4"):
         grid("gits", SCHEDULE, 4)
+
+
+def test_solvers_for_another_guidance_or_another_process(tmp_path):
+    solver = GeneralizedSolver(3, SCHEDULE)
+    path = tmp_path / "solver.safetensors"
+    save_solver(solver, path, guidance=[2.0, 9.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for scale in (2.0, 7.5, (3.0, 9.0)):
+            load_solver(path, guidance=scale)
+    with pytest.warns(UserWarning, match=r"trained at guidance \[2.0, 9.0\] and is used at 1.0"):
+        load_solver(path, guidance=1.0)
+    with pytest.raises(ValueError, match=r"and the model runs on Schedule\.flow"):
+        load_solver(path, Schedule.flow(3.0))

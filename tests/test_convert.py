@@ -141,3 +141,10 @@ def test_third_party_files_and_wrong_questions(solver, tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             verb(*arguments, "--out", tmp_path / "out")
         assert said in capsys.readouterr().err.replace("\n", " "), said
+
+
+def test_a_prediction_that_the_file_denies(tmp_path, capsys):
+    save_solver(learned(4), tmp_path / "k4.safetensors", prediction="noise")
+    with pytest.raises(SystemExit, match="2"):
+        verb(tmp_path / "k4.safetensors", "--to", "diffusers", "--prediction", "flow", "--out", tmp_path / "scheduler")
+    assert "--prediction flow was given, but a file says noise" in capsys.readouterr().err

@@ -69,6 +69,7 @@ HOSTS = {
 
 
 @needs_build
+@pytest.mark.slow
 @pytest.mark.parametrize("host", HOSTS)
 def test_host_paths_in_cpp(host: str, tmp_path: Path) -> None:
     march, sanitize = HOSTS[host]

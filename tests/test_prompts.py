@@ -10,7 +10,7 @@ import torch
 from pipelines import WIDTH
 from safetensors import safe_open
 
-from gas_engine import Denoiser, Schedule
+from gas_engine import Denoiser, Schedule, load_denoiser
 from gas_engine.adapters import text_encoders
 from gas_engine.adapters.diffusers import load_diffusers
 from gas_engine.adapters.text import conditioning_of
@@ -256,6 +256,18 @@ def test_clear_words(saved, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     untold(saved("sd15")).told("a cat", "", None)
     assert len(list((tmp_path / "xdg" / "gas_engine" / "prompts").glob("*.safetensors"))) == 2
+
+
+def test_encoders_of_another_library_and_lengths_that_nobody_has(saved, tmp_path):
+    path = tmp_path / "foreign"
+    shutil.copytree(saved("sd15"), path)
+    index = json.loads((path / "model_index.json").read_text())
+    index["text_encoder"] = ["mypackage", "Encoder"]
+    (path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"the text_encoder of .* is Encoder of 'mypackage', code that is not run"):
+        untold(path).told("a cat", "", None)
+    with pytest.raises(ValueError, match=r"a text length of 5 is of a T5 encoder, and .* has none"):
+        load_denoiser(str(saved("sd15")), text_length=5)
 
 
 @pytest.mark.parametrize("kept", [None, "tokenizer_config.json"])

@@ -132,6 +132,7 @@ def test_recipes_are_the_documented_ones():
     assert quick.rate_at(0) == 1e-2 and quick.rate_at(quick.iterations) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_quick_recipe_beats_every_classical_solver(tmp_path, monkeypatch):
     """The default run on the digits: held-out L1 at most 1/2.5 of the best classical solver's at K = 4."""
     monkeypatch.chdir(tmp_path)

@@ -185,4 +185,6 @@ def _read(load: Callable[[str], Any], name: str, what: str) -> Any:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         said = " ".join(lines[: 1 + lines[0].endswith(":")])
+        if not Path(name).exists():
+            said = f"there is no such directory, and the Hub did not give it (offline, private, or no such id): {said}"
         raise ValueError(f"cannot read {what} {name}: {said}") from None

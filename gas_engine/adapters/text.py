@@ -42,6 +42,10 @@ def conditioning_of(
         return own
     index = json.loads((directory / "model_index.json").read_text())
     if any(name.startswith("text_encoder") and isinstance(v, list) and v[0] for name, v in index.items()):
+        if length is not None and not any("T5" in str(v[1:]) for v in index.values() if isinstance(v, list)):
+            raise ValueError(
+                f"a text length of {length} is of a T5 encoder, and {denoiser.name} has none; leave it out"
+            )
         function: Any = denoiser.function
         encoders = TextEncoders(directory, dtype, device, length)
         guided = bool(function.network.config.get("guidance_embeds"))

@@ -115,8 +115,16 @@ class TextEncoders:
             for name, value in index.items()
             if isinstance(value, list) and not name.startswith(("tokenizer", "text_encoder"))
         }
-        for name in (n for n, v in index.items() if n.startswith("tokenizer") and isinstance(v, list) and v[0]):
-            if not _has_words(self.directory / name):  # of which transformers makes an empty one, and reads on
+        for name, value in index.items():
+            if not isinstance(value, list) or not value[0] or not name.startswith(("tokenizer", "text_encoder")):
+                continue
+            if value[0] != "transformers":
+                raise ValueError(
+                    f"the {name} of {self.directory} is {value[1]} of {value[0]!r}, code that is not run; it must be "
+                    "of transformers"
+                )
+            # Of which transformers makes an empty one, and reads on.
+            if name.startswith("tokenizer") and not _has_words(self.directory / name):
                 raise ValueError(
                     f"{self.directory / name} is not whole: it has no tokenizer.json, *.model, or vocab.json with "
                     "merges.txt; get the pipeline again"
@@ -131,7 +139,10 @@ class TextEncoders:
                 )
             except (OSError, ValueError, SafetensorError) as error:
                 reason = str(error).splitlines()[0]
-                raise ValueError(f"cannot load the text encoders of {self.directory}: {reason}") from None
+                raise ValueError(
+                    f"cannot load the text encoders of {self.directory}: {reason}"
+                    + ("; pip install sentencepiece" if "tiktoken" in reason or "sentencepiece" in reason else "")
+                ) from None
             return pipeline.to(self.device) if self.dtype is None else pipeline.to(self.device, self.dtype)
 
     @torch.no_grad()

@@ -258,7 +258,7 @@ def diffusers_class(name: str) -> Any:
 def quiet() -> Iterator[None]:
     """Without what libraries log of each other."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # what they raise says it as well
     try:
         yield
     finally:

@@ -65,16 +65,18 @@ def write_published(solver: LearnedTimes, path: Path | str, step: int = 0) -> No
 
 
 def load_solver(
-    path: Path | str, schedule: Schedule | None = None, t_eps: float | None = None, model: str | None = None
-) -> LearnedTimes:
+    path: Path | str, schedule: Schedule | None = None, t_eps: float | None = None, model: str | None = None,
+    guidance: Any = None,
+) -> LearnedTimes:  # fmt: skip
     """Read a solver from ``solver.safetensors``, from its readable ``.json``, or from a published student's ``.pt``.
 
     A ``.pt`` (``{"ema": {"shadow_params": [theta, xi, c_1, a_1, c_2, a_2, ...]}}``; nothing in it is executed) says
-    nothing about its schedule, so it needs ``schedule`` and ``t_eps``. For other files these two and ``model``
-    are what the caller is about to use: where the file was trained for others, a warning names both, and the file's
-    own schedule is kept. The facts in the file are ``solver.facts``.
+    nothing about its schedule, so it needs ``schedule`` and ``t_eps``. For other files these two, ``model``
+    and ``guidance`` are what the caller is about to use: where the file was trained for others, a warning names both,
+    and the file's own schedule is kept. The facts in the file are ``solver.facts``.
 
-    Raises ValueError for a file that is missing, truncated, corrupted or no solver.
+    Raises ValueError for a file that is missing, truncated, corrupted or no solver, and for one of a flow where the
+    schedule is variance preserving, or the other way round.
 
         solver = load_solver("runs/digits/solver.safetensors")
     """
@@ -100,11 +102,22 @@ def load_solver(
     trained_for = metadata.get("model")
     if model is not None and trained_for is not None and model != trained_for:
         warnings.warn(f"{path} was trained for the model {trained_for!r} and is used with {model!r}", stacklevel=2)
+    trained_at = metadata.get("guidance")
+    if guidance is not None and trained_at is not None and not _within(guidance, trained_at):
+        warnings.warn(f"{path} was trained at guidance {trained_at} and is used at {guidance}", stacklevel=2)
+    if schedule is not None and (schedule.kind == "flow") != (solver.schedule.kind == "flow"):
+        raise ValueError(f"{path} is a solver for {solver.schedule}, and the model runs on {schedule}; give another")
     if schedule is not None and schedule != solver.schedule:
         warnings.warn(f"{path} was trained for {solver.schedule} and is used with {schedule}", stacklevel=2)
     if t_eps is not None and t_eps != solver.t_eps:
         warnings.warn(f"{path} was trained to t_eps={solver.t_eps} and is used with t_eps={t_eps}", stacklevel=2)
     return solver
+
+
+def _within(scale: Any, trained: Any) -> bool:
+    """Whether a scale of guidance is the one that a solver was trained at, or lies in its range."""
+    low, high = trained if isinstance(trained, list | tuple) else (trained, trained)
+    return all(low <= s <= high for s in (scale if isinstance(scale, list | tuple) else (scale,)))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
