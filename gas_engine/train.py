@@ -40,6 +40,11 @@ def _run(config: Config, given: Collection[str], group: Group) -> None:
     group = dataclasses.replace(group, lockstep=config.shard)
     device = group.device(config.device)
     model, recipe = open_model(config), setup.recipe(config)
+    if config.guidance is None and model.conditioning is not None and model.conditioning.null is not None:
+        console.print(
+            "guidance  none was given, so the solver learns samples without it; --guidance 7.5 is a scale, 2:9 a range",
+            soft_wrap=True,
+        )
     can_draw(model)
     solver = setup.solver(config, model, recipe)
     execution, others = setup.execution(config), setup.compared(config, model)
