@@ -28,8 +28,9 @@ class Conditioning:
     takes_prompts = False
     guidance_input = False
 
-    def told(self, prompts: str | None, negative: str, guidance: float | Range | None) -> Conditioning:
-        """The conditioning of a file of prompts, or of the prompt itself; ``guidance`` for a model that takes it."""
+    def told(self, prompts: str | list[str] | None, negative: str, guidance: float | Range | None) -> Conditioning:
+        """The conditioning of a file of prompts, of the prompt itself, or of a list of them; ``guidance`` for a model
+        that takes it."""
         raise ValueError("this model takes no prompts")
 
     def of(self, texts: list[str]) -> Conditioning:

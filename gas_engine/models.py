@@ -53,14 +53,14 @@ class PlacedModelOptions(ModelOptions):
         self.weights, self.quantize = self.quantize, None
 
 
-def open_model(options: ModelOptions, default_prompt: str | None = None) -> Denoiser:
+def open_model(options: ModelOptions, default_prompts: str | list[str] | None = None) -> Denoiser:
     """The model on the host, conditioned and guided. Raises ValueError for options that it has no use for."""
     precision = getattr(options, "precision", "fp32")
     dtype = None if precision == "fp32" else DTYPES[precision]  # a large network never lies on the host in fp32
     denoiser = load_denoiser(options.model, options.resolution, text_length=options.text_length, dtype=dtype)
     conditioning, scale = denoiser.conditioning, parse_guidance(options.guidance) if options.guidance else None
     if conditioning is not None and conditioning.takes_prompts:
-        prompts = options.prompts or (None if conditioning.classes else default_prompt)
+        prompts = options.prompts or (None if conditioning.classes else default_prompts)
         denoiser.conditioning = conditioning.told(prompts, options.negative_prompt, scale)
     elif options.prompts is not None or options.negative_prompt:
         raise InputError(f"--prompts was given, but {denoiser.name} takes no text; leave it out")

@@ -216,7 +216,7 @@ def _bundled(model: Architecture, config: Config) -> tuple[Denoiser, Any]:
 def _opened(config: Config) -> tuple[Denoiser, Any]:
     """A model as ``train`` opens it; which text a text model is told makes no difference."""
     try:
-        denoiser = open_model(config, default_prompt="a photo")
+        denoiser = open_model(config, default_prompts="a photo")
     except ValueError as error:
         known = f"; bundled without weights: {', '.join(ARCHITECTURES)}" if "unknown model" in str(error) else ""
         raise InputError(f"{error}{known}") from None

@@ -18,7 +18,7 @@ from .models import open_model
 from .pictures import can_draw
 from .plan import as_csv
 from .training import setup
-from .training.data import teacher_set
+from .training.data import own_prompts, teacher_set
 from .training.loop import resume, train
 from .training.opening import opened
 from .training.options import Config, plain
@@ -39,7 +39,7 @@ def _run(config: Config, given: Collection[str], group: Group) -> None:
     setup.check_shard(config, group)
     group = dataclasses.replace(group, lockstep=config.shard)
     device = group.device(config.device)
-    model, recipe = open_model(config), setup.recipe(config)
+    model, recipe = open_model(config, own_prompts(config)), setup.recipe(config)
     if config.guidance is None and model.conditioning is not None and model.conditioning.null is not None:
         console.print(
             "guidance  none was given, so the solver learns samples without it; --guidance 7.5 is a scale, 2:9 a range",

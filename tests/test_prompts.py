@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 
+import published
 import pytest
 import torch
 from pipelines import WIDTH
 from safetensors import safe_open
 
-from gas_engine import Denoiser, Schedule, load_denoiser
+from gas_engine import Denoiser, Schedule, load_denoiser, load_solver, train
 from gas_engine.adapters import text_encoders
 from gas_engine.adapters.diffusers import load_diffusers
-from gas_engine.adapters.text import conditioning_of
+from gas_engine.adapters.text import Prompts, conditioning_of
 from gas_engine.adapters.text_encoders import TextEncoders
 from gas_engine.guidance import guided
 from gas_engine.prompts import read_prompts
@@ -292,3 +294,21 @@ def test_classes_by_name(saved):
         every.told("cat")
     with pytest.raises(ValueError, match="takes no negative prompt"):
         every.told(None, "ugly")
+
+
+def test_a_published_set_trains_on_its_own_prompts(saved, tmp_path, no_pictures, monkeypatch):
+    """Its rows are told what they were made with, and so are the seeds that measure, where nothing else is given."""
+    monkeypatch.setattr("gas_engine.pictures.pictures_of", lambda denoiser, states, device="cpu": states)
+    (tmp_path / "dataset.pkl").write_bytes(pickle.dumps(published.teacher_set(3, TEXTS.__getitem__, shape=(4, 8, 8))))
+    seen, plain = [], Prompts.draw
+    monkeypatch.setattr(
+        Prompts, "draw", lambda self, *given: seen.append((self.texts, given[0])) or plain(self, *given)
+    )
+    train.main([
+        "--model", str(saved("sd15")), "--teacher-set", str(tmp_path / "dataset.pkl"), "--train-seeds", "0,2",
+        "--guidance", "7.5", "--iterations", "2", "--batch", "2", "--steps", "2", "--selection", "2", "--held-out", "2",
+        "--evaluation", "student", "--logger", "none", "--device", "cpu", "--out", str(tmp_path / "run"),
+    ])  # fmt: skip
+    trained = [seeds for texts, seeds in seen if texts == [TEXTS[0], TEXTS[2]]]
+    assert len(trained) == 2 and all(sorted(rows) == [0, 1] for rows in trained)
+    assert load_solver(tmp_path / "run" / "solver.safetensors").facts["count"] == 3

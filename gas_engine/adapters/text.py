@@ -80,8 +80,11 @@ class TextConditioning(Conditioning):
     def __init__(self, name: str, encoders: TextEncoders, sizes: Row, guidance_input: bool = False) -> None:
         self.name, self.encoders, self.sizes, self.guidance_input = name, encoders, sizes, guidance_input
 
-    def told(self, prompts: str | None, negative: str = "", guidance: float | Range | None = None) -> Prompts:
-        """The conditioning of a file of prompts, or of the prompt itself; ``guidance`` for a model that takes it.
+    def told(
+        self, prompts: str | list[str] | None, negative: str = "", guidance: float | Range | None = None
+    ) -> Prompts:
+        """The conditioning of a file of prompts, of the prompt itself, or of a list of them; ``guidance`` for a model
+        that takes it.
 
         Encodes what is not cached. Raises ValueError without prompts, and for a negative prompt that a model of
         distilled guidance has no use for.
@@ -90,7 +93,7 @@ class TextConditioning(Conditioning):
             raise ValueError(f"{self.name} is told by text; say by which: --prompts FILE or TEXT")
         if negative and self.guidance_input:
             raise ValueError(f"{self.name} takes guidance as an input, and no negative prompt; leave it out")
-        texts = read_prompts(prompts)
+        texts = read_prompts(prompts) if isinstance(prompts, str) else prompts
         try:
             files = self.encoders.encode(texts)
             null = None if self.guidance_input else self.encoders.null(negative)
@@ -162,7 +165,9 @@ class NamedClasses(Classes):
         super().__init__(classes.classes)
         self.null, self.names, self.only = classes.null, names, only
 
-    def told(self, prompts: str | None, negative: str = "", guidance: float | Range | None = None) -> NamedClasses:
+    def told(
+        self, prompts: str | list[str] | None, negative: str = "", guidance: float | Range | None = None
+    ) -> NamedClasses:
         if negative:
             raise ValueError("a model of classes takes no negative prompt; leave it out")
         if prompts is None:
@@ -170,7 +175,7 @@ class NamedClasses(Classes):
         numbers = {part.strip().lower(): int(n) for n, name in self.names.items() for part in [name, *name.split(",")]}
         numbers |= {str(n): n for n in range(self.classes or 0)}
         only = []
-        for name in read_prompts(prompts):
+        for name in read_prompts(prompts) if isinstance(prompts, str) else prompts:
             if name.lower() not in numbers:
                 few = "; ".join([*list(self.names.values())[:2], f"0 to {(self.classes or 1) - 1}"])
                 raise ValueError(f"{name!r} is no class of this model; it has {few}")

@@ -45,6 +45,14 @@ def teacher_set(
     return seeds, samples[[row[seed] for seed in seeds]], None
 
 
+def own_prompts(config: Config) -> list[str] | None:
+    """Those of a published teacher set, which a text model is told where no others are given."""
+    if config.prompts is not None or config.teacher_set is None or not config.teacher_set.is_file():
+        return None
+    cond = read_published_teacher_set(config.teacher_set).cond
+    return cond if isinstance(cond, list) else None
+
+
 def published_set(path: Path, denoiser: Denoiser, rows: list[int]) -> tuple[list[int], Tensor, tuple[Tensor, Any]]:
     """Rows of a published teacher set: their numbers, samples, and noise with conditions."""
     found = read_published_teacher_set(path)
