@@ -101,6 +101,10 @@ def _tableau(config: Config, denoiser: Denoiser) -> Tableau:
     published = file.suffix in (".pt", ".pth")
     told = denoiser.facts().get("guidance", 1.0)
     solver = load_solver(file, denoiser.schedule, t_eps if published else config.t_eps, denoiser.name, told)
+    if (solver.schedule.kind == "flow") != (denoiser.schedule.kind == "flow"):
+        raise InputError(
+            f"{file} is a solver for {solver.schedule}, and {denoiser.name} runs on {denoiser.schedule}; give another"
+        )
     if config.steps is not None and config.steps != solver.steps:
         raise InputError(f"{file} is a solver of {solver.steps} steps, but --steps {config.steps} was given")
     with torch.no_grad():

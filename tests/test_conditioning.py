@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from runs import brief, flat_of, toy_trainer
 from twin import plain_rollout, relative
 
-from gas_engine import Denoiser, GeneralizedSolver, MemoryPolicy, Schedule, load_solver, rollout, teacher, train
+from gas_engine import Denoiser, GeneralizedSolver, MemoryPolicy, Schedule, load_solver, rollout, sample, teacher, train
 from gas_engine.conditioning import Classes, Conditioning, moved, take
 from gas_engine.denoiser import seeded
 from gas_engine.guidance import guided, parse_guidance
@@ -269,5 +269,6 @@ def test_solvers_for_another_guidance_or_another_process(tmp_path):
             load_solver(path, guidance=scale)
     with pytest.warns(UserWarning, match=r"trained at guidance \[2.0, 9.0\] and is used at 1.0"):
         load_solver(path, guidance=1.0)
-    with pytest.raises(ValueError, match=r"and the model runs on Schedule\.flow"):
-        load_solver(path, Schedule.flow(3.0))
+    flow = Denoiser(lambda x, t, c: x, Schedule.flow(3.0), "flow", (1, 4, 4), name="flow")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"and flow runs on Schedule\.flow"):
+        sample._tableau(sample.Config(solver=str(path)), flow)

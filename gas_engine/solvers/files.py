@@ -75,8 +75,7 @@ def load_solver(
     and ``guidance`` are what the caller is about to use: where the file was trained for others, a warning names both,
     and the file's own schedule is kept. The facts in the file are ``solver.facts``.
 
-    Raises ValueError for a file that is missing, truncated, corrupted or no solver, and for one of a flow where the
-    schedule is variance preserving, or the other way round.
+    Raises ValueError for a file that is missing, truncated, corrupted or no solver.
 
         solver = load_solver("runs/digits/solver.safetensors")
     """
@@ -105,8 +104,6 @@ def load_solver(
     trained_at = metadata.get("guidance")
     if guidance is not None and trained_at is not None and not _within(guidance, trained_at):
         warnings.warn(f"{path} was trained at guidance {trained_at} and is used at {guidance}", stacklevel=2)
-    if schedule is not None and (schedule.kind == "flow") != (solver.schedule.kind == "flow"):
-        raise ValueError(f"{path} is a solver for {solver.schedule}, and the model runs on {schedule}; give another")
     if schedule is not None and schedule != solver.schedule:
         warnings.warn(f"{path} was trained for {solver.schedule} and is used with {schedule}", stacklevel=2)
     if t_eps is not None and t_eps != solver.t_eps:
