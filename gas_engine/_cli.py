@@ -31,7 +31,8 @@ def command(verb: str, config: type[Config], run: Callable[[Config], Any], argv:
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("GAS_ENGINE_TRACEBACK"):
             raise
-        print(f"gas-engine {verb}: {error}", file=sys.stderr)
+        more = "; a smaller --sample-batch or --batch takes less" if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"gas-engine {verb}: {error}{more}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"gas-engine {verb}: interrupted", file=sys.stderr)

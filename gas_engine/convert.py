@@ -35,8 +35,8 @@ class Config:
     out: Path = field(default_factory=lambda: Path("converted"))
     """The file, or the directory, to write."""
     model: str | None = None
-    """What the solver is for, as train takes it, or sd15, sdxl, sd3, flux, ldm4, dit-xl2, cifar10, ...: says prediction
-    type, schedule and t_eps."""
+    """What the solver is for, where its file does not say (a published .pt): as train takes it, or sd15, sdxl, sd3,
+    flux, ldm4, dit-xl2, cifar10, ...: says prediction type, schedule and t_eps."""
     prediction: Literal["noise", "data", "velocity", "flow"] | None = None
     """What the network predicts, for --to diffusers and hub, where neither the file nor --model says so."""
     schedule: str | None = None

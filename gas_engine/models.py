@@ -23,7 +23,7 @@ class ModelOptions:
     """The embedded digits; an EDM network (.pkl, .safetensors); an LDM checkpoint (.ckpt with its .yaml); a diffusers
     pipeline (a directory or a Hub id); or module:factory."""
     prompts: str | None = None
-    """Of a text model: a file of prompts (a line each, COCO's captions as .json, .csv), or the prompt itself."""
+    """Of a text model: a file of prompts (a line each, COCO's captions, .jsonl, .csv), or the prompt itself."""
     negative_prompt: str = ""
     """What guidance leads away from."""
     guidance: str | None = None

@@ -34,7 +34,7 @@ class Config(PlacedModelOptions):
     steps: int | None = None
     """Network evaluations; needed for classical solvers, a solver file brings its own."""
     grid: str = "quadratic"
-    """Times of a classical solver: logSNR, uniform, quadratic, karras."""
+    """Times of a classical solver: logSNR, uniform, quadratic, karras, gits (5 to 8 steps)."""
     t_eps: float | None = None
     """Time at which a classical solver, or a published .pt, stops; the model's unless given."""
     seeds: str | None = None

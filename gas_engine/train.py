@@ -54,6 +54,7 @@ def _run(config: Config, given: Collection[str], group: Group) -> None:
     plans = setup.plans(config, model, denoiser, recipe, solver, device, group, adversary, loss)
     if plans is not None:
         execution = plans.choice.execution
+        config = dataclasses.replace(config, sample_batch=min(config.sample_batch, setup.sample_batch(plans, model)))
     if config.shard:
         denoiser, execution = setup.sharded(denoiser, execution, device)
         del model

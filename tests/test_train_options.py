@@ -15,6 +15,9 @@ from runs import brief, flat_of, options, rows
 from twin import relative
 
 from gas_engine import BELMSolver, load_denoiser, load_solver, train
+from gas_engine.denoiser import seeded
+from gas_engine.memory import ByteTracker
+from gas_engine.planner import plan
 from gas_engine.training import setup
 from gas_engine.training.loggers import logger
 from gas_engine.training.opening import opened
@@ -95,6 +98,22 @@ def test_a_patience_that_cannot_end_a_run_is_told(tmp_path, capsys):
     for evaluations, told in ((3, False), (4, True)):
         opened(train.Config(out=tmp_path, iterations=9, evaluate_every=2, patience=evaluations), ())
         assert ("cannot end a run of 9 early" in " ".join(capsys.readouterr().out.split())) == told
+
+
+def test_measurements_fit_the_budget_too():
+    """Samples at a time without gradients, by the tracker's peak."""
+    denoiser = load_denoiser("digits")
+    plans = plan(denoiser, 4, 24, "24MiB")
+    found = setup.sample_batch(plans, denoiser)
+    room = plans.budget - plans.iteration.weight_bytes("resident")
+
+    def peak(batch):
+        noise, cond = seeded(denoiser, range(batch))
+        with torch.no_grad(), ByteTracker() as tracker:
+            denoiser(noise, torch.tensor(0.5, dtype=torch.float64), cond)
+        return tracker.peak
+
+    assert found > 24 and peak(found) <= room < peak(int(1.3 * found))
 
 
 def test_pairs_that_were_given_are_kept_by_a_budget(monkeypatch, capsys):

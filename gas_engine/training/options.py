@@ -33,7 +33,7 @@ class Config(PlacedModelOptions):
     loss_in: Literal["auto", "states", "pixels"] = "auto"
     """Where a latent model's samples are compared: as they are, or decoded; auto decodes them for LPIPS."""
     loss_tile: int | None = None
-    """Latents a side of tiles that are decoded one after the other; approximate, for autoencoders see all otherwise."""
+    """Latents a side of tiles that are decoded one by one; approximate, where a decoder sees a whole sample at once."""
     memory_budget: str | None = None
     """Bytes of the device for tensors, such as 8GiB: chooses what follows, down to --loss-alone, for the least time."""
     checkpoint_every: int = 1
@@ -152,7 +152,7 @@ class Config(PlacedModelOptions):
     evaluation: Literal["full", "student"] = "full"
     """At the end, compare with every classical solver, or measure the student alone."""
     sample_batch: int = 128
-    """Samples at a time in everything but training."""
+    """Samples at a time in everything but training; fewer where --memory-budget has no room for them."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:0, ..."""
 

@@ -245,6 +245,13 @@ def plans(
     return found
 
 
+def sample_batch(plans: Plans, model: Denoiser) -> int:
+    """Samples at a time whose evaluation without gradients fits the budget, beside the weights."""
+    iteration, (one, two) = plans.iteration, (plans.iteration.probe.cost(False, "none", n).plain_peak for n in (1, 2))
+    room = 0.9 * (plans.budget - iteration.weight_bytes(plans.choice.weights)) - one
+    return max(1, (1 + int(room / max(two - one, 1))) // model.calls)
+
+
 def evaluation_seconds(denoiser: Denoiser, batch: int, device: torch.device) -> float:
     """Seconds of an evaluation of the batch without gradients, from one of a few samples; the first does not count."""
     few = min(batch, 4)
