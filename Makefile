@@ -1,4 +1,4 @@
-# make demo    set up, train a solver on the embedded model, end with a table and pictures (about two minutes to train)
+# make demo    set up, train a solver on the embedded model, end with a table and pictures (75 to 85 seconds)
 # make test    set up, run the tests, in WORKERS=2 processes of one thread
 # make bench   set up, run the benches, write bench/results/*.csv
 # make fuzz    set up, fuzz the readers of foreign files for five minutes (FUZZ_SECONDS=300)
