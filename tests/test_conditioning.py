@@ -30,8 +30,8 @@ from gas_engine.training.presets import with_preset
 SCHEDULE = Schedule.vp_discrete(torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2, 0))
 
 
-def conditional(null: int | None = 10) -> Denoiser:
-    plain = toy.mixture()
+def conditional(null: int | None = 10, schedule: Schedule | None = None) -> Denoiser:
+    plain = toy.mixture(schedule)
     return Denoiser(
         plain.function, plain.schedule, "data", toy.SHAPE, conditioning=Classes(10, null), name="conditional"
     )
@@ -75,9 +75,10 @@ def test_scales_are_drawn_from_a_range_for_each_seed(low, width):
 
 @pytest.mark.parametrize("scale", [1.0, 2.0, 7.5, (2.0, 9.0)])
 @pytest.mark.parametrize("split", [False, True])
-def test_guided_gradients_equal_autograd(scale, split):
+@pytest.mark.parametrize("schedule", [Schedule.vp_linear(), SCHEDULE], ids=["linear", "discrete"])
+def test_guided_gradients_equal_autograd(scale, split, schedule):
     """Against the formula F_0 + g (F_c - F_0), written out, by ordinary autograd in float64."""
-    base = conditional()
+    base = conditional(schedule=schedule)
     denoiser = guided(base, scale, base.conditioning.null)
     noise, cond = seeded(denoiser, range(3))
     noise = noise.double()
