@@ -11,8 +11,11 @@ from ..denoiser import Denoiser
 from .digits import load_digits
 from .edm import load_edm
 from .factory import load_factory
+from .photos import load_photos
 
-__all__ = ["load_denoiser", "load_digits", "load_edm", "load_factory"]
+__all__ = ["load_denoiser", "load_digits", "load_edm", "load_factory", "load_photos"]
+
+EMBEDDED = {"digits": load_digits, "photos": load_photos}
 
 
 def load_denoiser(
@@ -22,7 +25,7 @@ def load_denoiser(
 
     | name | what it is |
     |---|---|
-    | ``digits`` | the embedded model |
+    | ``digits``, ``photos`` | the embedded models: 8x8 digits with classes, 32x32 photographs without |
     | ``*.pkl``, ``*.safetensors`` | an EDM network: a published pickle, or what ``convert`` made of one |
     | ``*.ckpt``, or a directory with one | an LDM checkpoint beside its YAML |
     | a directory, ``owner/name`` | a diffusers pipeline, of the disk or of the Hub; ``resolution``: its pixels a side |
@@ -36,7 +39,7 @@ def load_denoiser(
     """
     path = Path(name)
     hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not path.suffix[1:].isalpha()
-    if name != "digits" and (path.is_dir() or hub) and not list(path.glob("*.ckpt")):
+    if name not in EMBEDDED and (path.is_dir() or hub) and not list(path.glob("*.ckpt")):
         from .diffusers import load_diffusers
         from .text import conditioning_of
 
@@ -47,8 +50,8 @@ def load_denoiser(
         raise ValueError(f"a resolution of {resolution} was given, but {name} has one of its own; leave it out")
     if text_length is not None:
         raise ValueError(f"a text length of {text_length} was given, but {name} takes no text; leave it out")
-    if name == "digits":
-        return load_digits()
+    if name in EMBEDDED:
+        return EMBEDDED[name]()
     if path.is_dir() or path.suffix == ".ckpt":
         from .ldm import load_ldm
 
@@ -58,6 +61,6 @@ def load_denoiser(
     if ":" in name:
         return load_factory(name)
     raise ValueError(
-        f"unknown model {name!r}: give 'digits', a .pkl or .safetensors of an EDM network, an LDM .ckpt, a diffusers "
-        "directory or Hub id, or 'module:factory' for a function that returns a gas_engine.Denoiser"
+        f"unknown model {name!r}: give 'digits' or 'photos', a .pkl or .safetensors of an EDM network, an LDM .ckpt, a "
+        "diffusers directory or Hub id, or 'module:factory' for a function that returns a gas_engine.Denoiser"
     )
