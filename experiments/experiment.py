@@ -1,0 +1,129 @@
+"""`Experiment`: a question, the commands that answer it, and how its rows become a table, a figure and a verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jobs import Job
+
+Row = dict[str, str]  # a line of a CSV file
+SELECTION = ("--selection", "16", "--held-out", "16", "--evaluation", "student")
+QUIET = ("--logger", "none", "--sample-every", "1000000", "--evaluate-every", "0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all experiments of a call share: the model, options passed through, where runs lie, how long they are."""
+
+    model: str = "digits"
+    options: tuple[str, ...] = ()
+    runs: Path = Path("experiments/runs")
+    updates: int = 400
+    long: int = 800  # the quick recipe as it stands
+    train_seeds: str = "0-1399"
+    held_out: str = "50000-50511"
+    steps: tuple[int, ...] = (4, 6, 8, 10)
+
+    @property
+    def name(self) -> str:
+        """Of the model's directory."""
+        return Path(self.model).stem.replace(":", "-")
+
+    @property
+    def place(self) -> Path:
+        return self.runs / self.name
+
+    @property
+    def of_model(self) -> tuple[str, ...]:
+        return ("--model", self.model, *self.options)
+
+    def smoke(self) -> Setting:
+        """Two updates and few seeds: only that everything runs."""
+        return dataclasses.replace(
+            self, updates=2, long=2, train_seeds="0-7", held_out="50000-50007", steps=self.steps[:1]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """What is to be seen in the rows, as a test of them: whether it holds, and the figures that say so.
+
+    ``check`` returns None where rows are missing. ``why`` is said where it does not hold.
+    """
+
+    text: str
+    check: Callable[[Sequence[Row]], tuple[bool, str] | None]
+    why: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """``learned``: label -> training. ``evaluations``: commands of ``evaluate`` whose rows these are.
+
+    ``source``: the experiment whose rows this one reads, where it has none of its own, ``labels`` those it reads.
+    ``table``: figures, of which the first is also drawn. With ``over`` a column such as steps, the table has a column
+    for each of its values, and shows the first figure alone. ``collect``: what makes rows that ``evaluate`` does not.
+    ``lacks``: what it cannot run without, where that is not there.
+    """
+
+    name: str
+    title: str
+    question: str
+    learned: dict[str, Job] = dataclasses.field(default_factory=dict)
+    evaluations: tuple[Job, ...] = ()
+    others: tuple[Job, ...] = ()
+    source: str = ""
+    labels: tuple[str, ...] = ()
+    table: tuple[str, ...] = ("l1",)
+    over: str = ""
+    collect: str = "evaluated"
+    figure: str = "figures"
+    claims: tuple[Claim, ...] = ()
+    note: str = ""
+    lacks: str = ""
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return (*self.learned.values(), *self.evaluations, *self.others)
+
+
+def teacher(setting: Setting) -> Job:
+    words = (*setting.of_model, "--seeds", setting.train_seeds)
+    return Job("teacher", words, setting.place / "teacher")
+
+
+def train(setting: Setting, name: str, *words: str, updates: int | None = None, needs: tuple[Job, ...] = ()) -> Job:
+    """A run of the quick recipe with this many updates, without a comparison of its own: evaluate makes that."""
+    made = teacher(setting)
+    recipe = () if {"--recipe", "--config"} & {*setting.options} else ("--recipe", "quick")
+    memory = ("--checkpoint-every", "0") if setting.model in ("digits", "photos") else ()
+    seeds = () if "--train-seeds" in words else ("--train-seeds", setting.train_seeds)
+    return Job(
+        "train",
+        (
+            *setting.of_model, *recipe, *words, "--iterations", str(updates or setting.updates), *seeds,
+            "--teacher-set", str(made.out), *memory, *SELECTION, *QUIET,
+        ),
+        setting.place / name, (made, *needs),
+    )  # fmt: skip
+
+
+def evaluate(setting: Setting, name: str, runs: Sequence[Job], *more: str, steps: str = "", seeds: str = "") -> Job:
+    """One evaluation of runs, and of what ``more`` names: classical solvers."""
+    words = (*setting.of_model, "--solver", *(str(run.out) for run in runs), *more)
+    words += ("--steps", steps) if steps else ()
+    return Job("evaluate", (*words, "--seeds", seeds or setting.held_out), setting.place / name, tuple(runs))
+
+
+def sample(setting: Setting, name: str, solver: str | Job, *words: str, seeds: str = "50000-50011") -> Job:
+    """Samples as numbers."""
+    of = str(solver.out / "solver.safetensors") if isinstance(solver, Job) else solver
+    needs = (solver,) if isinstance(solver, Job) else ()
+    words = (*setting.of_model, "--solver", of, *words, "--seeds", seeds, "--format", "npy")
+    return Job("sample", words, setting.place / name, needs)
+
+
+def plan(setting: Setting, name: str, *words: str) -> Job:
+    return Job("plan", words, setting.runs / "plans" / name)

@@ -1,0 +1,162 @@
+"""Commands of gas-engine that are run once: a job is done when a command with the same words has ended well."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESUMES = ("train", "teacher", "evaluate")  # go on by themselves where an earlier call with the same words was stopped
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """``gas-engine verb *words --out out``, after the jobs that it needs."""
+
+    verb: str
+    words: tuple[str, ...]
+    out: Path
+    needs: tuple[Job, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """As it is called from the root of the repository."""
+        return shlex.join(["gas-engine", self.verb, *self.words, "--out", str(self.out)])
+
+    @property
+    def stamp(self) -> Path:
+        """Where is written what was run and how long it took; beside the directory, which belongs to the command."""
+        return ROOT / self.out.parent / f"{self.out.name}.json"
+
+    def facts(self) -> dict[str, Any]:
+        """What the stamp says; empty if this command was not begun, or another one was."""
+        try:
+            found = json.loads(self.stamp.read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if found["command"] == self.command else {}
+
+    @property
+    def done(self) -> bool:
+        return bool(self.facts().get("finished"))
+
+
+class Failed(RuntimeError):
+    """A command that did not end well; says which and what it said last."""
+
+
+def in_order(jobs: Iterable[Job]) -> list[Job]:
+    """Every job once, after those that it needs."""
+    found: dict[Path, Job] = {}
+
+    def visit(job: Job) -> None:
+        for need in job.needs:
+            visit(need)
+        if found.setdefault(job.out, job) != job:
+            raise ValueError(f"two commands write to {job.out}: {found[job.out].command!r} and {job.command!r}")
+
+    for job in jobs:
+        visit(job)
+    return [*found.values()]
+
+
+def run(job: Job, threads: int = 1) -> float:
+    """Run one job unless it is done; seconds that it took. Raises Failed."""
+    known = job.facts()
+    if known.get("finished"):
+        return 0.0
+    if not known or job.verb not in RESUMES:
+        shutil.rmtree(ROOT / job.out, ignore_errors=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "COLUMNS": "100"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    words = [sys.executable, "-m", f"gas_engine.{job.verb}", *job.words, "--out", str(job.out)]
+    words += ["--resume", "auto"] if job.verb == "train" else []
+    _write(job.stamp, {"command": job.command, **known})  # begun
+    began = time.monotonic()
+    with job.stamp.with_suffix(".log").open("a") as log:
+        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            _, status, used = os.wait4(process.pid, 0)
+        except BaseException:
+            process.terminate()
+            raise
+        process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.monotonic() - began
+    known = {
+        "command": job.command, "seconds": round(known.get("seconds", 0) + seconds, 1),
+        "cpu_seconds": round(known.get("cpu_seconds", 0) + _cpu(used), 1), "threads": threads, **machine(),
+    }  # fmt: skip
+    if process.returncode == 0:
+        known["finished"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    _write(job.stamp, known)
+    if process.returncode:
+        last = job.stamp.with_suffix(".log").read_text(errors="replace").strip().splitlines()[-1:]
+        raise Failed(f"{job.command}: exit code {process.returncode}{': ' if last else ''}{''.join(last)}")
+    return seconds
+
+
+def run_all(
+    jobs: Iterable[Job], processes: int, threads: int, said: Callable[[Job, float | Failed], None]
+) -> list[Failed]:
+    """Run jobs, some at a time, in order as far as what they need is done; ``said`` hears of each. Failures return.
+
+    A job of which a need failed is left out.
+    """
+    waiting, running, failures = in_order(jobs), {}, []
+    lost: set[Path] = set()
+    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
+        while waiting or running:
+            busy = {job.out for job in running.values()} | {job.out for job in waiting}
+            for job in [*waiting]:
+                if any(need.out in lost for need in job.needs):
+                    waiting.remove(job)
+                    lost.add(job.out)
+                    said(job, Failed("left out: what it needs failed"))
+                elif len(running) < processes and not any(need.out in busy for need in job.needs):
+                    waiting.remove(job)
+                    running[pool.submit(run, job, threads)] = job
+            for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                job = running.pop(future)
+                try:
+                    said(job, future.result())
+                except Failed as failure:
+                    lost.add(job.out)
+                    failures.append(failure)
+                    said(job, failure)
+    return failures
+
+
+def machine() -> dict[str, str]:
+    """Processor and versions, for a row of results."""
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    versions = {name: importlib.metadata.version(name) for name in ("gas_engine", "torch")}
+    return {"device": found[1].strip() if found else platform.processor() or platform.machine(), **versions}
+
+
+def _cpu(used: resource.struct_rusage) -> float:
+    return used.ru_utime + used.ru_stime
+
+
+def _write(path: Path, facts: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(facts, indent=1) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,121 @@
+"""Tables of README.md from the CSV files of results: ``python experiments/readme.py``, or ``--check`` to compare only.
+
+What stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` is replaced.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from experiment import Row
+from jobs import ROOT
+from tables import markdown, read
+
+RESULTS = ROOT / "experiments" / "results"
+MARKED = re.compile(r"(<!-- results:(\w+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """The text with every marked part written anew; a part whose rows are missing stays. KeyError for no such name."""
+
+    def new(match: re.Match[str]) -> str:
+        written = BLOCKS[match[2]](results)
+        return match[1] + (written or match[3]) + match[4]
+
+    return MARKED.sub(new, text)
+
+
+def digits(results: Path) -> str:
+    """L1 / RMSE of the quick recipe and of every classical family at each K, and their ratio."""
+    rows = [row for row in read(results / "longer.csv") if row["kind"] != "teacher"]
+    steps = sorted({int(row["steps"]) for row in rows})
+    mine = {int(row["steps"]): row for row in rows if row["label"] == "GS"}
+    others = list(dict.fromkeys(row["label"] for row in rows if row["kind"] == "classical"))
+    if not mine or not others:
+        return ""
+    found = {label: {int(row["steps"]): row for row in rows if row["label"] == label} for label in others}
+    others.sort(key=lambda label: float(found[label][steps[0]]["l1"]))
+    lines = [["L1 / RMSE to the teacher", *(f"K = {k}" for k in steps)]]
+    lines.append(["**learned**", *(_pair(mine.get(k)) for k in steps)])
+    lines += [[label, *(_pair(found[label].get(k)) for k in steps)] for label in others]
+    best = {k: min(float(found[label][k]["l1"]) for label in others if k in found[label]) for k in steps}
+    lines.append(["best classical / learned", *(f"{best[k] / float(mine[k]['l1']):.2f}x" for k in steps)])
+    return markdown(lines)
+
+
+def students(results: Path) -> str:
+    """L1 of every student at each K, equally many updates each; the nearest is bold."""
+    rows = [row for row in read(results / "main.csv") if row["kind"] == "learned"]
+    if not rows:
+        return ""
+    steps = sorted({int(row["steps"]) for row in rows})
+    best = {k: min(float(row["l1"]) for row in rows if int(row["steps"]) == k) for k in steps}
+    lines = [[f"L1 to the teacher, {rows[0]['updates']} updates", *(f"K = {k}" for k in steps)]]
+    for label in dict.fromkeys(row["label"] for row in rows):
+        found = {int(row["steps"]): float(row["l1"]) for row in rows if row["label"] == label}
+        cells = ["" if k not in found else f"{found[k]:.4f}" for k in steps]
+        lines.append(
+            [label, *(f"**{c}**" if found.get(k) == best[k] else c for c, k in zip(cells, steps, strict=True))]
+        )
+    return markdown(lines)
+
+
+def belm(results: Path) -> str:
+    """The Generalized Solver beside a reversible student, and what its residual codes hold."""
+    rows = read(results / "main.csv")
+    shown = {"GS": "Generalized Solver, K+1 states", "BELM": "BELM, two states"}
+    steps = sorted({int(row["steps"]) for row in rows if row["label"] == "BELM"})
+    if not steps:
+        return ""
+    found = {(row["label"], int(row["steps"])): row for row in rows}
+    lines = [["", *(f"K = {k}" for k in steps)]]
+    lines += [[name, *(_figure(found.get((label, k)), "l1", ".4f") for k in steps)] for label, name in shown.items()]
+    bits = [_figure(found.get(("BELM", k)), "bits", ".1f") for k in steps]
+    return markdown([*lines, ["bits that its codes hold, an element and step", *bits]])
+
+
+def gas(results: Path) -> str:
+    """GAS, GS and the best classical solver at K = 4, beside the teacher."""
+    rows = [row for row in read(results / "main.csv") if row["kind"] == "teacher" or row["steps"] == "4"]
+    classical = sorted((row for row in rows if row["kind"] == "classical"), key=lambda row: float(row["l1"]))
+    shown: list[Row] = [row for row in rows if row["kind"] == "teacher"]
+    shown += [row for name in ("GAS", "GS") for row in rows if row["label"] == name]
+    if len(shown) < 3 or not classical:
+        return ""
+    names = ["teacher, 20 evaluations", "GAS", "GS", f"{classical[0]['label']}, the best classical solver"]
+    figures = (("l1", ".4f"), ("rmse", ".4f"), ("fd_data", ".3f"), ("fd_teacher", ".3g"))
+    lines = [["", "L1", "RMSE", "FD to the data", "FD to the teacher"]]
+    for name, row in zip(names, [*shown, classical[0]], strict=True):
+        lines.append([name, *(_figure(row, metric, form) for metric, form in figures)])
+    return markdown(lines)
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {"digits": digits, "students": students, "belm": belm, "gas": gas}
+
+
+def _pair(row: Row | None) -> str:
+    return "" if row is None else f"{float(row['l1']):.4f} / {float(row['rmse']):.4f}"
+
+
+def _figure(row: Row | None, metric: str, form: str) -> str:
+    return "" if row is None or metric not in row else format(float(row[metric]), form)
+
+
+def main(words: Sequence[str]) -> int:
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = filled(old)
+    if "--check" in words:
+        if new != old:
+            print("README.md differs from experiments/results: run python experiments/readme.py", file=sys.stderr)
+        return int(new != old)
+    if new != old:
+        path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
