@@ -57,9 +57,8 @@ def moves_less(first: str, other: str, share: float, over: str = "train_samples"
             fewest, most = (found[key] for key in (min(found, key=int), max(found, key=int)))
             changes[label] = fewest / most - 1
         said = ", ".join(f"{label} {change:+.1%}" for label, change in changes.items())
-        return abs(changes[first]) <= max(
-            share, abs(changes[other])
-        ), f"with the fewest samples against the most: {said}"
+        holds = abs(changes[first]) <= max(share, abs(changes[other]))
+        return holds, f"with the fewest samples against the most: {said}"
 
     return check
 

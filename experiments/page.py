@@ -113,8 +113,5 @@ def budget(commands: Sequence[Row]) -> str:
         mine = [row for row in commands if row["experiment"] == name]
         wall, cpu = (sum(float(row[column]) for row in mine) / 60 for column in ("seconds", "cpu_seconds"))
         lines.append([name, str(len(mine)), f"{wall:.1f}", f"{cpu:.1f}"])
-    return (
-        f"## Time\n\nA command that several experiments share counts for the first.\n\n{markdown(lines)}"
-        if names
-        else ""
-    )
+    said = "A command that several experiments share counts for the first."
+    return f"## Time\n\n{said}\n\n{markdown(lines)}" if names else ""

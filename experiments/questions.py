@@ -52,7 +52,7 @@ def _main(setting: Setting, runs: dict) -> Experiment:
     steps = ",".join(map(str, setting.steps))
     return Experiment(
         "main", "Every student and every classical solver",
-        "Figure 1 and table 1: at equal K the learned solvers are far nearer to the teacher than classical ones, and GS, "
+        "The paper's main tables: at equal K learned solvers are far nearer to the teacher than classical ones, and GS, "
         "and more so GAS, nearer than LD3 and S4S (FID on CIFAR-10 at K = 4: UniPC 43.92, iPNDM 35.04, LD3 9.31, "
         "S4S-Alt 6.35, GS 4.41, GAS 4.05).",
         learned=runs, evaluations=(evaluate(setting, "evaluation-main", [*runs.values()], "classical", steps=steps),),
@@ -72,8 +72,8 @@ def _read_from_main() -> list[Experiment]:
     return [
         Experiment(
             "parameterisation", "Parameterisation, and theory or not",
-            "Tables 3 and 5: without DPM-Solver++ theory beneath, in S4S's form, FID at K = 4 on CIFAR-10 is 31.44 instead "
-            "of 4.39; on FFHQ without theory 15.23/10.53/5.50/4.69 instead of 10.70/4.49/2.96/2.67.",
+            "Tables 3 and 5: without DPM-Solver++ theory beneath, in S4S's form, FID at K = 4 on CIFAR-10 is 31.44 "
+            "instead of 4.39; on FFHQ without theory 15.23/10.53/5.50/4.69 instead of 10.70/4.49/2.96/2.67.",
             source="main", labels=forms, table=("l1", "fd_teacher"), over="steps",
             claims=(Claim("Corrections around theory are nearer than both forms without it at every K.",
                           below("GS", forms[1:3])),),
@@ -97,11 +97,12 @@ def _longer(setting: Setting) -> list[Experiment]:
         f"GS, K = {k}": train(setting, f"gs-long-k{k}", "--steps", str(k), updates=setting.long) for k in setting.steps
     }
     steps = ",".join(map(str, setting.steps))
+    measured = evaluate(setting, "evaluation-longer", [*runs.values()], "classical", steps=steps)
     return [
         Experiment(
             "longer", "The quick recipe at its full length",
             f"What `gas-engine train --steps K` gives: {setting.long} updates instead of {setting.updates}.",
-            learned=runs, evaluations=(evaluate(setting, "evaluation-longer", [*runs.values()], "classical", steps=steps),),
+            learned=runs, evaluations=(measured,),
             table=("l1", "rmse"), over="steps",
             claims=(Claim("GS is nearer than every classical solver at every K.", below("GS", kind="classical")),),
         )
@@ -135,8 +136,8 @@ def _samples(setting: Setting, main: dict) -> Experiment:
         runs[f"{label}, 1400 samples"] = main[f"{label}, K = {k}"]
     return Experiment(
         "data-size", "How many of the teacher's samples",
-        "Table 12: GS does not care how many samples it learns from; GAS wants 5,000 (FFHQ, K = 4: FID 9.44 with 1,400, "
-        "7.86 with 5,000).",
+        "Table 12: GS does not care how many samples it learns from; GAS wants 5,000 (FFHQ, K = 4: FID 9.44 with "
+        "1,400, 7.86 with 5,000).",
         learned=runs, evaluations=(evaluate(setting, "evaluation-data-size", [*runs.values()]),),
         table=("l1", "fd_data", "fd_teacher"), over="train_samples",
         claims=(Claim("GS with 88 samples is within 5 % of GS with 1,400, or moves less than GAS.",
@@ -185,7 +186,7 @@ def _schedule(main: dict) -> Experiment:
     shown = ("GS", "GAS", "GS in S4S's form", "S4S-Alt", "LD3", "DyWeight", "BNS", "BELM")
     return Experiment(
         "schedule", "Learned times as they move",
-        f"How the times of states move over training from the quadratic grid, K = {k}; dashed: what the network is told.",
+        f"How the times of states move over training from the quadratic grid, K = {k}; dashed: what the net is told.",
         learned={label: main[f"{label}, K = {k}"] for label in shown},
         collect="histories", table=("start", "end"), figure="histories",
     )  # fmt: skip
@@ -249,8 +250,8 @@ def _photos(digits: Setting, main: dict) -> list[Experiment]:
     return [
         Experiment(
             "photos", "Photographs: distance and fine detail",
-            "Figure 4: what few-step samples lose is fine detail. Detail is power above half the Nyquist frequency over "
-            "the teacher's.",
+            "Figure 4: what few-step samples lose is fine detail. Detail is power above half the Nyquist frequency "
+            "over the teacher's.",
             learned=runs, evaluations=(measured,), table=("l1", "detail", "fd_teacher", "psnr"),
             figure="figures", others=(teacher(setting),),
             claims=(Claim("GS is nearer than every classical solver.", below("GS", kind="classical")),),

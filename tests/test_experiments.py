@@ -1,0 +1,150 @@
+"""experiments/: commands that parse, run once and go on; rows that become tables and verdicts."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import claims
+import jobs
+import pytest
+import readme
+import run
+import tables
+import tyro
+from experiment import Setting
+from jobs import Failed, Job
+from questions import questions
+
+from gas_engine.train import _resuming
+from gas_engine.training.presets import with_preset
+
+EVERY = {experiment.name: experiment for experiment in questions(Setting())}
+
+
+def row(label, k, l1, kind="learned", **more):
+    return {"label": label, "steps": str(k), "l1": str(l1), "kind": kind, **more}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_commands_parse(name, monkeypatch):
+    """Every command line is one that the verb takes, also with options passed through."""
+    for setting in (Setting(), Setting(model="some/model", options=("--guidance", "7.5"))):
+        experiment = next((e for e in questions(setting) if e.name == name), None)
+        for job in jobs.in_order(experiment.jobs) if experiment else ():
+            words = [*job.words, "--out", str(job.out)]
+            if job.verb == "train":
+                words = _resuming(with_preset([*words, "--resume", "auto"]))
+            try:
+                tyro.cli(importlib.import_module(f"gas_engine.{job.verb}").Config, args=words)
+            except SystemExit:
+                pytest.fail(job.command)
+
+
+def test_names_are_different():
+    every = [job for experiment in EVERY.values() for job in experiment.jobs]
+    assert len({job.out for job in jobs.in_order(every)}) == len(jobs.in_order(every))
+    assert all(experiment.source in ("", *EVERY) for experiment in EVERY.values())
+    with pytest.raises(ValueError, match="two commands write to"):
+        jobs.in_order([Job("train", ("--a",), Path("x")), Job("train", ("--b",), Path("x"))])
+
+
+def test_jobs_run_after_what_they_need_and_not_after_its_failure(monkeypatch):
+    first = Job("teacher", (), Path("a"))
+    bad = Job("train", ("bad",), Path("b"), (first,))
+    good = Job("train", (), Path("c"), (first,))
+    last, lost = Job("evaluate", (), Path("d"), (good,)), Job("evaluate", (), Path("e"), (good, bad))
+    ran, told = [], {}
+
+    def one(job, threads):
+        ran.append(job)
+        if job is bad:
+            raise Failed("exit code 2")
+        return 1.0
+
+    monkeypatch.setattr(jobs, "run", one)
+    failures = jobs.run_all([lost, last], 2, 1, lambda job, seconds: told.update({job: seconds}))
+    assert ran[0] is first and {*ran} == {first, bad, good, last} and ran.index(good) < ran.index(last)
+    assert [str(failure) for failure in failures] == ["exit code 2"]
+    assert told[last] == 1.0 and isinstance(told[lost], Failed)
+
+
+def test_a_smoke_run_ends_in_a_page_and_is_not_repeated(tmp_path, capsys, monkeypatch):
+    words = ["--smoke", "--only", "any-steps", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert run.main(words) == 0
+    rows = tables.read(tmp_path / "results" / "any-steps.csv")
+    assert {(r["label"], r["steps"]) for r in rows} == {
+        ("one for all K", "4"), ("each its own", "4"), ("teacher", "20"),
+    }  # fmt: skip
+    learned = [r for r in rows if r["kind"] == "learned"]
+    assert all(r["command"].startswith("gas-engine train ") and float(r["l1"]) > 0 for r in learned)
+    assert {r["updates"] for r in learned} == {"8", "2"} and all(float(r["run_seconds"]) > 0 for r in learned)
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "One solver for every K" in page and "results/any-steps.png" in page and "## Not run yet" in page
+    assert (tmp_path / "results" / "any-steps.png").stat().st_size > 5_000
+
+    monkeypatch.setattr(jobs, "run", lambda *_: pytest.fail("a finished command was run again"))
+    capsys.readouterr()
+    assert run.main(words) == 0
+    assert "4 commands, 4 of them done" in capsys.readouterr().out
+    assert tables.read(tmp_path / "results" / "any-steps.csv") == rows
+    assert run.main([*words, "--render"]) == 0 and (tmp_path / "RESULTS.md").read_text() == page
+
+
+def test_another_command_is_another_job(tmp_path):
+    job = Job("doctor", (), tmp_path / "a")
+    jobs._write(job.stamp, {"command": job.command, "finished": "now"})
+    assert job.done and not Job("doctor", ("--more",), tmp_path / "a").done
+
+
+def test_unknown_names_are_refused(capsys):
+    assert run.main(["--only", "nothing"]) == 2
+    assert "no experiment 'nothing'; known: main" in capsys.readouterr().err
+
+
+def test_below_names_the_nearest_rival_at_every_k():
+    rows = [row("GS", 4, 0.1), row("A", 4, 0.3), row("B", 4, 0.2), row("GS", 6, 0.05), row("A", 6, 0.01)]
+    assert claims.below("GS", ("A", "B"))(rows) == (False, "K = 4: 0.1 against 0.2 (B); K = 6: 0.05 against 0.01 (A)")
+    assert claims.below("GS", ("B",))(rows) == (True, "K = 4: 0.1 against 0.2 (B)")
+    assert claims.below("GS", ("C",))(rows) is None
+    classical = [row("GS", 4, 0.1), row("UniPC", 4, 0.2, kind="classical")]
+    assert claims.below("GS", kind="classical")(classical) == (True, "K = 4: 0.1 against 0.2 (UniPC)")
+
+
+def test_within_is_a_bound_on_the_largest_ratio():
+    rows = [row("any", 4, 0.11), row("own", 4, 0.1), row("any", 10, 0.012), row("own", 10, 0.01), row("any", 5, 1)]
+    assert claims.within(0.25, "any", "own")(rows) == (True, "ratio 1.10 (K = 4), 1.20 (K = 10)")
+    assert claims.within(0.15, "any", "own")(rows)[0] is False
+
+
+def test_moves_less_compares_the_fewest_with_the_most():
+    rows = [row("GS", 4, l1, train_samples=n) for n, l1 in (("88", 0.103), ("1400", 0.1), ("350", 9))]
+    rows += [row("GAS", 4, l1, train_samples=n) for n, l1 in (("88", 0.12), ("1400", 0.1))]
+    holds, said = claims.moves_less("GS", "GAS", 0.01)(rows)
+    assert holds and said.endswith("GS +3.0%, GAS +20.0%")
+    assert claims.moves_less("GAS", "GS", 0.01)(rows)[0] is False
+    assert claims.moves_less("GS", "nobody", 0.01)(rows) is None
+
+
+def test_a_table_over_k():
+    rows = [
+        row("GS", 10, 0.001),
+        row("GS", 4, 0.01),
+        row("Z", 4, 0.5, kind="classical"),
+        row("teacher", 20, 0, "teacher"),
+    ]
+    rows += [row("A", 4, 0.2, kind="classical"), row("A", 10, 0.0002, kind="classical")]
+    assert tables.over(rows, "l1", "steps").splitlines() == [
+        "| L1 to the teacher | K = 4 | K = 10 |", "| --- | ---: | ---: |", "| GS | **0.0100** | 0.0010 |",
+        "| A | 0.2000 | **0.0002** |", "| Z | 0.5000 |  |",
+    ]  # fmt: skip
+
+
+def test_readme_blocks_are_replaced_where_there_are_rows(tmp_path):
+    text = "a\n<!-- results:students -->\nold\n<!-- /results -->\nb\n<!-- results:gas -->\nkept\n<!-- /results -->\n"
+    tables.write(tmp_path / "main.csv", [row("GS", 4, 0.0123, updates="5"), row("LD3", 4, 0.2, updates="5")])
+    new = readme.filled(text, tmp_path)
+    assert "| GS | **0.0123** |\n| LD3 | 0.2000 |\n<!-- /results -->\nb\n" in new and "old" not in new and "kept" in new
+    assert readme.filled(new, tmp_path) == new
+    with pytest.raises(KeyError, match="nothing"):
+        readme.filled("<!-- results:nothing -->\n<!-- /results -->", tmp_path)
