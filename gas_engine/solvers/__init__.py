@@ -2,6 +2,7 @@
 
 from . import classical
 from ._times import LearnedTimes
+from .any_steps import AnyStepsSolver
 from .belm import BELMSolver
 from .files import load_solver, save_solver
 from .generalized import GeneralizedSolver
@@ -9,6 +10,7 @@ from .grids import GRIDS, grid, noise_levels
 
 __all__ = [
     "GRIDS",
+    "AnyStepsSolver",
     "BELMSolver",
     "GeneralizedSolver",
     "LearnedTimes",

@@ -18,8 +18,8 @@ class Config(PlacedModelOptions):
 
     config: Path | None = None
     """A file of options, such as configs/cifar10.yaml; what is given beside it counts."""
-    steps: int = 4
-    """Network evaluations K of the student, 1 to 32."""
+    steps: int | str = 4
+    """Network evaluations K of the student, 1 to 32; a range such as 4-10 learns one solver for every K in it."""
     student: Literal["gs", "s4s", "linear", "belm"] = "gs"
     """gs: corrections around DPM-Solver++ theory; s4s, linear: the forms without it; belm: reversible, two states."""
     order: int | None = None
