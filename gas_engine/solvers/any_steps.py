@@ -28,11 +28,11 @@ class AnyStepsSolver(LearnedTimes):
 
         table(K, n, lag) = start(K, n) + sum_d smoothness^d sum_{q of total degree d} w_q q(K, n, lag)
 
-    with polynomials q orthonormal over the points of the whole range, so that w = 0 is DPM-Solver++(3M) on the start
-    grid at every K. ``degree`` bounds the total degree; unless given it is the largest K less one, at most 12. At the
-    largest K less one there are as many polynomials as points: every K can have any table, and sharing costs none of
-    them accuracy. ``smoothness`` below 1 makes higher polynomials learn more slowly, so that what one K learns carries
-    over to the others.
+    with polynomials q orthonormal over the points of the whole range, so that w = 0 is DPM-Solver++(3M), or another
+    ``base``, on the start grid at every K. ``degree`` bounds the total degree; unless given it is the largest K less
+    one, at most 12. At the largest K less one there are as many polynomials as points: every K can have any table, and
+    sharing costs none of them accuracy. ``smoothness`` below 1 makes higher polynomials learn more slowly, so that what
+    one K learns carries over to the others.
 
     ``at(steps)`` is the solver of one K, differentiable in w. What knows of one K alone (``steps``, ``times``,
     ``tableau``) sees the largest. Parameters, float64 on the CPU: w of ``theta``, ``xi``, ``phi_a``, ``phi_c``; 511
@@ -43,10 +43,11 @@ class AnyStepsSolver(LearnedTimes):
     """
 
     family = "any"
+    settings = ("start", "base", "degree", "smoothness")
 
     def __init__(
         self, steps: range, schedule: Schedule, t_eps: float = 1e-3, start: str = "uniform",
-        degree: int | None = None, smoothness: float = SMOOTHNESS,
+        base: str = "dpmpp3m", degree: int | None = None, smoothness: float = SMOOTHNESS,
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         if len(steps) == 0 or steps.step != 1 or not 2 <= steps[0] <= steps[-1] <= MAX_STEPS:
@@ -57,33 +58,30 @@ class AnyStepsSolver(LearnedTimes):
                 f"degree must be between 0 and {MAX_DEGREE} and smoothness in (0, 1], got {degree} and {smoothness}"
             )
         self._range, self.steps, self.schedule, self.t_eps = steps, steps[-1], schedule, float(t_eps)
-        self.start, self.degree, self.smoothness = start, degree, float(smoothness)
+        self.start, self.base, self.degree, self.smoothness = start, base, degree, float(smoothness)
         self.facts: dict[str, Any] = {}
         for name in TABLES:
             count = self._polynomials(name, steps[0]).shape[1]
             self.register_parameter(name, nn.Parameter(torch.zeros(count, dtype=torch.float64)))
-        self.at(steps[0])  # refuses a start that no K has
+        self.at(steps[0])  # refuses a start or a base that no K has
 
     @property
     def steps_range(self) -> range:
         return self._range
 
     def config(self) -> dict[str, Any]:
-        return {
-            "family": self.family, "steps": [self._range[0], self._range[-1]], "schedule": self.schedule.config(),
-            "t_eps": self.t_eps, "start": self.start, "degree": self.degree, "smoothness": self.smoothness,
-        }  # fmt: skip
+        return super().config() | {"steps": [self._range[0], self._range[-1]]}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> AnyStepsSolver:
         (low, high), schedule = config["steps"], Schedule.from_config(config["schedule"])
-        last = (config["t_eps"], config["start"], config["degree"], config["smoothness"])
-        return cls(range(low, high + 1), schedule, *last)
+        given = {name: config[name] for name in cls.settings}
+        return cls(range(low, high + 1), schedule, config["t_eps"], **given)
 
     def at(self, steps: int) -> LearnedTimes:
         """The solver of K = ``steps``; its tables are buffers with a gradient. ValueError for a K out of range."""
         self.check_steps(steps)
-        solver = GeneralizedSolver(steps, self.schedule, self.t_eps, start=self.start)
+        solver = GeneralizedSolver(steps, self.schedule, self.t_eps, base=self.base, start=self.start)
         for name in TABLES:
             start = getattr(solver, name).detach()
             change = self._polynomials(name, steps) @ getattr(self, name)

@@ -26,7 +26,7 @@ from ..losses import DistillationLoss, decoded, distillation_loss
 from ..memory import BitsLost, MemoryPolicy, shard_weights
 from ..networks import discriminator_for
 from ..planner import Plans, plan
-from ..solvers import GRIDS, AnyStepsSolver, BELMSolver, GeneralizedSolver, LearnedTimes, load_solver
+from ..solvers import FAMILIES, GRIDS, AnyStepsSolver, LearnedTimes, load_solver
 from ..teacher import teacher_samples
 from ..units import parse_bytes, show_bytes
 from .adversary import Adversary
@@ -42,7 +42,6 @@ CHOSEN = (
     "trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks", "loss_alone", "split_guidance",
 )  # fmt: skip
 CIFAR10_WEIGHT = 0.1  # of the adversarial loss, by arXiv 2510.17699
-FORMS: dict[str, bool | str] = {"gs": True, "s4s": False, "linear": "linear"}
 
 
 def recipe_name(config: Config) -> str:
@@ -92,27 +91,29 @@ def solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> LearnedTimes:
                 f"--start-grid must be {', '.join(GRIDS)} or a JSON file of {steps + 1} falling times, "
                 f"got {recipe.start_grid!r} ({error})"
             ) from None
-    if config.student == "belm":
-        if config.order is not None:
-            raise InputError(f"--student belm is of second order and takes no --order, got {config.order}")
-        new: LearnedTimes = BELMSolver(steps, denoiser.schedule, config.t_eps, start)
-    else:
-        new = GeneralizedSolver(
-            steps, denoiser.schedule, config.t_eps, config.order, theory=FORMS[config.student], start=start
-        )
-    return _begun(config, denoiser, new)
+    student = FAMILIES[config.student]
+    asked = {"order": config.order, "base": config.base, "theory": config.form}
+    given = {name: value for name, value in asked.items() if value is not None}
+    alien = next((name for name in given if name not in student.settings), None)
+    if alien is not None:
+        option = "form" if alien == "theory" else alien
+        raise InputError(f"--student {config.student} takes no --{option}, got {given[alien]}; leave it out")
+    return _begun(config, denoiser, student(steps, denoiser.schedule, config.t_eps, start=start, **given))
 
 
 def any_steps(config: Config, denoiser: Denoiser, recipe: Recipe, counts: range) -> AnyStepsSolver:
     """The student of a range of K before its first update."""
-    if config.student != "gs" or config.order is not None:
-        raise InputError(f"--steps {config.steps} is of --student gs without --order; give one K, or leave those out")
+    if config.student != "gs" or config.order is not None or config.form not in (None, "theory"):
+        raise InputError(
+            f"--steps {config.steps} is of --student gs without --order and --form; give one K, or leave those out"
+        )
     if recipe.start_grid not in GRIDS:
         raise InputError(
             f"--start-grid {recipe.start_grid} has the times of one K, and --steps {config.steps} needs those of each; "
             f"give {', '.join(GRIDS)}"
         )
-    return AnyStepsSolver(counts, denoiser.schedule, config.t_eps, recipe.start_grid)
+    base = config.base or "dpmpp3m"
+    return AnyStepsSolver(counts, denoiser.schedule, config.t_eps, recipe.start_grid, base)
 
 
 def _begun(config: Config, denoiser: Denoiser, new: LearnedTimes) -> LearnedTimes:
