@@ -95,14 +95,14 @@ def resume(trainer: Trainer, directory: RunDirectory, config: Config, checkpoint
 def measure(trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples) -> float | None:
     """L1 distance of the averaged solver to the teacher on the selection seeds, None if not finite; keeps the best.
 
-    Draws nothing that training draws: an update seeds its own generators.
+    Of a solver of several K, the geometric mean. Draws nothing that training draws: an update seeds its own generators.
     """
-    tableau = trainer.average.tableau(trainer.denoiser.prediction)
-    found = comparison.distance(
-        trainer.denoiser, tableau, selection, "", batch=config.sample_batch, group=trainer.group
-    )  # fmt: skip
-    trainer.notices += trainer.watch.samples(found.samples, selection.teacher.cpu())
-    distance = found.l1
+    found = [
+        comparison.distance(trainer.denoiser, tableau, selection, "", batch=config.sample_batch, group=trainer.group)
+        for tableau in (each.tableau(trainer.denoiser.prediction) for each in trainer.average.each())
+    ]
+    trainer.notices += trainer.watch.samples(found[-1].samples, selection.teacher.cpu())
+    distance = comparison.mean_l1(found)
     if trainer.best.see(trainer.step, distance, trainer.average):
         directory.attempt("the best solver", partial(_write_best, trainer, directory, config))
     return distance if math.isfinite(distance) else None
