@@ -46,7 +46,7 @@ def within(share: float, first: str, other: str, metric: str = "l1") -> Check:
 
 
 def moves_less(first: str, other: str, share: float, over: str = "train_samples", metric: str = "l1") -> Check:
-    """From fewest to most samples, the figure of ``first`` changes by at most ``share``, or by less than ``other``'s."""
+    """From fewest to most samples, ``first`` changes by at most ``share``, or by less than ``other``."""
 
     def check(rows: Sequence[Row]) -> tuple[bool, str] | None:
         changes = {}

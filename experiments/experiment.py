@@ -20,7 +20,7 @@ class Setting:
     model: str = "digits"
     options: tuple[str, ...] = ()
     runs: Path = Path("experiments/runs")
-    updates: int = 400
+    updates: int = 250
     long: int = 800  # the quick recipe as it stands
     train_seeds: str = "0-1399"
     held_out: str = "50000-50511"

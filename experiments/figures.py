@@ -58,9 +58,13 @@ def _lines(axis: Axes, rows: Sequence[Row], metric: str, column: str) -> None:
     level = next((float(r[metric]) for r in rows if r["kind"] == "teacher" and r.get(metric)), 0.0)
     if level > 0:
         axis.axhline(level, color="k", ls="--", lw=1, label="teacher")
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(lambda *_: "")
+    bottom, top = (limit(y for line in axis.lines for y in line.get_ydata()) for limit in (min, max))
+    if top > 4 * bottom:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(lambda *_: "")
+    else:
+        axis.set_ylim(0, 1.08 * top)
     axis.set_xticks(range(len(places)), places)
     axis.set_xlabel("network evaluations K" if column == "steps" else column.replace("_", " "))
 

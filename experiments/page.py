@@ -100,8 +100,8 @@ def summary(commands: Sequence[Row]) -> str:
     return (
         f"{len(commands)} commands took {wall / 60:.0f} minutes, two at a time with a thread each, so about "
         f"{wall / 120:.0f} by the clock; {cpu / 60:.0f} minutes of CPU time. {last['device']}, torch {last['torch']}, "
-        f"gas_engine {last['gas_engine']}, {last['finished'][:10]}. Seeds are fixed, and one run was made of each solver: "
-        "how far another seed falls was not measured, but where it is said.\n\n"
+        f"gas_engine {last['gas_engine']}, {last['finished'][:10]}. Seeds are fixed; one run was made of each solver, so "
+        "how far another seed falls was not measured.\n\n"
     )
 
 

@@ -15,6 +15,7 @@ from jobs import ROOT
 from tables import markdown, read
 
 RESULTS = ROOT / "experiments" / "results"
+BELM = ROOT / "bench" / "results" / "digits_belm_amd-epyc_2026-11-21.csv"  # reversible runs of the same length
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
 
 
@@ -65,21 +66,21 @@ def students(results: Path) -> str:
 
 def belm(results: Path) -> str:
     """The Generalized Solver beside a reversible student, and what its residual codes hold."""
-    rows = read(results / "main.csv")
-    shown = {"GS": "Generalized Solver, K+1 states", "BELM": "BELM, two states"}
-    steps = sorted({int(row["steps"]) for row in rows if row["label"] == "BELM"})
+    solvers = {row["steps"]: row for row in read(results / "longer.csv") if row["label"] == "GS"}
+    reversible = {row["steps"]: row for row in read(BELM)}
+    steps = [k for k in reversible if k in solvers]
     if not steps:
         return ""
-    found = {(row["label"], int(row["steps"])): row for row in rows}
     lines = [["", *(f"K = {k}" for k in steps)]]
-    lines += [[name, *(_figure(found.get((label, k)), "l1", ".4f") for k in steps)] for label, name in shown.items()]
-    bits = [_figure(found.get(("BELM", k)), "bits", ".1f") for k in steps]
+    lines += [["Generalized Solver, K+1 states", *(_figure(solvers[k], "l1", ".4f") for k in steps)]]
+    lines += [["BELM, two states", *(_figure(reversible[k], "l1", ".4f") for k in steps)]]
+    bits = [_figure(reversible[k], "bits_lost", ".1f") for k in steps]
     return markdown([*lines, ["bits that its codes hold, an element and step", *bits]])
 
 
 def gas(results: Path) -> str:
     """GAS, GS and the best classical solver at K = 4, beside the teacher."""
-    rows = [row for row in read(results / "main.csv") if row["kind"] == "teacher" or row["steps"] == "4"]
+    rows = [row for row in read(results / "longer.csv") if row["kind"] == "teacher" or row["steps"] == "4"]
     classical = sorted((row for row in rows if row["kind"] == "classical"), key=lambda row: float(row["l1"]))
     shown: list[Row] = [row for row in rows if row["kind"] == "teacher"]
     shown += [row for name in ("GAS", "GS") for row in rows if row["label"] == name]
