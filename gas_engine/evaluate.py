@@ -57,7 +57,7 @@ class Config(PlacedModelOptions):
     seeds: str = "50000-50511"
     """Seeds to measure on, which no solver was trained or chosen on."""
     reference: str = "auto"
-    """data (of an embedded model), a directory of images, or an .npz of statistics (EDM's, ADM's); auto: data or none."""
+    """data (of an embedded model), a directory of images, an .npz of statistics (EDM's, ADM's); auto: data or none."""
     features: str = "auto"
     """auto, inception, none, or a TorchScript FILE.pt from images [N, C, H, W] in [-1, 1] to [N, F]: a program, which
     will be run."""
@@ -132,7 +132,7 @@ class Bench:
 
     def teachers(self, seeds: Sequence[int]) -> torch.Tensor:
         """The teacher's samples of these seeds, from the set on the disk."""
-        wanted, found = {*seeds}, {}
+        wanted, found = {*seeds}, dict[int, torch.Tensor]()
         for entry in load_index(self.out / "teacher"):
             rows = [row for row, seed in enumerate(entry["seeds"]) if seed in wanted]
             if rows:
@@ -174,10 +174,9 @@ def run(config: Config) -> Path:
         shape = _picture_shape(denoiser, device)
         notes: list[str] = []
         reference = _reference(config, denoiser, shape, notes)
-        meter = Meter(
-            _extractor(config, denoiser, shape, wanted, device, notes), _perceptual(config, wanted, shape, device, notes),
-            "sfid" in wanted and reference is not None,
-        )  # fmt: skip
+        extractor = _extractor(config, denoiser, shape, wanted, device, notes)
+        perceptual = _perceptual(config, wanted, shape, device, notes)
+        meter = Meter(extractor, perceptual, "sfid" in wanted and reference is not None)
         out = writable(config.out)
         make_teacher_set(
             denoiser, seeds, teacher, out / "teacher", batch=config.batch, shard=PART, device=device, group=group
