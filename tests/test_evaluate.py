@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gas_engine import GeneralizedSolver, evaluate, load_denoiser, sample, save_solver
+from gas_engine import GeneralizedSolver, evaluate, load_denoiser, measuring, sample, save_solver
 from gas_engine._cli import InputError, parse_seeds
 from gas_engine.candidates import parse_steps
 from gas_engine.metrics import (
@@ -66,6 +66,13 @@ def here(tmp_path_factory):
     return path, rows
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes most of the time of a short evaluation."""
+    for name in ("_plot", "_plot_spectrum"):
+        monkeypatch.setattr(f"gas_engine.metrics.tables.{name}", lambda *_: None)
+
+
 def drawn(path, solver, steps, grid="quadratic"):
     """Samples by the verb that draws them."""
     argv = ["--model", "digits", "--solver", solver, "--steps", str(steps), "--seeds", SEEDS, "--grid", grid]
@@ -110,11 +117,30 @@ def test_the_files(here):
             assert image.width > 600 and image.height > 250 and len(image.convert("RGB").getcolors(10**6)) > 20
 
 
-def test_a_killed_evaluation_goes_on(here, tmp_path, monkeypatch):
+def test_lpips_is_of_pictures_sample_by_sample(here, tmp_path, no_pictures, monkeypatch):
+    """With a stand-in for the network, whose weights are no part of this package: the mean |x - y| of each."""
+
+    class Stand:
+        def __init__(self, name, device):
+            assert name == "lpips"
+
+        def made(self, y):
+            return (y,)
+
+        def of(self, x, y, made):
+            assert made[0] is y and len(y) == 1
+            return (x - y).abs().flatten(1).mean(1)
+
+    monkeypatch.setattr(evaluate, "Perceptual", Stand)
+    row, _ = evaluated(tmp_path, "--solver", "unipc", "--steps", "3", "--metrics", "l1,lpips")
+    assert row["lpips"] == row["l1"] == here[1][1]["l1"] and row["fd_data"] == "" == row["l2"]
+
+
+def test_a_killed_evaluation_goes_on(here, tmp_path, monkeypatch, no_pictures):
     """Stopped between two solvers: the first is not sampled again, and the table has the same bytes."""
     path, _ = here
     asked = ["--solver", str(path / "run"), "unipc", "--steps", "3"]
-    original, calls = evaluate.rollout, []
+    original, calls = measuring.rollout, []
 
     def stopping(denoiser, noise, tableau, cond):
         calls.append(len(noise))
@@ -122,7 +148,7 @@ def test_a_killed_evaluation_goes_on(here, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(denoiser, noise, tableau, cond)
 
-    monkeypatch.setattr(evaluate, "rollout", stopping)
+    monkeypatch.setattr(measuring, "rollout", stopping)
     with pytest.raises(SystemExit) as stop:
         evaluated(tmp_path, *asked)
     assert stop.value.code == 130 and not (tmp_path / "evaluation.csv").exists()
@@ -150,7 +176,7 @@ def test_two_processes_are_one(here, tmp_path):
         assert (tmp_path / name).read_bytes() == (path / "out" / name).read_bytes()
 
 
-def test_classical_is_the_best_of_every_family(tmp_path, monkeypatch):
+def test_classical_is_the_best_of_every_family(tmp_path, monkeypatch, no_pictures):
     for module in ("candidates", "evaluate", "training.setup"):
         monkeypatch.setattr(f"gas_engine.{module}.SELECTION_SEEDS", range(40_000, 40_008))
     monkeypatch.setattr("gas_engine.comparison.T_EPS", (1e-3,))
@@ -165,7 +191,7 @@ def test_classical_is_the_best_of_every_family(tmp_path, monkeypatch):
     assert evaluated(tmp_path, "--steps", "2", "--metrics", "l1", "--features", "none") == rows
 
 
-def test_states_that_are_no_known_pictures(tmp_path, monkeypatch, capsys):
+def test_states_that_are_no_known_pictures(tmp_path, monkeypatch, capsys, no_pictures):
     """Distances and spectra all the same; what is missing is said with the way to it."""
     monkeypatch.chdir(HERE)
     row, _ = evaluated(tmp_path, "--solver", "unipc", "--steps", "3", model="toy:make")
@@ -189,9 +215,8 @@ def script(tmp_path_factory):
     return path
 
 
-def test_a_directory_and_statistics_give_one_distance(here, script, tmp_path):
+def test_a_directory_and_statistics_give_one_distance(script, tmp_path, no_pictures):
     """Images as files, as ADM's array, and the mean and covariance of their features as EDM's statistics."""
-    path, _ = here
     levels = eight_bits(real_digits()[:40]).numpy()
     (tmp_path / "images" / "more").mkdir(parents=True)
     for i, image in enumerate(levels[:, 0]):
@@ -202,7 +227,7 @@ def test_a_directory_and_statistics_give_one_distance(here, script, tmp_path):
     found = {}
     for name in ("images", "adm.npz", "edm.npz"):
         options = ["--solver", "unipc", "--steps", "3", "--features", str(script), "--reference", str(tmp_path / name)]
-        found[name] = evaluated(path / "out", *options)[0]
+        found[name] = evaluated(tmp_path / "out", *options)[0]
     distances = [float(row["fd_data"]) for row in found.values()]
     assert distances == pytest.approx([distances[0]] * 3, rel=1e-4)
     assert found["images"]["kid_data"] == found["adm.npz"]["kid_data"] != "" != found["images"]["cmmd"]
