@@ -8,35 +8,29 @@ solvers, measures what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from ._cli import InputError, command, console, parse_seeds, progress, writable
 from .candidates import Candidate, Choice, candidates, open_choices
-from .conditioning import moved
-from .denoiser import Denoiser, seeded
+from .denoiser import Denoiser
 from .distributed import Group
-from .files import atomic, tensors_sha256
 from .losses.perceptual import NETWORKS, Perceptual
+from .measuring import PART, Measuring
 from .metrics.features import Extractor, features_of, torchscript_features
 from .metrics.inception import inception_features, inception_weights
-from .metrics.meter import METRICS, OF_FEATURES, Measured, Meter, Yardstick, joined
-from .metrics.reference import BATCH, Reference, open_reference
+from .metrics.meter import METRICS, OF_FEATURES, Measured, Meter, Yardstick
+from .metrics.reference import Reference, open_reference
 from .metrics.tables import Row, write
 from .models import PlacedModelOptions, open_model, place
 from .pictures import can_draw, pictures_of
-from .rollout import rollout
-from .teacher import TeacherSolver, load_index, make_teacher_set
+from .teacher import TeacherSolver, make_teacher_set
 from .training.setup import SELECTION_SEEDS
-
-PART = 1024  # samples of a file
 
 
 @dataclass
@@ -57,7 +51,7 @@ class Config(PlacedModelOptions):
     seeds: str = "50000-50511"
     """Seeds to measure on, which no solver was trained or chosen on."""
     reference: str = "auto"
-    """data (of an embedded model), a directory of images, or an .npz of statistics (EDM's, ADM's); auto: data or none."""
+    """data (of an embedded model), a directory of images, an .npz of statistics (EDM's, ADM's); auto: data or none."""
     features: str = "auto"
     """auto, inception, none, or a TorchScript FILE.pt from images [N, C, H, W] in [-1, 1] to [N, F]: a program, which
     will be run."""
@@ -69,94 +63,6 @@ class Config(PlacedModelOptions):
     """Samples at a time."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:0, ..."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Everything that measuring takes."""
-
-    denoiser: Denoiser
-    seeds: list[int]
-    meter: Meter
-    teacher: TeacherSolver
-    out: Path
-    batch: int
-    device: torch.device
-    group: Group
-
-    def key(self, *what: object) -> str:
-        """A checksum of what a measurement depends on."""
-        extractor = self.meter.extractor
-        facts = [
-            self.denoiser.fingerprint(),
-            self.denoiser.facts(),
-            asdict(self.teacher),
-            extractor and extractor.identity,
-        ]
-        return tensors_sha256({}, [*facts, self.meter.spatial, self.meter.perceptual is not None, *what])[:32]
-
-    def kept(self, key: str, make: Callable[[], Measured]) -> Measured:
-        """What the file of this name holds; made and written where there is none."""
-        path = self.out / "measured" / f"{key}.safetensors"
-        if not self.group.first(path.is_file):
-            made = make()
-            if self.group.main:
-                with atomic(path) as temporary:
-                    save_file({name: value.contiguous() for name, value in made.items()}, temporary)
-            self.group.barrier()
-        return load_file(path)
-
-    def measured(self, candidate: Candidate | None, advance: Callable[[int], None]) -> Measured:
-        """Of a solver's samples on all seeds, or of the teacher's."""
-        said = "teacher" if candidate is None else candidate.checksum
-        parts = []
-        for start in range(0, len(self.seeds), PART):
-            seeds = self.seeds[start : start + PART]
-            parts.append(self.kept(self.key(said, seeds), lambda seeds=seeds: self._part(candidate, seeds, advance)))  # type: ignore[misc]
-        return joined(parts)
-
-    @torch.no_grad()
-    def _part(self, candidate: Candidate | None, seeds: list[int], advance: Callable[[int], None]) -> Measured:
-        def measure(start: int) -> Measured:
-            few = seeds[start : start + self.batch]
-            teacher = self.teachers(few)
-            states = teacher
-            if candidate is not None:
-                noise, cond = moved(seeded(self.denoiser, few), self.device)
-                states = rollout(self.denoiser, noise, candidate.tableau, cond)
-            found = self.meter.samples(self.denoiser, states.cpu(), teacher, self.device)
-            advance(len(few))
-            return found
-
-        return joined(self.group.map(measure, range(0, len(seeds), self.batch)))
-
-    def teachers(self, seeds: Sequence[int]) -> torch.Tensor:
-        """The teacher's samples of these seeds, from the set on the disk."""
-        wanted, found = {*seeds}, {}
-        for entry in load_index(self.out / "teacher"):
-            rows = [row for row, seed in enumerate(entry["seeds"]) if seed in wanted]
-            if rows:
-                with safe_open(self.out / "teacher" / entry["file"], framework="pt") as file:
-                    part = file.get_slice("samples")[rows[0] : rows[-1] + 1]
-                found |= {entry["seeds"][row]: part[row - rows[0]] for row in rows}
-        return torch.stack([found[seed] for seed in seeds])
-
-    def data(self, reference: Reference, advance: Callable[[int], None]) -> Measured | None:
-        """Of the reference's images, where it has any."""
-        if reference.read is None:
-            return None
-        read = reference.read
-
-        def measure(start: int) -> Measured:
-            images = read(start)
-            advance(len(images))
-            return self.meter.pictures(images)
-
-        make = lambda: joined(self.group.map(measure, range(0, reference.count, BATCH)))  # noqa: E731
-        extractor = self.meter.extractor
-        return self.kept(
-            tensors_sha256({}, [reference.identity, extractor and extractor.identity, self.meter.spatial])[:32], make
-        )
 
 
 def run(config: Config) -> Path:
@@ -174,17 +80,16 @@ def run(config: Config) -> Path:
         shape = _picture_shape(denoiser, device)
         notes: list[str] = []
         reference = _reference(config, denoiser, shape, notes)
-        meter = Meter(
-            _extractor(config, denoiser, shape, wanted, device, notes), _perceptual(config, wanted, shape, device, notes),
-            "sfid" in wanted and reference is not None,
-        )  # fmt: skip
+        extractor = _extractor(config, denoiser, shape, wanted, device, notes)
+        perceptual = _perceptual(config, wanted, shape, device, notes)
+        meter = Meter(extractor, perceptual, "sfid" in wanted and reference is not None)
         out = writable(config.out)
         make_teacher_set(
             denoiser, seeds, teacher, out / "teacher", batch=config.batch, shard=PART, device=device, group=group
         )  # fmt: skip
-        bench = Bench(denoiser, seeds, meter, teacher, out, config.batch, device, group)
+        measuring = Measuring(denoiser, seeds, meter, teacher, out, config.batch, device, group)
         found = candidates(choices, denoiser, teacher, out / "chosen.json", config.batch, device, group)
-        rows, data = _rows(bench, found, reference, wanted)
+        rows, data = _rows(measuring, found, reference, wanted)
         if group.main:
             write(out, rows, data, denoiser.name, teacher.steps, wanted, shape)
             for note in notes:
@@ -193,10 +98,10 @@ def run(config: Config) -> Path:
 
 
 def _rows(
-    bench: Bench, found: list[Candidate], reference: Reference | None, wanted: Sequence[str]
+    measuring: Measuring, found: list[Candidate], reference: Reference | None, wanted: Sequence[str]
 ) -> tuple[list[Row], Measured | None]:
     """A row for every candidate, and one for the teacher at the end; the data's measurement."""
-    count = len(bench.seeds)
+    count = len(measuring.seeds)
     with progress() as bar:
         total = (1 + len(found)) * count + (reference.count if reference else 0)
         task, done = bar.add_task("evaluate", total=total, note=""), 0
@@ -209,21 +114,21 @@ def _rows(
             done += n
             bar.update(task, completed=done)  # with what other ranks did, or the disk held
 
-        data = bench.data(reference, advance) if reference else None
+        data = measuring.data(reference, advance) if reference else None
         finished(reference.count if reference else 0)
-        of_teacher = bench.measured(None, advance)
+        of_teacher = measuring.measured(None, advance)
         finished(count)
         yardstick = Yardstick.of(of_teacher, data, reference)
         rows = []
         for candidate in found:
             bar.update(task, note=f"{candidate.name}, {candidate.steps}")
-            measured = bench.measured(candidate, advance)
+            measured = measuring.measured(candidate, advance)
             finished(count)
-            scores = yardstick.scores(measured, wanted) if bench.group.main else {}
+            scores = yardstick.scores(measured, wanted) if measuring.group.main else {}
             rows.append(Row(candidate.name, candidate.setting, candidate.steps, scores, measured))
-        solver = bench.teacher
+        solver = measuring.teacher
         setting = f"{solver.solver}, {solver.grid}, {solver.t_eps:g}"
-        scores = yardstick.scores(of_teacher, wanted) if bench.group.main else {}
+        scores = yardstick.scores(of_teacher, wanted) if measuring.group.main else {}
         return [*rows, Row("teacher", setting, solver.steps, scores, of_teacher)], data
 
 

@@ -23,7 +23,7 @@ def kernel_distance(real: Tensor, fake: Tensor) -> float:
 
         kernel_distance(features(real), features(samples))
     """
-    x, y = _checked(real, fake)
+    x, y = checked(real, fake)
 
     def cubic(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
@@ -43,7 +43,7 @@ def gaussian_distance(real: Tensor, fake: Tensor, width: float = 10.0) -> float:
 
         gaussian_distance(clip(real), clip(samples))
     """
-    x, y = (torch.nn.functional.normalize(v, dim=1) for v in _checked(real, fake))
+    x, y = (torch.nn.functional.normalize(v, dim=1) for v in checked(real, fake))
 
     def gaussian(a: Tensor, b: Tensor) -> Tensor:
         return torch.exp((a @ b.T - 1) / width**2)  # of unit vectors: |a - b|^2 = 2 - 2 a.b
@@ -53,10 +53,15 @@ def gaussian_distance(real: Tensor, fake: Tensor, width: float = 10.0) -> float:
 
 
 def _sum(kernel: Kernel, a: Tensor, b: Tensor) -> float:
-    return sum(float(kernel(rows, b).sum()) for rows in a.split(max(1, BLOCK // len(b))))
+    return sum(float(kernel(rows, b).sum()) for rows in a.split(rows_beside(b)))
 
 
-def _checked(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def rows_beside(b: Tensor) -> int:
+    """How many rows of a kernel or of distances to b [M, F] are made at a time."""
+    return max(1, BLOCK // len(b))
+
+
+def checked(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"two sets of at least 2 samples of the same features, got {list(a.shape)}, {list(b.shape)}")
     return a.detach().double(), b.detach().double()

@@ -109,7 +109,8 @@ class Yardstick:
 
     def _distances(self, measured: Measured) -> dict[str, float | None]:
         count = float(measured["count"])
-        mean = {name: float(measured[name]) / count for name in ("l1", "l2", "lpips", "high") if name in measured}
+        sums = ("l1", "l2", "lpips", "high")
+        mean: dict[str, float] = {name: float(measured[name]) / count for name in sums if name in measured}
         found: dict[str, float | None] = {**mean, "rmse": mean["l2"] ** 0.5}
         found["psnr"] = 10 * math.log10(4 / mean["l2"]) if mean["l2"] > 0 else None
         if "high" in mean and float(self.teacher["high"]) > 0:

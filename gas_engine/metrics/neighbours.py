@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels import BLOCK, _checked
+from .kernels import checked, rows_beside
 
 
 class Neighbours(NamedTuple):
@@ -33,7 +33,7 @@ def neighbours(real: Tensor, fake: Tensor, k: int = 3, k_dense: int = 5) -> Neig
 
         neighbours(features(real), features(samples)).recall
     """
-    x, y = _checked(real, fake)
+    x, y = checked(real, fake)
     most = max(k, k_dense)
     if min(k, k_dense) < 1 or min(len(x), len(y)) <= most:
         raise ValueError(f"{most} nearest neighbours need more samples than that, got {len(x)} and {len(y)}")
@@ -41,7 +41,7 @@ def neighbours(real: Tensor, fake: Tensor, k: int = 3, k_dense: int = 5) -> Neig
     (fake_near,) = _radii(y, (k,))
     inside, balls = (torch.zeros(len(y), dtype=torch.long, device=y.device) for _ in range(2))
     recalled = covered = start = 0
-    for rows in x.split(_rows(y)):
+    for rows in x.split(rows_beside(y)):
         far, part = torch.cdist(rows, y), slice(start, start + len(rows))
         inside += (far < near[part, None]).sum(0)
         balls += (far < dense[part, None]).sum(0)
@@ -54,9 +54,5 @@ def neighbours(real: Tensor, fake: Tensor, k: int = 3, k_dense: int = 5) -> Neig
 
 def _radii(x: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
     """Distance of every sample to its k-th nearest other one, [N], for each k."""
-    near = torch.cat([torch.cdist(rows, x).topk(max(ks) + 1, largest=False)[0] for rows in x.split(_rows(x))])
+    near = torch.cat([torch.cdist(rows, x).topk(max(ks) + 1, largest=False)[0] for rows in x.split(rows_beside(x))])
     return [near[:, k] for k in ks]  # the nearest is the sample itself
-
-
-def _rows(x: Tensor) -> int:
-    return max(1, BLOCK // len(x))

@@ -32,7 +32,7 @@ def radial_power(images: Tensor) -> Tensor:
     ring = _rings(*power.shape).to(power.device)
     total = torch.zeros(int(ring.max()) + 1, dtype=torch.float64, device=power.device)
     total.index_add_(0, ring.flatten(), power.flatten())
-    return total.cpu() / rings(*power.shape)[1]
+    return total.cpu() / rings(*power.shape)[1].clamp(min=1)
 
 
 def rings(height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -154,19 +154,27 @@ def _plot(path: Path, rows: Sequence[Row], title: str) -> None:
         lines, columns, figsize=(4.1 * columns + 1.8, 3.2 * lines + 0.4), squeeze=False, constrained_layout=True
     )
     colors = plt.get_cmap("tab10" if len(solvers) <= 10 else "tab20")
+    sane = _sane(rows[:-1])
+    hidden = {*solvers} - {row.solver for row in sane}
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
         for index, solver in enumerate(solvers):
             points = [(r.steps, r.scores[name]) for r in rows[:-1] if r.solver == solver and r.scores[name] is not None]
             k, values = zip(*sorted(points), strict=True) if points else ((), ())
-            axis.plot(k, values, "o-", color=colors(index % colors.N), ms=4, lw=1.4, label=solver)
+            axis.plot(
+                k,
+                values,
+                "o-",
+                color=colors(index % colors.N),
+                ms=4,
+                lw=1.4,
+                label=solver + ", off the scale" * (solver in hidden),
+            )
         level = teacher.scores.get(name) if name != "fd_teacher" else None
         if level:
             axis.axhline(level, color="0.3", ls="--", lw=1, label="teacher")
-        _limits(
-            axis, [level or None, *(r.scores.get(name) for r in _sane(rows[:-1]))], name not in ("recall", "detail")
-        )
+        _limits(axis, [level or None, *(r.scores.get(name) for r in sane)], name not in ("recall", "detail"))
         axis.set(title=PLOTTED[name], xlabel="network evaluations", xticks=sorted({r.steps for r in rows[:-1]}))
         axis.title.set_fontsize(10)
     found = {
@@ -199,7 +207,7 @@ def _plot_spectrum(path: Path, rows: Sequence[Row], data: Measured | None, model
             if row.steps == k and row.spectrum is not None:
                 color = colors(solvers.index(row.solver) % colors.N)
                 axis.plot(frequencies, row.spectrum / teacher, "o-", color=color, ms=3, lw=1.2, label=row.solver)
-        here = [row.spectrum for row in _sane([row for row in rows[:-1] if row.steps == k]) if row.spectrum is not None]
+        here = [r.spectrum for r in _sane(rows[:-1]) if r.steps == k and r.spectrum is not None]
         spectra = here if own is None else [*here, own]
         _limits(axis, [1.0, *(v for power in spectra for v in (power / teacher).tolist())], log=False)
         axis.set(title=f"relative to the teacher's, K = {k}", xlabel="cycles per pixel")
@@ -221,8 +229,9 @@ def _limits(axis: Any, values: Iterable[float | None], log: bool) -> None:
     known = [v for v in values if v is not None and math.isfinite(v) and (v > 0 or not log)]
     if log:
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-        axis.yaxis.set_minor_formatter(ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=12))
+        axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+        axis.yaxis.set_minor_formatter(ticker.NullFormatter())
     if known:
         low, high = min(known), max(known)
         margin = 0.08 * (high - low) or 0.05 * abs(high) or 0.05
