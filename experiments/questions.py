@@ -32,9 +32,9 @@ def questions(setting: Setting) -> list[Experiment]:
         f"{label}, K = {k}": train(setting, f"{slug(label)}-k{k}", "--steps", str(k), *words)
         for label, words in STUDENTS.items() for k in setting.steps
     }  # fmt: skip
-    found = [_main(setting, main), *_read_from_main(), *_longer(setting)]
-    found += [_kinds(setting, main), _samples(setting, main), _bases(setting, main), _any_steps(setting, main)]
-    found += [_schedule(main), _pictures(setting, main), _memory(setting, main)]
+    found = [_main(setting, main), *_read_from_main(), *_longer(setting), _any_steps(setting, main)]
+    found += [_bases(setting, main), _memory(setting, main), _schedule(main), _pictures(setting, main)]
+    found += [_kinds(setting, main), _samples(setting, main)]
     if setting.model == "digits":
         found += _photos(setting, main)
     return found
