@@ -1,9 +1,10 @@
 # make demo    set up, train a solver on the embedded model, end with a table and pictures (75 to 85 seconds)
 # make test    set up, run the tests, in WORKERS=2 processes of one thread
+# make experiments  set up, run the experiments on the embedded models: experiments/RESULTS.md (an hour at most)
 # make bench   set up, run the benches, write bench/results/*.csv
 # make fuzz    set up, fuzz the readers of foreign files for five minutes (FUZZ_SECONDS=300)
 # make lint    set up, check formatting, lints and types
-.PHONY: demo test bench fuzz lint format clean
+.PHONY: demo test experiments bench fuzz lint format clean
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
@@ -23,6 +24,9 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests
 
+experiments: $(READY)
+	$(BIN)/python experiments/run.py
+
 bench: $(READY)
 	$(BIN)/python -m pytest -q bench --save-csv
 
@@ -35,6 +39,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu csrc/tests/*.h csrc/tests/*.cpp
 	$(BIN)/mypy
+	$(BIN)/python experiments/readme.py --check
 
 format: $(READY)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

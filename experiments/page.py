@@ -98,10 +98,10 @@ def summary(commands: Sequence[Row]) -> str:
     last = max(commands, key=lambda row: row["finished"])
     wall, cpu = (sum(float(row[name]) for row in commands) for name in ("seconds", "cpu_seconds"))
     return (
-        f"{len(commands)} commands took {wall / 60:.0f} minutes, two at a time with a thread each, so about "
-        f"{wall / 120:.0f} by the clock; {cpu / 60:.0f} minutes of CPU time. {last['device']}, torch {last['torch']}, "
-        f"gas_engine {last['gas_engine']}, {last['finished'][:10]}. Seeds are fixed; one run was made of each solver, so "
-        "how far another seed falls was not measured.\n\n"
+        f"{len(commands)} commands, two at a time with a thread each, took {wall / 60:.0f} minutes one after the other "
+        f"and {cpu / 60:.0f} of CPU time: {last['device']}, torch {last['torch']}, gas_engine {last['gas_engine']}, "
+        f"{last['finished'][:10]}. Seeds are fixed; one run was made of each solver, so how far another seed falls was "
+        "not measured.\n\n"
     )
 
 

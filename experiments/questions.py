@@ -180,7 +180,7 @@ def _any_steps(setting: Setting, main: dict) -> Experiment:
         table=("l1",), over="steps",
         claims=(Claim("At each K the one solver is within 10 % of the separately trained ones.",
                       within(0.1, "one for all K", "each its own")),),
-        note=f"The one solver had {len(ANY) * setting.updates} updates, each of one K, the others {setting.updates} each.",
+        note=f"The one solver had {len(ANY) * setting.updates} updates, of one K each, the others {setting.updates}.",
     )  # fmt: skip
 
 
