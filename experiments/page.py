@@ -49,7 +49,7 @@ def section(experiment: Experiment, rows: Sequence[Row], results: Path) -> str:
         text += "".join(f"\n{table}" for table in tables) + _of_teacher(rows, experiment.table)
     elif experiment.collect == "costs":
         text += "\n" + _costs(rows)
-    elif experiment.collect != "histories":
+    elif experiment.table:
         text += "\n" + plain(rows, experiment.table)
     if (results / f"{experiment.name}.png").exists():
         text += f"\n![{experiment.title}](results/{experiment.name}.png)\n"
