@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ ON_DISK, ON_PAGE = 32 * 2**20, 2 * 2**20  # bytes, with one sample at least
 LOSSLESS = 128  # pixels a side; larger pictures go to the page as JPEG
 
 
-def save_samples(path: Path, rows: dict[str, Tensor]) -> None:
-    """Write pictures [N, C, H, W] in [-1, 1] in 8 bits, and each row's error to the first, the teacher's.
+def save_samples(path: Path, names: Sequence[tuple[str, str]], rows: Sequence[Tensor]) -> None:
+    """Write rows of pictures [N, C, H, W] in [-1, 1] in 8 bits, and each row's error to the first, the teacher's.
 
     An error is the mean of |x - teacher| over channels, taken before rounding, as a fraction of ``top``, the 99.5 %
-    quantile of all. Files: at most 24 samples and 32 MiB.
+    quantile of all. ``names``: a solver and its setting for each row. Files: at most 24 samples and 32 MiB.
     """
-    teacher, *others = (values[:MOST].float() for values in rows.values())
+    teacher, *others = (values[:MOST].float() for values in rows)
     teacher, *others = (values[:, :3] if values.shape[1] in (3, 4) else values[:, :1] for values in (teacher, *others))
     height, width = teacher.shape[-2:]
     count = max(1, min(len(teacher), ON_DISK // (len(rows) * 4 * height * width)))
@@ -40,7 +41,7 @@ def save_samples(path: Path, rows: dict[str, Tensor]) -> None:
     tensors = {f"{i}": _bytes((values + 1) / 2) for i, values in enumerate((teacher, *others))}
     tensors |= {f"{i}.error": _bytes(error / top) for i, error in enumerate(errors, start=1)}
     with atomic(path) as temporary:
-        save_file(tensors, temporary, {"names": json.dumps(list(rows)), "top": json.dumps(top)})
+        save_file(tensors, temporary, {"names": json.dumps(names), "top": json.dumps(top)})
 
 
 def read_samples(path: Path) -> dict[str, Any]:
@@ -56,7 +57,9 @@ def read_samples(path: Path) -> dict[str, Any]:
         images = [file.get_tensor(f"{i}") for i in range(len(names))]
         errors = [file.get_tensor(f"{i}.error") for i in range(1, len(names))]
     count, room = 0, ON_PAGE
-    rows: list[dict[str, Any]] = [{"name": str(name), "images": [], "errors": []} for name in names]
+    rows: list[dict[str, Any]] = [
+        {"name": str(name), "setting": str(said), "images": [], "errors": []} for name, said in names
+    ]
     while count < len(images[0]) and (room > 0 or not count):
         for row, image in zip(rows, images, strict=True):
             row["images"].append(_uri(image[count]))

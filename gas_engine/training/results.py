@@ -108,8 +108,8 @@ def _compare_pictures(
     count = 12 if denoiser.decoder is not None else reporting.MOST
     states = (teacher, *(row.samples for row in rows))
     teacher, *shown = (pictures.pictures_of(denoiser, some[:count], device) for some in states)
-    names = [f"teacher, {config.teacher.steps} evaluations", *(f"{r.solver}, {config.steps} evaluations" for r in rows)]
-    reporting.save_samples(path.with_name(reporting.SAMPLES), dict(zip(names, (teacher, *shown), strict=True)))
+    names = [("teacher", f"{config.teacher.steps} evaluations"), *((row.solver, row.setting) for row in rows)]
+    reporting.save_samples(path.with_name(reporting.SAMPLES), names, [teacher, *shown])
     drawn = [(f"teacher, {config.teacher.steps}", teacher), (f"learned, {config.steps}", shown[0])]
     drawn += [(best.solver, samples) for best, samples in zip(others, shown[1:], strict=True)]
     drawn += [("|learned - teacher|", shown[0] - teacher)]

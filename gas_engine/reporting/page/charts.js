@@ -2,17 +2,18 @@
 
 const MARGIN = { left: 58, right: 12, top: 10, bottom: 40 };
 
-function axes(width, height, x, y, xLabel, yLabel, show = number) {
+function axes(width, height, x, y, xLabel, yLabel) {
   const { left, right, top, bottom } = MARGIN, end = width - right, base = height - bottom;
   const svg = s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
+  const [xText, yText] = [x, y].map((one) => tickText(one.ticks));
   for (const tick of y.ticks) {
     svg.append(s("line", { class: "gridline", x1: left, x2: end, y1: y(tick), y2: y(tick) }),
-      s("text", { x: left - 8, y: y(tick) + 4, "text-anchor": "end" }, show(tick, 2)));
+      s("text", { x: left - 8, y: y(tick) + 4, "text-anchor": "end" }, yText(tick)));
   }
   const room = Math.max(1, Math.ceil(x.ticks.length / ((end - left) / 56)));
   x.ticks.forEach((tick, i) => {
     svg.append(s("line", { class: "axis", x1: x(tick), x2: x(tick), y1: base, y2: base + 5 }));
-    if (i % room === 0) svg.append(s("text", { x: x(tick), y: base + 18, "text-anchor": "middle" }, number(tick)));
+    if (i % room === 0) svg.append(s("text", { x: x(tick), y: base + 18, "text-anchor": "middle" }, xText(tick)));
   });
   svg.append(s("line", { class: "axis", x1: left, x2: end, y1: base, y2: base }),
     s("text", { x: end, y: height - 4, "text-anchor": "end" }, xLabel),
@@ -34,7 +35,7 @@ function path(points) {
 function curves(series, xLabel, yLabel, { log = true, now = () => null, height = 250, label = "" } = {}) {
   const positive = log && series.every(({ values }) => values.every((v) => v === null || v > 0));
   const values = extent(series.flatMap((one) => one.values), positive);
-  const steps = extent(series.flatMap((one) => one.steps));
+  const steps = extent([0, ...series.flatMap((one) => one.steps)]);
   if (!values || !steps) return h("p", { class: "missing" }, "There is nothing to draw yet.");
   const far = positive && values[1] / values[0] > 8;
   const pad = (values[1] - values[0]) * 0.06 || Math.abs(values[1]) * 0.1 || 1;

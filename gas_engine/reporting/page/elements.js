@@ -23,7 +23,7 @@ const missing = (part) => h("p", { class: "missing" }, part.missing);
 const colour = (index) => `var(--c${index % 7})`;
 const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
-function number(value, digits = 3) {
+function number(value, digits = 3, zeros = false) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   if (value === 0) return "0";
   const size = Math.abs(value);
@@ -33,7 +33,7 @@ function number(value, digits = 3) {
     const shown = String(Number(mantissa));
     return (shown === "1" ? "" : shown.replace("-", "−") + "×") + "10" + raised;
   }
-  const text = size >= 1000 ? String(Math.round(value)) : String(Number(value.toPrecision(digits)));
+  const text = size >= 1000 ? String(Math.round(value)) : zeros ? value.toPrecision(digits) : String(Number(value.toPrecision(digits)));
   return text.replace("-", "−").replace(/\B(?=(\d{3})+$)/, size >= 10000 ? "\u202f" : "");
 }
 
@@ -52,6 +52,11 @@ function scale([low, high], [from, to], log = false) {
   at.ticks = log ? logTicks(low, high) : linearTicks(low, high, Math.abs(to - from) > 300 ? 6 : 4);
   at.log = log;
   return at;
+}
+// As many digits as tell neighbouring ticks apart.
+function tickText(ticks) {
+  const gap = ticks.length > 1 ? Math.abs(ticks[1] - ticks[0]) : 1;
+  return (tick) => number(tick, Math.max(1, Math.floor(Math.log10(Math.abs(tick) / gap || 1) + 1e-9) + 2));
 }
 function linearTicks(low, high, count) {
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));

@@ -48,9 +48,10 @@ function offsetsDrawing(history, row) {
     const x = (n) => MARGIN.left + ((n + 0.5) * (width - MARGIN.left - MARGIN.right)) / history.steps;
     const y = scale([-most * 1.1, most * 1.1], [height - 40, 26]);
     const svg = s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
+    const text = tickText(y.ticks);
     for (const tick of y.ticks) {
       svg.append(s("line", { class: "gridline", x1: MARGIN.left, x2: width - 12, y1: y(tick), y2: y(tick) }),
-        s("text", { x: MARGIN.left - 8, y: y(tick) + 4, "text-anchor": "end" }, number(tick, 2)));
+        s("text", { x: MARGIN.left - 8, y: y(tick) + 4, "text-anchor": "end" }, text(tick)));
     }
     of(row).forEach((value, n) => {
       svg.append(s("line", { class: "curve", "--c": colour(0), x1: x(n), x2: x(n), y1: y(0), y2: y(value) }),
@@ -83,7 +84,7 @@ function matrixDrawing(matrix, limit, symbol) {
         rect.style.fill = fill;
         svg.append(rect);
         if (cell > 30) {
-          const text = Math.abs(value) >= 0.005 ? value.toFixed(2) : Math.abs(value) < 5e-7 ? "0" : number(value, 1);
+          const text = Math.abs(value) >= 0.005 || (cell < 46 && value !== 0) ? value.toFixed(2) : Math.abs(value) < 5e-7 ? "0" : number(value, 1);
           svg.append(s("text", { class: "number", x: left + (j + 0.5) * cell, y: top + (n + 0.5) * cell }, text.replace("-", "−")));
         }
       }

@@ -110,13 +110,14 @@ function page() {
   const fill = () => place.replaceChildren(...build());
   const links = [several && ["runs", "Runs"], ["samples", "Samples"], ["learned", "What was learned"], ["comparison", "Comparison"], ["memory", "Memory"], ["plan", "Plan"], ["training", "Training"], ["options", "Options"]].filter(Boolean);
   const words = several ? `${runs.length} runs` : runs[0].name;
-  main.replaceChildren(
+  main.replaceChildren(...[
     h("div", { class: "eyebrow" }, h("span", {}, "gas_engine · report"), theme()),
     h("header", {}, h("h1", {}, words), several ? h("p", { class: "lead" }, runs.map((run) => run.name).join(", ")) : lead(runs[0]), !several && tiles(runs[0]),
       h("nav", { "aria-label": "sections" }, links.map(([id, name]) => h("a", { href: `#${id}` }, name)))),
     several && section("runs", "Runs", null, overview(), h("div", { class: "block" }, pills("In detail", runs.map((run) => run.name), 0, (i) => { state.run = i; fill(); }, true))),
     place, trained, section("options", "Options", null, options(runs)),
-    h("footer", {}, h("p", { class: "note block" }, `Made by gas_engine ${data.version}.`)));
+    h("footer", {}, h("p", { class: "note block" }, `Made by gas_engine ${data.version}.`)),
+  ].filter(Boolean));
   fill();
 }
 

@@ -13,7 +13,7 @@ function samples(run) {
     place.replaceChildren(...part.rows.map((row) => {
       const images = kind === "errors" && row.errors.length ? row.errors : row.images;
       const error = images === row.errors;
-      return h("div", { class: "strip" }, h("h3", {}, error ? `|${row.name} − teacher|` : row.name),
+      return h("div", { class: "strip" }, h("h3", {}, error ? `|${row.name} − teacher|` : row.name, " ", h("small", {}, row.setting)),
         h("div", { class: "images" }, images.map((uri, i) => h("button", { type: "button", class: "tile", "aria-label": `enlarge sample ${i + 1}, ${row.name}`, onclick: () => zoom(part, i) },
           h("img", { src: uri, alt: "", class: error ? "error" : null, loading: "lazy" })))));
     }));
@@ -21,7 +21,7 @@ function samples(run) {
   }
   const choice = pills("show", ["samples", "differences from the teacher"], samplesShown, (i) => { samplesShown = i; fill(i ? "errors" : "images"); });
   fill(samplesShown ? "errors" : "images");
-  return [h("p", { class: "note" }, `The first ${part.count} held-out seeds, ${part.first_seed} on: the same noise in every column. Choose one to enlarge it.`), choice, place, scaleBar];
+  return [h("p", { class: "note" }, `The first ${part.count} held-out seeds, ${part.first_seed} on, the same noise in every column. Choose one to enlarge it.`), choice, place, scaleBar];
 }
 
 // One sample in large; pointing at a place magnifies it in every picture.
@@ -42,9 +42,12 @@ function zoom(part, index) {
   }
   function fill() {
     title.textContent = `seed ${part.first_seed + index}`;
-    place.replaceChildren(
-      ...part.rows.map((row) => figure(row.name, "", lens(row.images[index], false, `${row.name}, sample ${index + 1}`))),
-      ...part.rows.filter((row) => row.errors.length).map((row) => figure(`|${row.name.split(",")[0]} − teacher|`, "", lens(row.errors[index], true, `difference of ${row.name} from the teacher`))));
+    place.style.setProperty("--columns", part.rows.length);
+    dialog.style.setProperty("--columns", part.rows.length);
+    place.replaceChildren(...part.rows.map((row) => figure(row.name, row.setting, lens(row.images[index], false, `${row.name}, sample ${index + 1}`))),
+    ...part.rows.map((row) => row.errors.length
+      ? figure("", "|difference|", lens(row.errors[index], true, `difference of ${row.name} from the teacher`))
+      : h("span", {})));
     place.querySelectorAll(".lens").forEach((box) => {
       let held = false;
       box.addEventListener("pointermove", (event) => { if (event.pointerType === "mouse" || held) magnify(event, 3); });
@@ -56,7 +59,8 @@ function zoom(part, index) {
     h("button", { type: "button", "aria-label": "previous sample", onclick: () => go(-1) }, "←"),
     h("button", { type: "button", "aria-label": "next sample", onclick: () => go(1) }, "→"),
     h("button", { type: "button", onclick: () => dialog.close() }, "Close")), place,
-  h("div", { class: "ramp heat", style: "margin-top:.8rem" }, "0", h("i", {}), `${number(part.top)} or more`));
+  h("div", { class: "ramp heat", style: "margin-top:.8rem" }, "0", h("i", {}), `${number(part.top)} or more`),
+  h("p", { class: "note hint" }, "Differences are on one scale. Point at a picture to magnify that place in all of them; click to hold it."));
   dialog.addEventListener("keydown", (event) => {
     if (event.key === "ArrowLeft") go(-1);
     if (event.key === "ArrowRight") go(1);

@@ -4,17 +4,17 @@ const HEADS = {
   solver: "solver", setting: "setting", steps: "K", samples: "samples", l1: "L1", l2: "L2", rmse: "RMSE", psnr: "PSNR, dB",
   lpips: "LPIPS", fd_data: "FD to data", fd_teacher: "FD to teacher", kid_data: "KID to data",
 };
-const cell = (text) => (text !== "" && Number.isFinite(Number(text)) ? number(Number(text)) : text === "inf" ? "∞" : text || "–");
+const cell = (text) => (text !== "" && Number.isFinite(Number(text)) ? number(Number(text), 3, true) : text === "inf" ? "∞" : text || "–");
 const numeric = (text) => text === "" || text === "inf" || Number.isFinite(Number(text));
 
 function table(columns, rows, { ours = () => false, caption = null, wrap = [] } = {}) {
-  const right = columns.map((_, i) => i > 0 && rows.every((row) => numeric(String(row[i])) || /^[\d.,]+[×%]?$|^–$/.test(row[i])));
+  const right = columns.map((_, i) => i > 0 && rows.every((row) => numeric(String(row[i])) || /^[−\d.,\u202f]+(×|%|×10[⁰-⁹⁻¹²³]+| [KMGT]?i?B)?$|^[–∞]$/.test(row[i])));
   const kind = (i) => [right[i] && "number", wrap.includes(i) && "wrap"].filter(Boolean).join(" ") || null;
-  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption || "table" }, h("table", {},
-    caption && h("caption", {}, caption),
+  const scroll = h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption || "table" }, h("table", {},
     h("thead", {}, h("tr", {}, columns.map((name, i) => h("th", { scope: "col", class: kind(i) }, name)))),
     h("tbody", {}, rows.map((row, r) => h("tr", { class: ours(row, r) ? "ours" : null }, row.map((text, i) =>
       h(i ? "td" : "th", { scope: i ? null : "row", class: kind(i) }, text)))))));
+  return caption ? [h("p", { class: "note" }, caption), scroll] : scroll;
 }
 
 function records(part) {
