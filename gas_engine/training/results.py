@@ -85,10 +85,12 @@ def finish(
 
 
 def _family(config: Config) -> str:
-    """GAS is GS with an adversary."""
-    if not config.adversarial:
-        return config.student
-    return "gas" if config.student == "gs" else f"{config.student}, adversarial"
+    """GAS is GS with an adversary; the form and the base where they were chosen."""
+    name = "gas" if config.adversarial and config.student == "gs" else config.student
+    said = [name, config.form and f"{config.form} form", config.base and f"base {config.base}"]
+    if config.adversarial and name != "gas":
+        said.append("adversarial")
+    return ", ".join(filter(None, said))
 
 
 def _compare_pictures(
