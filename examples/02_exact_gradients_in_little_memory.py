@@ -52,8 +52,8 @@ assert peaks["all 8 graphs"] > 6 * peaks["1 graph"] > 6 * peaks["1 graph, blocks
 assert [calls for _, calls, _ in found.values()][:3] == [8, 12, 15]
 
 # %% [markdown]
-# A solver whose steps can be undone needs no trajectory: two states stay, and one byte an element and step that makes the
-# way back exact to the bit. Its own kernel takes the steps, so the gradient differs by their rounding.
+# A solver whose steps can be undone needs no trajectory: two states stay, and one byte an element and step that makes
+# the way back exact to the bit. Its own kernel takes the steps, so the gradient differs by their rounding.
 
 # %% A reversible solver keeps two states
 two_states = BELMSolver(steps=24, schedule=denoiser.schedule)

@@ -33,8 +33,8 @@ class Network(torch.nn.Module):
 
 
 # %% [markdown]
-# `shape` is that of one state, `prediction` names what comes out, `conditioning` says what the sample of a seed is told.
-# The time arrives as a float64 scalar in the schedule's t; keep it differentiable, and do not round it.
+# `shape` is that of one state, `"flow"` names what comes out, `conditioning` says what a seed is told. The
+# time arrives as a float64 scalar in the schedule's t; keep it differentiable, and do not round it.
 
 # %% A denoiser, and samples of it
 denoiser = Denoiser(Network(), schedule, "flow", shape=(2,), conditioning=Classes(2), name="six points")
