@@ -22,19 +22,25 @@ def load_photos() -> EDMDenoiser:
 
 
 def photo_crops(count: int, generator: torch.Generator) -> Tensor:
-    """Random crops of the embedded photographs, [count, 3, 32, 32] in [-1, 1].
+    """Random crops of the embedded photographs, [count, 3, 32, 32] in [-1, 1]."""
+    return labelled_crops(count, generator)[0]
 
-    A photograph, a scale of ``SCALES``, a place and whether it is mirrored are drawn for each, all alike likely.
+
+def labelled_crops(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random crops, and which photograph at which scale each is of: 0 to 17, [count].
+
+    Photograph, scale of ``SCALES``, place, and whether it is mirrored are drawn for each, all alike likely.
     """
     photos = _photos()
-    numbers = torch.rand(count, 5, generator=generator, dtype=torch.float64).tolist()
+    numbers = torch.rand(count, 5, generator=generator, dtype=torch.float64)
     crops = torch.empty(count, 3, SIDE, SIDE)
-    for crop, (which, scale, down, right, mirrored) in zip(crops, numbers, strict=True):
-        photo = photos[int(which * len(photos))][int(scale * len(SCALES))]
+    labels = (numbers[:, 0] * len(photos)).long() * len(SCALES) + (numbers[:, 1] * len(SCALES)).long()
+    for crop, label, (down, right, mirrored) in zip(crops, labels.tolist(), numbers[:, 2:].tolist(), strict=True):
+        photo = photos[label // len(SCALES)][label % len(SCALES)]
         top, left = int(down * (photo.shape[1] - SIDE + 1)), int(right * (photo.shape[2] - SIDE + 1))
         found = photo[:, top : top + SIDE, left : left + SIDE]
         crop.copy_(found.flip(-1) if mirrored < 0.5 else found)
-    return crops
+    return crops, labels
 
 
 @lru_cache(maxsize=1)

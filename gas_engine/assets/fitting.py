@@ -11,6 +11,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from gas_engine.networks import build_edm
+from gas_engine.networks.preconditioning import EDMNetwork
 
 Draw = Callable[[torch.Generator], tuple[Tensor, Tensor | None]]
 
@@ -26,7 +27,7 @@ def denoising_loss(network: nn.Module, x: Tensor, labels: Tensor | None, generat
 def fit(
     arguments: dict[str, Any], draw: Draw, iterations: int, rate: float, ema: float, generator: torch.Generator,
     memory_format: torch.memory_format = torch.contiguous_format,
-) -> nn.Module:  # fmt: skip
+) -> EDMNetwork:  # fmt: skip
     """Train ``build_edm(arguments)`` on batches of ``draw(generator)``: (images, one-hot labels or None).
 
     Returns the network of averaged weights. The rate rises over 100 updates and falls as a cosine.

@@ -38,7 +38,7 @@ def write_photos() -> None:
     for name, whole in wholes.items():
         height, width = (round(length * max(SCALES) / min(whole.shape[:2])) for length in whole.shape[:2])
         small[name] = np.asarray(Image.fromarray(whole).resize((width, height), Image.Resampling.LANCZOS))
-    np.savez_compressed(HERE / "photos.npz", **small)
+    np.savez_compressed(HERE / "photos.npz", **small)  # type: ignore[arg-type]
 
 
 def main() -> None:

@@ -3,15 +3,25 @@
 from . import classical
 from ._times import LearnedTimes
 from .belm import BELMSolver
-from .files import load_solver, save_solver
+from .bns import BNSSolver
+from .dyweight import DyWeightSolver
+from .files import FAMILIES, load_solver, save_solver
 from .generalized import GeneralizedSolver
 from .grids import GRIDS, grid, noise_levels
+from .ld3 import LD3Solver
+from .s4s import AlternatingS4SSolver, S4SSolver
 
 __all__ = [
+    "FAMILIES",
     "GRIDS",
+    "AlternatingS4SSolver",
     "BELMSolver",
+    "BNSSolver",
+    "DyWeightSolver",
     "GeneralizedSolver",
+    "LD3Solver",
     "LearnedTimes",
+    "S4SSolver",
     "classical",
     "grid",
     "load_solver",

@@ -93,6 +93,13 @@ def dpmpp_terms(steps: Steps, orders: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return steps.sigma_next / steps.sigma, steps.alpha_next[:, None] * gains, differences
 
 
+def euler_terms(steps: Steps, prediction: str) -> tuple[Tensor, Tensor]:
+    """The exponential Euler step ``x[n+1] = ratio x[n] + gain S[n]`` on "data" or "noise" estimates S, each [K]."""
+    if prediction == "data":
+        return steps.sigma_next / steps.sigma, -steps.alpha_next * torch.expm1(-steps.h)
+    return steps.alpha_next / steps.alpha, -steps.sigma_next * torch.expm1(steps.h)
+
+
 @lru_cache(maxsize=64)
 def _bands(steps: int, lags: int) -> tuple[Tensor, Tensor]:
     """For M[n, k]: its lag n - k, cut to what exists, and whether it is none of 0 .. lags-1."""
@@ -105,3 +112,15 @@ def band(weights: Tensor) -> Tensor:
     """Lower-triangular M [K, K] with ``M[n, n-j] = weights[n, j]``; lags that reach before the first step drop out."""
     lag, outside = _bands(*weights.shape)
     return weights.gather(1, lag).masked_fill(outside, 0.0)
+
+
+def triangle(values: Tensor, steps: int) -> Tensor:
+    """Lower-triangular M [K, K] whose rows one after the other are ``values`` [K (K+1) / 2]."""
+    row, column = torch.tril_indices(steps, steps)
+    return values.new_zeros(steps, steps).index_put((row, column), values)
+
+
+def packed(matrix: Tensor) -> Tensor:
+    """Inverse of ``triangle``."""
+    row, column = torch.tril_indices(*matrix.shape)
+    return matrix[row, column]

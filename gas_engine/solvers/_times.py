@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ class LearnedTimes(nn.Module):
     """Times of the states and of the network, as parameters: theta [K-1] and xi [K], float64 on the CPU.
 
     ``theta`` are logits of stick breaking between t_start and t_eps (the first belongs to the time nearest t_eps);
-    the network is told t_n + xi_n (arXiv 2510.17699, section 3). A subclass adds its coefficients and ``tableau``.
+    the network is told t_n + xi_n (arXiv 2510.17699, section 3). A subclass adds its coefficients and ``tableau``,
+    ``settings`` (arguments of its constructor that a file keeps, attributes of the same name) and, where not every
+    update trains everything, ``trained``.
     """
 
     family = ""
+    settings: tuple[str, ...] = ()
 
     def __init__(self, steps: int, schedule: Schedule, t_eps: float, start: str | Tensor) -> None:
         super().__init__()
@@ -39,15 +43,25 @@ class LearnedTimes(nn.Module):
         """The tableau for a network of the given prediction type."""
         raise NotImplementedError
 
+    def trained(self, step: int) -> Collection[str]:
+        """Names of the parameters that update ``step`` (from 0) moves; the others wait, with their moments."""
+        return [name for name, _ in self.named_parameters()]
+
     def config(self) -> dict[str, Any]:
         """What a solver file says, beside the parameters, to build the solver again."""
         schedule = self.schedule.config()
-        return {"family": self.family, "steps": self.steps, "schedule": schedule, "t_eps": self.t_eps}
+        given = {name: getattr(self, name) for name in self.settings}
+        return {"family": self.family, "steps": self.steps, "schedule": schedule, "t_eps": self.t_eps, **given}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LearnedTimes:
         """Inverse of ``config``; KeyError for what is missing."""
-        return cls(config["steps"], Schedule.from_config(config["schedule"]), config["t_eps"], "uniform")
+        given = {name: config[name] for name in cls.settings}
+        return cls(config["steps"], Schedule.from_config(config["schedule"]), config["t_eps"], start="uniform", **given)
+
+    def extra_repr(self) -> str:
+        given = "".join(f"{name}={getattr(self, name)}, " for name in self.settings)
+        return f"steps={self.steps}, {given}schedule={self.schedule}, t_eps={self.t_eps}"
 
     def times(self) -> Tensor:
         """Times of the states x[0..K], [K+1], falling from t_start to t_eps, differentiable in theta."""

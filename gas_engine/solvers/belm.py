@@ -61,6 +61,3 @@ class BELMSolver(LearnedTimes):
     def bits_lost(self) -> Tensor:
         """Bits that an uncoded walk back would lose by each step, log2 1 / |A[n,n-1]| where positive, [K-1]."""
         return -self.tableau().A.detach().diagonal(-1).abs().log2().clamp(max=0)
-
-    def extra_repr(self) -> str:
-        return f"steps={self.steps}, schedule={self.schedule}, t_eps={self.t_eps}"

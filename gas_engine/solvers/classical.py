@@ -78,17 +78,22 @@ def ipndm(schedule: Schedule, times: Tensor, order: int = 4) -> Tableau:
     ``x+ = (alpha+/alpha) x - sigma+ expm1(h) sum_i w_i e_i`` with (1), (3,-1)/2, (23,-16,5)/12, (55,-59,37,-9)/24.
     """
     times, orders = _prepare(schedule, times, order, 4, False)
+    steps = Steps.of(schedule, times)
+    gain = -steps.sigma_next * torch.expm1(steps.h)
+    ratio = steps.alpha_next / steps.alpha
+    return Tableau(
+        torch.diag(ratio), gain[:, None] * adams_bashforth(orders), times[:-1], prediction="noise", nodes=times,
+        schedule=schedule, name=f"ipndm{order}",
+    )  # fmt: skip
+
+
+def adams_bashforth(orders: list[int]) -> Tensor:
+    """Weights w [K, K] of even steps, ``z[n+1] = z[n] + h sum_j w[n,j] d[j]``, each step of its own order 1 to 4."""
     adams = torch.tensor(
         [[1, 0, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0], [55 / 24, -59 / 24, 37 / 24, -9 / 24]],
         dtype=torch.float64,
     )
-    steps = Steps.of(schedule, times)
-    lags = (-steps.sigma_next * torch.expm1(steps.h))[:, None] * adams[torch.tensor(orders) - 1]
-    ratio = steps.alpha_next / steps.alpha
-    return Tableau(
-        torch.diag(ratio), band(lags), times[:-1], prediction="noise", nodes=times, schedule=schedule,
-        name=f"ipndm{order}",
-    )  # fmt: skip
+    return band(adams[torch.tensor(orders) - 1])
 
 
 def deis(schedule: Schedule, times: Tensor, order: int = 3, variable: str = "t") -> Tableau:

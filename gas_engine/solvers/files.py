@@ -17,11 +17,16 @@ from ..files import atomic, tensors_sha256, write_text
 from ..schedule import Schedule
 from ._times import MAX_STEPS, LearnedTimes
 from .belm import BELMSolver
+from .bns import BNSSolver
+from .dyweight import DyWeightSolver
 from .generalized import GeneralizedSolver
+from .ld3 import LD3Solver
+from .s4s import AlternatingS4SSolver, S4SSolver
 
 FORMAT = "gas_engine.solver/1"
 DERIVED = "follows from the parameters"
-FAMILIES: dict[str, type[LearnedTimes]] = {cls.family: cls for cls in (GeneralizedSolver, BELMSolver)}
+STUDENTS = (GeneralizedSolver, S4SSolver, AlternatingS4SSolver, LD3Solver, BNSSolver, DyWeightSolver, BELMSolver)
+FAMILIES: dict[str, type[LearnedTimes]] = {cls.family: cls for cls in STUDENTS}
 
 
 def save_solver(solver: LearnedTimes, path: Path | str, **facts: Any) -> None:
@@ -50,8 +55,9 @@ def write_published(solver: LearnedTimes, path: Path | str, step: int = 0) -> No
     Theta, xi, c_1, a_1, c_2, a_2, ..., float64, which ``load_solver`` reads back to the bit. The format says neither
     schedule nor t_eps. Raises ValueError for what it cannot say: another family or form, an order below K.
     """
-    if not isinstance(solver, GeneralizedSolver) or solver.form != "theory" or solver.order != solver.steps:
-        said = f"order {solver.order}, form {solver.form}" if isinstance(solver, GeneralizedSolver) else solver.family
+    whole = {"order": solver.steps, "base": "dpmpp3m", "theory": True}
+    if not isinstance(solver, GeneralizedSolver) or any(getattr(solver, k) != v for k, v in whole.items()):
+        said = ", ".join(f"{name} {getattr(solver, name)}" for name in ("family", *solver.settings))
         raise ValueError(
             f"the published format holds Generalized Solvers with theory and of full order only, not this one "
             f"({said}); write safetensors or JSON instead"

@@ -5,8 +5,6 @@ Shape legend: K steps; lag 0 is the newest evaluation.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +12,8 @@ from ..schedule import Schedule
 from ..tableau import Tableau
 from ._theory import Steps, band, dpmpp_terms
 from ._times import LearnedTimes
+from .named import MAKERS, checked_name
 
-BASES = ("dpmpp3m",)
 FORMS = ("theory", "s4s", "linear")
 
 
@@ -32,6 +30,11 @@ class GeneralizedSolver(LearnedTimes):
     ``y = r x + C sum c_i m_{i-1}``, ``C = -alpha phi1``; ``theory="linear"`` the plain linear multistep form
     ``x+ = sum a_i x_{n-i+1} + sum c_i m_{i-1}``. Both start at the DPM-Solver++ weights.
 
+    Another ``base`` (a name of ``named_solver``, but heun) is any tableau A, B of estimates S, of data or noise, as a
+    function of the learned times, with corrections of its newest ``order`` lags::
+
+        x+ = sum_i (A[n, n-i+1](theta) + a_i) x_{n-i+1} + (B[n, n-i+1](theta) + c_i) S_{i-1}
+
     Parameters, all float64 on the CPU: ``theta`` [K-1] (logits of stick breaking; the first belongs to the time
     nearest t_eps), ``xi`` [K], ``phi_a`` and ``phi_c`` [K, order] (second index: lag, 0 = newest).
 
@@ -43,6 +46,7 @@ class GeneralizedSolver(LearnedTimes):
     """
 
     family = "gs"
+    settings = ("order", "base", "theory")
 
     def __init__(
         self,
@@ -59,11 +63,11 @@ class GeneralizedSolver(LearnedTimes):
         form = {True: "theory", False: "s4s"}.get(theory, theory) if isinstance(theory, bool) else theory
         if not 1 <= order <= steps:
             raise ValueError(f"order must be between 1 and steps = {steps}, got {order}")
-        if base not in BASES:
-            raise ValueError(f"unknown base solver {base!r}; known: {', '.join(BASES)}")
         if form not in FORMS:
             raise ValueError(f"theory must be True, False or 'linear', got {theory!r}")
-        self.order, self.base, self.form = order, base, str(form)
+        self.order, self.base, self.form = order, checked_name(base, base=True), str(form)
+        if self.base != "dpmpp3m" and self.form != "theory":
+            raise ValueError(f"the form {form} is of the base dpmpp3m, got base {base!r}; leave one of them out")
         self.orders = torch.arange(1, steps + 1).clamp(max=order)
         # Lag i exists where i earlier evaluations do. c_i corrects the gain of its own term: of -m_0, of -D10
         # (order 2) or +D1 (order 3), of -D2; from lag 3 on, of m_{i-1}.
@@ -75,14 +79,6 @@ class GeneralizedSolver(LearnedTimes):
         a, c = self._start_coefficients(self.times().detach())
         self.phi_a, self.phi_c = nn.Parameter(a), nn.Parameter(c)
 
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "order": self.order, "base": self.base, "theory": self.theory}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> GeneralizedSolver:
-        schedule = Schedule.from_config(config["schedule"])
-        return cls(config["steps"], schedule, config["t_eps"], config["order"], config["base"], config["theory"])
-
     @property
     def theory(self) -> bool | str:
         """The constructor's argument: True, False or "linear"."""
@@ -91,10 +87,15 @@ class GeneralizedSolver(LearnedTimes):
     def tableau(self, prediction: str = "data") -> Tableau:
         """The tableau for a network of the given prediction type; about K^2 numbers, vectorised, differentiable."""
         times = self.times()
-        ratio, gains, differences = dpmpp_terms(Steps.of(self.schedule, times), self.orders)
-        a, b = getattr(self, f"_{self.form}")(ratio, gains, differences)
+        if self.base == "dpmpp3m":
+            terms = dpmpp_terms(Steps.of(self.schedule, times), self.orders)
+            of, (a, b) = "data", getattr(self, f"_{self.form}")(*terms)
+        else:
+            base = MAKERS[self.base](self.schedule, times)
+            a, b = base.A + band(self.phi_a * self._used), base.B + band(self.phi_c * self._used)
+            of = str(base.prediction)
         solver = Tableau(
-            a, b, self.told_times(times), prediction="data", nodes=times, schedule=self.schedule,
+            a, b, self.told_times(times), prediction=of, nodes=times, schedule=self.schedule,
             name=f"generalized solver ({self.form})",
         )  # fmt: skip
         return solver.fold(prediction)
@@ -126,6 +127,3 @@ class GeneralizedSolver(LearnedTimes):
             return a, c / gains[:, :1]
         a[:, 0] = ratio
         return a, c
-
-    def extra_repr(self) -> str:
-        return f"steps={self.steps}, order={self.order}, form={self.form}, schedule={self.schedule}, t_eps={self.t_eps}"

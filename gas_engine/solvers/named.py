@@ -39,6 +39,17 @@ ALIASES = {"ddim": "euler", "dpmpp1m": "euler", "unipc": "unipc3-bh1", "unipc2":
 MAKERS: dict[str, Maker] = {name: maker for family in FAMILIES.values() for name, maker in family.items()}
 
 
+def checked_name(name: str, base: bool = False) -> str:
+    """The name without aliases; ValueError for an unknown one, and for one that cannot be a student's ``base``."""
+    key = ALIASES.get(name, name)
+    if key not in MAKERS:
+        kind, file = ("base solver", "") if base else ("solver", ", or a solver file")
+        raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(sorted({*MAKERS, *ALIASES}))}{file}")
+    if base and key == "heun":
+        raise ValueError("heun takes two evaluations a step, so it is no base of K learned times; try dpmpp2m")
+    return key
+
+
 def named_solver(
     name: str, schedule: Schedule, steps: int, grid_name: str = "quadratic", t_eps: float = 1e-3
 ) -> Tableau:
@@ -49,9 +60,7 @@ def named_solver(
 
         tableau = named_solver("unipc3-bh1", schedule, steps=6, grid_name="logSNR")
     """
-    key = ALIASES.get(name, name)
-    if key not in MAKERS:
-        raise ValueError(f"unknown solver {name!r}; known: {', '.join(sorted({*MAKERS, *ALIASES}))}, or a solver file")
+    key = checked_name(name)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if key == "heun":

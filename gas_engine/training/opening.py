@@ -46,7 +46,9 @@ def opened(config: Config, options: Collection[str]) -> tuple[RunDirectory, Conf
     execution(config)
     loggers.check(config.logger)
     if config.out is None:
-        stem = f"runs/{Path(config.model).stem.replace(':', '-')}-{config.student}-k{config.steps}"
+        model = Path(config.model).stem.replace(":", "-")
+        named = "-".join(filter(None, (model, config.student, config.form, config.base)))
+        stem = f"runs/{named}-k{config.steps}"
         taken = [Path(stem), *(Path(f"{stem}-{n}") for n in range(2, 10_000))]
         free = next(i for i, path in enumerate(taken) if not RunDirectory(path).exists())
         config = dataclasses.replace(config, out=taken[max(0, free - 1) if config.resume else free])

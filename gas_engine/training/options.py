@@ -20,10 +20,17 @@ class Config(PlacedModelOptions):
     """A file of options, such as configs/cifar10.yaml; what is given beside it counts."""
     steps: int = 4
     """Network evaluations K of the student, 1 to 32."""
-    student: Literal["gs", "s4s", "linear", "belm"] = "gs"
-    """gs: corrections around DPM-Solver++ theory; s4s, linear: the forms without it; belm: reversible, two states."""
+    student: Literal["gs", "s4s", "s4s-alt", "ld3", "bns", "dyweight", "belm"] = "gs"
+    """gs: times and corrections around a solver's theory; s4s: multistep weights, times as they are; s4s-alt: weights
+    and times in turn; ld3: times alone; bns: a free tableau; dyweight: weights of past gradients and times; belm:
+    reversible, two states."""
+    base: str | None = None
+    """Classical solver to begin at, and of gs and ld3 to stay at: dpmpp3m unless given; dpmpp2m, euler, ipndm, deis,
+    unipc, ..."""
+    form: Literal["theory", "s4s", "linear"] | None = None
+    """Of gs: corrections around theory, or S4S's or the linear multistep form of the same times."""
     order: int | None = None
-    """Highest order; K unless given."""
+    """Of gs, the longest history; K unless given."""
     loss: str = "l1"
     """Distance to the teacher's samples: l1, l2, huber, lpips, lpips-alex, lpips-squeeze, or 'lpips + 0.1 * l1'."""
     loss_chunk: int | None = None

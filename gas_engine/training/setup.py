@@ -26,7 +26,7 @@ from ..losses import DistillationLoss, decoded, distillation_loss
 from ..memory import BitsLost, MemoryPolicy, shard_weights
 from ..networks import discriminator_for
 from ..planner import Plans, plan
-from ..solvers import GRIDS, BELMSolver, GeneralizedSolver, LearnedTimes, load_solver
+from ..solvers import FAMILIES, GRIDS, LearnedTimes, load_solver
 from ..teacher import teacher_samples
 from ..units import parse_bytes, show_bytes
 from .adversary import Adversary
@@ -42,7 +42,6 @@ CHOSEN = (
     "trajectory", "offload", "carry", "micro_batch", "lean", "checkpoint_blocks", "loss_alone", "split_guidance",
 )  # fmt: skip
 CIFAR10_WEIGHT = 0.1  # of the adversarial loss, by arXiv 2510.17699
-FORMS: dict[str, bool | str] = {"gs": True, "s4s": False, "linear": "linear"}
 
 
 def recipe_name(config: Config) -> str:
@@ -75,14 +74,14 @@ def solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> LearnedTimes:
                 f"--start-grid must be {', '.join(GRIDS)} or a JSON file of {config.steps + 1} falling times, "
                 f"got {recipe.start_grid!r} ({error})"
             ) from None
-    if config.student == "belm":
-        if config.order is not None:
-            raise InputError(f"--student belm is of second order and takes no --order, got {config.order}")
-        new: LearnedTimes = BELMSolver(config.steps, denoiser.schedule, config.t_eps, start)
-    else:
-        new = GeneralizedSolver(
-            config.steps, denoiser.schedule, config.t_eps, config.order, theory=FORMS[config.student], start=start
-        )
+    student = FAMILIES[config.student]
+    asked = {"order": config.order, "base": config.base, "theory": config.form}
+    given = {name: value for name, value in asked.items() if value is not None}
+    alien = next((name for name in given if name not in student.settings), None)
+    if alien is not None:
+        option = "form" if alien == "theory" else alien
+        raise InputError(f"--student {config.student} takes no --{option}, got {given[alien]}; leave it out")
+    new = student(config.steps, denoiser.schedule, config.t_eps, start=start, **given)
     if config.start_from is None:
         return new
     found = load_solver(config.start_from, denoiser.schedule, config.t_eps, denoiser.name)

@@ -18,7 +18,8 @@ class SOAP(torch.optim.Optimizer):
     A solver's coefficients are strongly correlated (each is a weight of the same few states), which Adam, seeing one
     coordinate at a time, crosses slowly. All n parameters together form one vector, so the covariance is n x n in
     float64: 12 kB for K = 4, 380 kB for K = 10; its eigenvectors are renewed every max(5, n / 20) steps. For larger
-    problems use Adam. Every parameter must have a gradient at every step.
+    problems use Adam. Parameters without a gradient wait; sets that take turns must share none, and each has a
+    covariance and moments of its own.
 
         optimizer = SOAP(solver.parameters(), lr=1e-2)
     """
@@ -31,10 +32,10 @@ class SOAP(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update of all parameters."""
+        """One update of all parameters that have a gradient."""
         assert closure is None and len(self.param_groups) == 1
         group = self.param_groups[0]
-        params: list[Tensor] = group["params"]
+        params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
         gradient = torch.cat([p.grad.flatten() for p in params if p.grad is not None])
         state = self.state[params[0]]
         if not state:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..conditioning import Conditioning, moved, take
@@ -139,6 +139,7 @@ class Trainer:
         if not all(bool(p.isfinite().all()) for p in self.solver.parameters()):
             raise NotFinite(f"the solver's parameters are not finite after update {self.step}; {self._advice}")
         torch.manual_seed(self.seed * 1_000_003 + self.step)  # for networks that draw from the global generators
+        trained = self._take_turn()
         batch = self._enough(lambda: self.batch(self.step))
         adversary = self.adversary if self.adversary is not None and self.adversary.active(self.step) else None
         if adversary is not None:
@@ -146,8 +147,8 @@ class Trainer:
             self._enough(lambda: adversary.gradient(batch.targets, fakes), adversary)
             adversary.update(self.group, batch.share, 0.5**self.rollbacks)
         loss = self._enough(lambda: self._gradient(batch, adversary))
-        loss = self.group.mean_(self.solver.parameters(), loss, batch.share)
-        norm = torch.nn.utils.clip_grad_norm_(self.solver.parameters(), self.recipe.clip)
+        loss = self.group.mean_(trained, loss, batch.share)
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.recipe.clip)
         self.step += 1
         if not bool(torch.isfinite(norm)):
             self._skip()
@@ -162,6 +163,13 @@ class Trainer:
                 for shadow, parameter in zip(self.average.parameters(), self.solver.parameters(), strict=True):
                     shadow.lerp_(parameter, 1 - decay)
         return loss
+
+    def _take_turn(self) -> list[nn.Parameter]:
+        """The parameters that this update moves; no other has a gradient or wants one."""
+        names = self.solver.trained(self.step)
+        for name, parameter in self.solver.named_parameters():
+            parameter.requires_grad_(name in names)
+        return [p for p in self.solver.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def samples(self, seeds: list[int], cond: Any) -> Tensor:
