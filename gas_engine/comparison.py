@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -18,6 +18,7 @@ from .denoiser import Denoiser, seeded
 from .distributed import ALONE, Group
 from .metrics import Judge
 from .rollout import rollout
+from .schedule import Schedule
 from .solvers.grids import GRIDS
 from .solvers.named import FAMILIES, named_solver
 from .tableau import Tableau
@@ -91,34 +92,56 @@ def _judged(samples: Tensor, data: Samples) -> tuple[float, float] | None:
     return None if data.judge is None else data.judge.distances(samples, data.teacher.cpu())
 
 
-def classical_distances(
-    denoiser: Denoiser, steps: int, selection: Samples, held_out: Samples, batch: int = 128,
-    advance: Callable[[], None] | None = None, group: Group = ALONE,
-) -> list[Distance]:  # fmt: skip
-    """For every classical family, the variant, grid and t_eps best on ``selection``, measured on ``held_out``.
+class Variant(NamedTuple):
+    """A classical solver by its name, grid of times and t_eps."""
 
-    The processes of ``group`` try a variant each.
+    name: str
+    grid: str
+    t_eps: float
+
+    def tableau(self, schedule: Schedule, steps: int) -> Tableau:
+        return named_solver(self.name, schedule, steps, self.grid, self.t_eps)
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.grid}, {self.t_eps:g}"
+
+
+def best_variants(
+    denoiser: Denoiser, steps: int, selection: Samples, batch: int = 128, advance: Callable[[], None] | None = None,
+    group: Group = ALONE,
+) -> dict[str, Variant]:  # fmt: skip
+    """For every classical family, the variant, grid and t_eps of least L1 on ``selection`` at ``steps`` evaluations.
+
+    The processes of ``group`` try a variant each; ``advance`` is told of every one of ``VARIANTS``.
     """
+    t_eps = [t for t in T_EPS if t > denoiser.schedule.domain[0]]
 
-    def best_of(name: str) -> tuple[float, str, Tableau]:
-        tried: list[tuple[float, str, Tableau]] = []
-        for grid in GRIDS:
-            for t_eps in T_EPS:
-                if t_eps <= denoiser.schedule.domain[0]:
-                    continue
-                tableau = named_solver(name, denoiser.schedule, steps, grid, t_eps)
-                l1 = distance(denoiser, tableau, selection, name, batch=batch).l1
-                tried.append((math.inf if math.isnan(l1) else l1, f"{name}, {grid}, {t_eps:g}", tableau))
+    def best_of(name: str) -> tuple[float, Variant]:
+        tried = []
+        for variant in (Variant(name, grid, t) for grid in GRIDS for t in t_eps):
+            l1 = distance(denoiser, variant.tableau(denoiser.schedule, steps), selection, name, batch=batch).l1
+            tried.append((math.inf if math.isnan(l1) else l1, variant))
         if advance is not None:
             advance()
         return min(tried, key=lambda row: row[0])
 
     names = [name for variants in FAMILIES.values() for name in variants]
     best = dict(zip(names, group.map(best_of, names), strict=True))
-    found = []
-    for family, variants in FAMILIES.items():
-        _, setting, tableau = min((best[name] for name in variants), key=lambda row: row[0])
-        found.append(distance(denoiser, tableau, held_out, family, setting, batch, group))
+    return {
+        family: min((best[name] for name in variants), key=lambda row: row[0])[1]
+        for family, variants in FAMILIES.items()
+    }
+
+
+def classical_distances(
+    denoiser: Denoiser, steps: int, selection: Samples, held_out: Samples, batch: int = 128,
+    advance: Callable[[], None] | None = None, group: Group = ALONE,
+) -> list[Distance]:  # fmt: skip
+    """The best variant of every classical family on ``selection``, measured on ``held_out``."""
+    found = [
+        distance(denoiser, variant.tableau(denoiser.schedule, steps), held_out, family, str(variant), batch, group)
+        for family, variant in best_variants(denoiser, steps, selection, batch, advance, group).items()
+    ]
     return sorted(found, key=lambda row: row.l1)
 
 

@@ -73,7 +73,7 @@ def image_rows(path: Path, rows: list[tuple[str, Tensor]], title: str = "", colu
         bar_axis = figure.add_axes((right + 0.012, 0.06, 0.012, 0.55))
         bar = figure.colorbar(drawn, cax=bar_axis)
         bar.ax.tick_params(labelsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def schedule_plot(path: Path, schedule: Schedule, times: dict[str, Tensor], told: dict[str, Tensor]) -> None:
@@ -93,7 +93,7 @@ def schedule_plot(path: Path, schedule: Schedule, times: dict[str, Tensor], told
     by_step.legend(fontsize=8)
     by_sigma.set(xlabel="noise-to-signal ratio sigma / alpha", title="noise levels", ylim=(-len(times), 1))
     by_sigma.set_yticks([-index for index in range(len(times))], list(times))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def tableau_plot(path: Path, tableau: Tableau, start: Tableau | None = None) -> None:
@@ -117,7 +117,7 @@ def tableau_plot(path: Path, tableau: Tableau, start: Tableau | None = None) -> 
                     axis.text(
                         j, n, f"{values[n, j]:.2f}", ha="center", va="center", fontsize=7, color="w" if dark else "k"
                     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def history_plot(
@@ -167,7 +167,7 @@ def history_plot(
                 axis.set_ylabel("moved by", fontsize=8)
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], title="lag", fontsize=8, title_fontsize=8, loc="outside right lower")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _displayable(image: Tensor) -> Tensor:
@@ -175,7 +175,8 @@ def _displayable(image: Tensor) -> Tensor:
     return image[0] if image.shape[0] not in (3, 4) else image[:3].permute(1, 2, 0)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure atomically and forget it."""
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=110)
     plt.close(figure)

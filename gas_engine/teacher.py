@@ -154,12 +154,9 @@ def make_teacher_set(
 
 def load_teacher_set(out: Path) -> tuple[list[int], Tensor]:
     """Seeds and samples [N, *shape] of a set. Raises InputError if it is missing, incomplete or damaged."""
-    index = _read_index(out)
-    if index is None:
-        raise InputError(f"there is no teacher set in {out}")
     seeds: list[int] = []
     samples: list[Tensor] = []
-    for entry in index["shards"]:
+    for entry in load_index(out):
         if not _intact(out, entry):
             raise InputError(f"{out / entry['file']} is missing or damaged; run `gas-engine teacher` again to mend it")
         try:
@@ -170,6 +167,14 @@ def load_teacher_set(out: Path) -> tuple[list[int], Tensor]:
     if not samples:
         raise InputError(f"the teacher set {out} is empty: its index.json names no shards")
     return seeds, torch.cat(samples)
+
+
+def load_index(out: Path) -> list[dict[str, Any]]:
+    """The shards of a set: their ``file``, ``seeds`` and ``sha256``. Raises InputError where there is no set."""
+    index = _read_index(out)
+    if index is None:
+        raise InputError(f"there is no teacher set in {out}")
+    return index["shards"]
 
 
 def _read_index(out: Path) -> dict[str, Any] | None:

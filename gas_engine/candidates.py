@@ -1,0 +1,197 @@
+"""The solvers that an evaluation is asked for: files, names, and the best classical ones, at several K."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import comparison
+from ._cli import InputError, parse_seeds, progress
+from .denoiser import Denoiser
+from .distributed import Group
+from .files import tensors_sha256, write_json
+from .solvers import load_solver
+from .solvers.named import ALIASES, MAKERS
+from .tableau import Tableau
+from .teacher import TeacherSolver, teacher_samples
+from .training.setup import SELECTION_SEEDS
+
+DEFAULT_STEPS = "4,6,8,10"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One solver at one number of evaluations."""
+
+    name: str
+    setting: str
+    steps: int
+    tableau: Tableau
+
+    @property
+    def checksum(self) -> str:
+        """Of all that its samples depend on, beside the model and the noise."""
+        tableau = self.tableau
+        return tensors_sha256({name: getattr(tableau, name) for name in ("A", "B", "t_net", "c_in")})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was asked for by one word: its candidates at K evaluations; ``at`` is None for ``classical``."""
+
+    name: str
+    steps: Sequence[int]
+    at: Callable[[int], Candidate] | None = None
+    train_seeds: Sequence[int] = ()
+
+
+def open_choices(
+    words: Sequence[str], steps: str | None, denoiser: Denoiser, grid: str, t_eps: float | None
+) -> list[Choice]:
+    """Read the files and check the names, at all K that are asked for. Raises ValueError for what cannot be used."""
+    asked = None if steps is None else parse_steps(steps)
+    files = {word: _file(word, denoiser) for word in words if word != "classical" and not _named(word)}
+    own = sorted({k for solver, *_ in files.values() for k in _steps(solver)})
+    every = asked or own or parse_steps(DEFAULT_STEPS)
+    names = _names(files)
+    choices = []
+    for word in dict.fromkeys(words):
+        if word == "classical":
+            choices.append(Choice(word, every))
+        elif word in files:
+            solver, path = files[word]
+            mine = [k for k in _steps(solver) if k in every]
+            if not mine:
+                raise InputError(f"{path} is a solver of {_said(solver)} evaluations, but --steps {steps} was given")
+            choices.append(Choice(names[word], mine, _learned(solver, names[word], denoiser), _train_seeds(path)))
+        else:
+            choices.append(Choice(word, every, _classical(word, denoiser, grid, t_eps)))
+            for k in every:
+                choices[-1].at(k)  # type: ignore[misc]  # refuse before sampling
+    return choices
+
+
+def parse_steps(text: str) -> list[int]:
+    """``"4,6-8"`` -> [4, 6, 7, 8]. Raises InputError for anything else."""
+    try:
+        steps = sorted(parse_seeds(text))
+    except InputError:
+        steps = []
+    if not steps or steps[0] < 1 or steps[-1] > 1000:
+        raise InputError(f"--steps must look like 4,6,8,10 or 4-10, got {text!r}")
+    return steps
+
+
+def candidates(
+    choices: Sequence[Choice], denoiser: Denoiser, teacher: TeacherSolver, memory: Path, batch: int,
+    device: torch.device, group: Group,
+) -> list[Candidate]:  # fmt: skip
+    """All of them, by K within each choice; what is best of the classical solvers is kept in the file ``memory``."""
+    found = []
+    for choice in choices:
+        for k in choice.steps:
+            if choice.at is not None:
+                found.append(choice.at(k))
+                continue
+            for family, variant in _best(k, denoiser, teacher, memory, batch, device, group).items():
+                found.append(Candidate(family, str(variant), k, variant.tableau(denoiser.schedule, k)))
+    return found
+
+
+def _best(
+    steps: int, denoiser: Denoiser, teacher: TeacherSolver, memory: Path, batch: int, device: torch.device, group: Group
+) -> dict[str, comparison.Variant]:
+    seeds = list(SELECTION_SEEDS)
+    facts = [denoiser.fingerprint(), denoiser.facts(), asdict(teacher), seeds, comparison.T_EPS, [*MAKERS]]
+    key = f"{steps}-{tensors_sha256({}, facts)[:16]}"
+    known = group.first(lambda: _read(memory))
+    if key not in known:
+        samples = teacher_samples(denoiser, seeds, teacher, batch, device, group=group)
+        selection = comparison.Samples.of(denoiser, seeds, samples, device)
+        with progress() as bar:
+            task = bar.add_task(f"best classical solvers at {steps}", total=comparison.VARIANTS, note="")
+            best = comparison.best_variants(denoiser, steps, selection, batch, lambda: bar.advance(task), group)
+            bar.update(task, completed=comparison.VARIANTS)
+        known = {**known, key: best}
+        if group.main:
+            write_json(memory, known)
+    return {family: comparison.Variant(*variant) for family, variant in known[key].items()}
+
+
+def _read(memory: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(memory.read_text())
+        return {key: {f: comparison.Variant(*v) for f, v in best.items()} for key, best in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # chosen again
+
+
+def _named(word: str) -> bool:
+    return word in MAKERS or word in ALIASES
+
+
+def _file(word: str, denoiser: Denoiser) -> tuple[Any, Path]:
+    path = Path(word)
+    if path.is_dir():
+        path = path / "solver.safetensors"
+    if not path.is_file() and not path.suffix:
+        known = ", ".join(sorted({*MAKERS, *ALIASES}))
+        raise InputError(f"there is no solver {word!r}: give a run directory, a file, classical, or one of {known}")
+    told = denoiser.facts().get("guidance", 1.0)
+    published = denoiser.t_eps if path.suffix in (".pt", ".pth") else None
+    solver = load_solver(path, denoiser.schedule, published, denoiser.name, told)
+    if (solver.schedule.kind == "flow") != (denoiser.schedule.kind == "flow"):
+        raise InputError(f"{path} is a solver for {solver.schedule}, and {denoiser.name} runs on {denoiser.schedule}")
+    return solver, path
+
+
+def _steps(solver: Any) -> list[int]:
+    """The numbers of evaluations that a solver is for."""
+    span = getattr(solver, "steps_range", None)
+    return [solver.steps] if span is None else list(range(span[0], span[-1] + 1))
+
+
+def _said(solver: Any) -> str:
+    steps = _steps(solver)
+    return str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+
+
+def _learned(solver: Any, name: str, denoiser: Denoiser) -> Callable[[int], Candidate]:
+    @torch.no_grad()
+    def at(steps: int) -> Candidate:
+        several = len(_steps(solver)) > 1
+        one = solver.at(steps) if several else solver
+        setting = f"{solver.family}, any of {_said(solver)}" if several else solver.family
+        return Candidate(name, setting, steps, one.tableau(denoiser.prediction))
+
+    return at
+
+
+def _classical(name: str, denoiser: Denoiser, grid: str, t_eps: float | None) -> Callable[[int], Candidate]:
+    variant = comparison.Variant(ALIASES.get(name, name), grid, denoiser.t_eps if t_eps is None else t_eps)
+    return lambda steps: Candidate(name, str(variant), steps, variant.tableau(denoiser.schedule, steps))
+
+
+def _names(files: dict[str, tuple[Any, Path]]) -> dict[str, str]:
+    """Solvers are called as their run directories, or by their paths where two would be called alike."""
+    names = {}
+    for word, (_, path) in files.items():
+        parent = path.resolve().parent.name
+        names[word] = parent if path.stem == "solver" else f"{parent}/{path.stem}"
+    alike = [word for word, name in names.items() if [*names.values()].count(name) > 1]
+    return names | {word: str(files[word][1]) for word in alike}
+
+
+def _train_seeds(path: Path) -> Sequence[int]:
+    """Those of the run that a solver lies in; none where nothing says so, or where they are rows of a published set."""
+    try:
+        config = json.loads((path.parent / "config.json").read_text())
+        published = config.get("teacher_set") and Path(config["teacher_set"]).is_file()
+        return [] if published else parse_seeds(config["train_seeds"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
