@@ -208,6 +208,8 @@ def test_a_run_ends_with_a_row_for_every_k_and_resumes(small, no_pictures, tmp_p
     assert (out / "solver.safetensors").read_bytes() == solver and (out / "comparison.csv").read_text() == table
     rows = [row["setting"] for row in csv.DictReader(table.splitlines()) if row["solver"] == "learned (gs)"]
     assert rows == [f"K = {k}, 6 updates" for k in (2, 3, 4)]
+    lengths = [len(json.loads(line)["told"]) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert lengths == 3 * [2, 3, 4] and (out / "report.html").exists()
     assert load_solver(out / "solver.safetensors").facts["metrics"]["by_steps"].keys() == {"2", "3", "4"}
 
     options = ["--model", "toy:make", "--seeds", "0-1", "--format", "npy", "--out", str(out), "--device", "cpu"]

@@ -79,7 +79,7 @@ def finish(
         times |= {name: grid(name, student.schedule, student.steps, config.t_eps) for name in grids}
     pictures.schedule_plot(directory.path / "schedule.png", student.schedule, times, told)
     pictures.tableau_plot(directory.path / "tableau.png", student.tableau(denoiser.prediction), start)
-    _history(directory, f"{denoiser.name}: learned times, K = {student.steps}")
+    _history(directory, student.steps, f"{denoiser.name}: learned times, K = {student.steps}")
     page = directory.path / "report.html"
     reporting.write_page(page, [reporting.read_run(directory.path)])
     console.print(
@@ -143,10 +143,10 @@ def _compare_pictures(
     pictures.image_rows(path, drawn, title + ", ".join(f"{n} {r.l1:.4f}" for n, r in zip(names, rows, strict=True)))
 
 
-def _history(directory: RunDirectory, title: str) -> None:
-    """The course of times and tableau, from the rows that were written over the run."""
+def _history(directory: RunDirectory, steps: int, title: str) -> None:
+    """The course of times and tableau of one K, from the rows that were written over the run."""
     lines = directory.history.read_text().splitlines() if directory.history.exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = [row for row in map(json.loads, lines) if len(row["told"]) == steps]
     if rows:
         updates, times, told, a, b = ([row[name] for row in rows] for name in ("step", "times", "told", "A", "B"))
         pictures.history_plot(directory.path / "history.png", updates, times, told, a, b, title)
