@@ -1,9 +1,11 @@
 # make demo    set up, train a solver on the embedded model, end with a table and pictures (75 to 85 seconds)
 # make test    set up, run the tests, in WORKERS=2 processes of one thread
+# make experiments  set up, run the experiments on the embedded models: experiments/RESULTS.md (an hour at most)
 # make bench   set up, run the benches, write bench/results/*.csv
 # make fuzz    set up, fuzz the readers of foreign files for five minutes (FUZZ_SECONDS=300)
+# make docs    set up, build the documentation into site/
 # make lint    set up, check formatting, lints and types
-.PHONY: demo test bench fuzz lint format clean
+.PHONY: demo test experiments bench fuzz docs lint format clean
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
@@ -23,6 +25,9 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests
 
+experiments: $(READY)
+	$(BIN)/python experiments/run.py
+
 bench: $(READY)
 	$(BIN)/python -m pytest -q bench --save-csv
 
@@ -30,15 +35,20 @@ fuzz: $(READY)
 	$(BIN)/python -c "import atheris" 2> /dev/null || $(BIN)/pip install -q atheris
 	$(BIN)/python tests/fuzz/fuzz_files.py
 
+docs: $(READY)
+	$(BIN)/python -c "import mkdocs, material, mkdocstrings" 2> /dev/null || $(BIN)/pip install -q -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu csrc/tests/*.h csrc/tests/*.cpp
 	$(BIN)/mypy
+	$(BIN)/python experiments/readme.py --check
 
 format: $(READY)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu csrc/tests/*.h csrc/tests/*.cpp
 
 clean:
-	rm -rf $(VENV) build *.egg-info gas_engine/_native*.so
+	rm -rf $(VENV) build *.egg-info gas_engine/_native*.so site

@@ -115,6 +115,19 @@ def histories(experiment: Experiment, rows: Sequence[Row], path: Path) -> bool:
     return _save(figure, path)
 
 
+def spectra(experiment: Experiment, rows: Sequence[Row], path: Path) -> bool:
+    """Power relative to the teacher's over frequency; the data dotted."""
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    axis.axhline(1, color="k", ls="--", lw=1, label="teacher")
+    for label in dict.fromkeys(row["label"] for row in rows):
+        mine = [row for row in rows if row["label"] == label]
+        style = {"color": "k", "ls": ":"} if label == "data" else {"marker": "o", "ms": 3, "lw": 1.4}
+        axis.plot([float(r["frequency"]) for r in mine], [float(r["ratio"]) for r in mine], label=label, **style)
+    axis.set(xlabel="cycles per pixel", ylabel="power / the teacher's")
+    figure.legend(fontsize=8, loc="outside right upper")
+    return _save(figure, path)
+
+
 def samples(experiment: Experiment, rows: Sequence[Row], path: Path) -> bool:
     """Rows of pictures, and the errors of all but the first beneath."""
     with np.load(path.with_suffix(".npz")) as file:
@@ -152,7 +165,7 @@ def costs(experiment: Experiment, rows: Sequence[Row], path: Path) -> bool:
 
 
 FIGURES: dict[str, Callable[[Experiment, Sequence[Row], Path], bool]] = {
-    "figures": figures, "histories": histories, "samples": samples, "costs": costs,
+    "figures": figures, "histories": histories, "spectra": spectra, "samples": samples, "costs": costs,
 }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def section(experiment: Experiment, rows: Sequence[Row], results: Path) -> str:
         text += "".join(f"\n{table}" for table in tables) + _of_teacher(rows, experiment.table)
     elif experiment.collect == "costs":
         text += "\n" + _costs(rows)
-    elif experiment.collect != "histories":
+    elif experiment.table:
         text += "\n" + plain(rows, experiment.table)
     if (results / f"{experiment.name}.png").exists():
         text += f"\n![{experiment.title}](results/{experiment.name}.png)\n"
@@ -98,10 +98,10 @@ def summary(commands: Sequence[Row]) -> str:
     last = max(commands, key=lambda row: row["finished"])
     wall, cpu = (sum(float(row[name]) for row in commands) for name in ("seconds", "cpu_seconds"))
     return (
-        f"{len(commands)} commands took {wall / 60:.0f} minutes, two at a time with a thread each, so about "
-        f"{wall / 120:.0f} by the clock; {cpu / 60:.0f} minutes of CPU time. {last['device']}, torch {last['torch']}, "
-        f"gas_engine {last['gas_engine']}, {last['finished'][:10]}. Seeds are fixed; one run was made of each solver, so "
-        "how far another seed falls was not measured.\n\n"
+        f"{len(commands)} commands, two at a time with a thread each, took {wall / 60:.0f} minutes one after the other "
+        f"and {cpu / 60:.0f} of CPU time: {last['device']}, torch {last['torch']}, gas_engine {last['gas_engine']}, "
+        f"{last['finished'][:10]}. Seeds are fixed; one run was made of each solver, so how far another seed falls was "
+        "not measured.\n\n"
     )
 
 

@@ -18,6 +18,7 @@ TITLES = {
     "l1": "L1 to the teacher", "rmse": "RMSE to the teacher", "psnr": "PSNR, dB", "fd_data": "FD to the data",
     "fd_teacher": "FD to the teacher", "detail": "fine detail / the teacher's", "seconds": "seconds of an iteration",
 }  # fmt: skip
+LESS = ("l1", "rmse", "fd_data", "fd_teacher", "kid_data", "lpips", "seconds")  # the smallest is the best
 FORMS = {"l1": ".4f", "rmse": ".4f", "psnr": ".1f", "detail": ".3f", "precision": ".3f", "recall": ".3f"}
 AT = re.compile(r", (?:K = \d+|\d+ samples)$")
 
@@ -49,6 +50,23 @@ def histories(experiment: Experiment, results: Path) -> list[Row]:
             times = {f"t{n}": f"{t:.6g}" for n, t in enumerate(line["times"])}
             told = {f"told{n}": f"{t:.6g}" for n, t in enumerate(line["told"])}
             rows.append({"label": label, "step": str(line["step"])} | times | told | {"command": job.command})
+    return rows
+
+
+def spectra(experiment: Experiment, results: Path) -> list[Row]:
+    """Power over frequency of its runs, and of the data, relative to the teacher's; of a classical solver, iPNDM's."""
+    rows = []
+    for job in experiment.evaluations:
+        steps = {_word(run, "--steps") for run in experiment.learned.values()}
+        for found in read(ROOT / job.out / "spectrum.csv") if job.done else ():
+            label = _run_of(found["solver"], experiment.learned)[0]
+            if found["solver"] in ("data", "iPNDM") and found.get("steps", "") in ("", *steps):
+                label = found["solver"]
+            if label:
+                shown = {
+                    name: found[name] for name in ("model", "steps", "frequency", "power", "ratio") if name in found
+                }
+                rows.append({"label": label, **shown, "evaluated_by": job.command})
     return rows
 
 
@@ -97,7 +115,7 @@ def costs(experiment: Experiment, results: Path) -> list[Row]:
 
 
 COLLECTORS: dict[str, Callable[[Experiment, Path], list[Row]]] = {
-    "evaluated": evaluated, "histories": histories, "samples": samples, "costs": costs,
+    "evaluated": evaluated, "histories": histories, "spectra": spectra, "samples": samples, "costs": costs,
 }  # fmt: skip
 
 
@@ -187,7 +205,7 @@ def over(rows: Sequence[Row], metric: str, column: str) -> str:
     for label in order:
         cells = [found[label].get(v) for v in values]
         shown = ["" if c is None else number(c, metric) for c in cells]
-        bold = [c is not None and float(c) == best[v] for c, v in zip(cells, values, strict=True)]
+        bold = [metric in LESS and c is not None and float(c) == best[v] for c, v in zip(cells, values, strict=True)]
         lines.append([label, *(f"**{s}**" if b else s for s, b in zip(shown, bold, strict=True))])
     return markdown(lines)
 

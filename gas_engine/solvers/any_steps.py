@@ -18,7 +18,6 @@ from ._times import MAX_STEPS, LearnedTimes
 from .generalized import GeneralizedSolver
 
 MAX_DEGREE = 12  # beyond it a solver has thousands of numbers
-SMOOTHNESS = 0.85
 
 
 class AnyStepsSolver(LearnedTimes):
@@ -26,39 +25,36 @@ class AnyStepsSolver(LearnedTimes):
 
     Each of its tables (theta, xi, phi_a, phi_c) is a polynomial over the points (K, position, lag) that exist::
 
-        table(K, n, lag) = start(K, n) + sum_d smoothness^d sum_{q of total degree d} w_q q(K, n, lag)
+        table(K, n, lag) = start(K, n) + sum_q w_q q(K, n, lag)
 
     with polynomials q orthonormal over the points of the whole range, so that w = 0 is DPM-Solver++(3M), or another
-    ``base``, on the start grid at every K. ``degree`` bounds the total degree; unless given it is the largest K less
-    one, at most 12. At the largest K less one there are as many polynomials as points: every K can have any table, and
-    sharing costs none of them accuracy. ``smoothness`` below 1 makes higher polynomials learn more slowly, so that what
-    one K learns carries over to the others.
+    ``base``, on the start grid at every K. ``degree`` bounds their total degree, and says how much the K share: where
+    it is low, tables vary slowly with K; at the largest K less one there are as many polynomials as points, every K can
+    have any table, and one file costs none of them accuracy. Unless given it is that, at most 12.
 
     ``at(steps)`` is the solver of one K, differentiable in w. What knows of one K alone (``steps``, ``times``,
     ``tableau``) sees the largest. Parameters, float64 on the CPU: w of ``theta``, ``xi``, ``phi_a``, ``phi_c``; 511
-    numbers for K = 4 to 10. Raises ValueError for K beyond 2..32, a degree beyond 0..12 or smoothness outside (0, 1].
+    numbers for K = 4 to 10. Raises ValueError for K beyond 2..32 or a degree beyond 0..12.
 
         solver = AnyStepsSolver(range(4, 11), denoiser.schedule)
         x = rollout(denoiser, noise, solver.at(6).tableau(denoiser.prediction))
     """
 
     family = "any"
-    settings = ("start", "base", "degree", "smoothness")
+    settings = ("start", "base", "degree")
 
     def __init__(
         self, steps: range, schedule: Schedule, t_eps: float = 1e-3, start: str = "uniform",
-        base: str = "dpmpp3m", degree: int | None = None, smoothness: float = SMOOTHNESS,
+        base: str = "dpmpp3m", degree: int | None = None,
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         if len(steps) == 0 or steps.step != 1 or not 2 <= steps[0] <= steps[-1] <= MAX_STEPS:
             raise ValueError(f"a range of steps must lie within 2 to {MAX_STEPS}, got {steps}")
         degree = min(steps[-1] - 1, MAX_DEGREE) if degree is None else degree
-        if not (0 <= degree <= MAX_DEGREE and 0 < smoothness <= 1):
-            raise ValueError(
-                f"degree must be between 0 and {MAX_DEGREE} and smoothness in (0, 1], got {degree} and {smoothness}"
-            )
+        if not 0 <= degree <= MAX_DEGREE:
+            raise ValueError(f"degree must be between 0 and {MAX_DEGREE}, got {degree}")
         self._range, self.steps, self.schedule, self.t_eps = steps, steps[-1], schedule, float(t_eps)
-        self.start, self.base, self.degree, self.smoothness = start, base, degree, float(smoothness)
+        self.start, self.base, self.degree = start, base, degree
         self.facts: dict[str, Any] = {}
         for name in TABLES:
             count = self._polynomials(name, steps[0]).shape[1]
@@ -108,7 +104,7 @@ class AnyStepsSolver(LearnedTimes):
 
     def _polynomials(self, name: str, steps: int) -> Tensor:
         low, high, less = self._range[0], self._range[-1], int(name == "theta")
-        rows = polynomials(low - less, high - less, TABLES[name], self.degree, self.smoothness)
+        rows = polynomials(low - less, high - less, TABLES[name], self.degree)
         return rows[steps - less]
 
     def extra_repr(self) -> str:
@@ -121,14 +117,13 @@ TABLES = {"theta": 1, "xi": 1, "phi_a": 2, "phi_c": 2}
 
 
 @lru_cache(maxsize=64)
-def polynomials(low: int, high: int, dimensions: int, degree: int, smoothness: float = 1.0) -> dict[int, Tensor]:
+def polynomials(low: int, high: int, dimensions: int, degree: int) -> dict[int, Tensor]:
     """For each K of ``low`` to ``high`` the polynomials at its points, [points, terms], orthonormal over all K.
 
     Points of K: n = 0..K-1 (one dimension), or n and lag = 0..n (two), row by row. Terms: total degree at most
     ``degree`` and below ``high``, degree in K below the number of K; with all of them the matrix of all K is square
     (on the largest K the points determine a polynomial of degree ``high`` - 1; what is left is divisible by
-    (K - high), and so on). Chebyshev products in the order of their degree, orthonormalised by QR, and scaled by
-    ``smoothness`` to the power of their degree.
+    (K - high), and so on). Chebyshev products in the order of their degree, orthonormalised by QR.
     """
     points = [
         (k, n, lag) for k in range(low, high + 1) for n in range(k) for lag in range(n + 1 if dimensions == 2 else 1)
@@ -141,8 +136,7 @@ def polynomials(low: int, high: int, dimensions: int, degree: int, smoothness: f
     chebyshev = [torch.cos(torch.arange(top + 1) * torch.acos(axis.clamp(-1, 1))[:, None]) for axis in axes]
     columns = [chebyshev[0][:, i] * chebyshev[1][:, j] * chebyshev[2][:, m] for i, j, m in exponents]
     q, r = torch.linalg.qr(torch.stack(columns, 1))
-    scale = torch.tensor([smoothness ** sum(e) for e in exponents], dtype=torch.float64)
-    q = q * r.diagonal().sign() * scale
+    q = q * r.diagonal().sign()
     sizes = [int((k == steps).sum()) for steps in range(low, high + 1)]
     return dict(zip(range(low, high + 1), q.split(sizes), strict=True))
 

@@ -15,6 +15,7 @@ from .._cli import InputError, console, progress
 from ..conditioning import take
 from ..rollout import rollout
 from ..solvers import save_solver
+from . import course
 from .directory import Checkpoint, RunDirectory
 from .loggers import logger
 from .options import Config, plain
@@ -33,9 +34,11 @@ def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: 
         task = bar.add_task("train", total=trainer.recipe.iterations, completed=first, note="")
         if not first:
             _save(trainer, directory, config, None, last=False)  # a state to go back to
+            if not directory.history.exists():
+                directory.attempt("the history", partial(_log_history, trainer, directory))
         while not trainer.finished:
             try:
-                trainer.update()
+                course.update(trainer, directory)
             except NotFinite as error:
                 _go_back(trainer, directory, config, error)
                 continue
@@ -59,7 +62,7 @@ def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: 
                 directory.attempt("metrics", partial(directory.log, {"step": step, **row}))
                 times = {f"times/{n}": t for n, t in enumerate(trainer.solver.times().tolist())}
                 write(step, row | times)
-                directory.attempt("the history", partial(directory.log, _numbers_of(trainer), directory.history))
+                directory.attempt("the history", partial(_log_history, trainer, directory))
             if step % config.sample_every == 0 or last:
                 _sample_grid(trainer, directory, selection)
             # A state from which updates are skipped is none to go back to.
@@ -174,11 +177,13 @@ def _metrics(trainer: Trainer) -> dict[str, Any]:
     return row | means
 
 
-def _numbers_of(trainer: Trainer) -> dict[str, Any]:
-    """The averaged solver in numbers, from which its course is drawn."""
-    tableau = trainer.average.tableau(trainer.denoiser.prediction)
-    numbers = {"times": trainer.average.times(), "told": tableau.t_net, "A": tableau.A, "B": tableau.B}
-    return {"step": trainer.step} | {name: value.detach().tolist() for name, value in numbers.items()}
+def _log_history(trainer: Trainer, directory: RunDirectory) -> None:
+    """The averaged solver in numbers, a row for each K, from which its course is drawn."""
+    for one in trainer.average.each():
+        tableau = one.tableau(trainer.denoiser.prediction)
+        numbers = {"times": one.times(), "told": tableau.t_net, "A": tableau.A, "B": tableau.B}
+        row = {name: value.detach().tolist() for name, value in numbers.items()}
+        directory.log({"step": trainer.step, **row}, directory.history)
 
 
 def _say_notices(trainer: Trainer) -> None:

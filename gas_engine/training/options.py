@@ -31,6 +31,9 @@ class Config(PlacedModelOptions):
     """Of gs: corrections around theory, or S4S's or the linear multistep form of the same times."""
     order: int | None = None
     """Of gs, the longest history; K unless given."""
+    degree: int | None = None
+    """Of a range of K, that of the polynomials in K that its tables are: low shares much between K; the largest K less
+    one, at most 12, unless given."""
     loss: str = "l1"
     """Distance to the teacher's samples: l1, l2, huber, lpips, lpips-alex, lpips-squeeze, or 'lpips + 0.1 * l1'."""
     loss_chunk: int | None = None

@@ -1,4 +1,4 @@
-"""What a finished run leaves: the solver, a table beside every classical solver, and pictures."""
+"""What a finished run leaves: the solver, a table beside every classical solver, pictures, and a report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import comparison, pictures
+from .. import comparison, pictures, reporting
 from .._cli import console, progress
 from ..denoiser import Denoiser
 from ..files import write_text
@@ -79,7 +79,9 @@ def finish(
         times |= {name: grid(name, student.schedule, student.steps, config.t_eps) for name in grids}
     pictures.schedule_plot(directory.path / "schedule.png", student.schedule, times, told)
     pictures.tableau_plot(directory.path / "tableau.png", student.tableau(denoiser.prediction), start)
-    _history(directory, f"{denoiser.name}: learned times, K = {student.steps}")
+    _history(directory, student.steps, f"{denoiser.name}: learned times, K = {student.steps}")
+    page = directory.path / "report.html"
+    reporting.write_page(page, [reporting.read_run(directory.path)])
     console.print(
         comparison.as_rich(rows, f"distance to the {config.teacher.steps}-evaluation teacher at K = {config.steps}")
     )
@@ -87,6 +89,7 @@ def finish(
     console.print(
         f"solver    {directory.solver} ({directory.solver.stat().st_size / 1024:.1f} kB)\n"
         f"pictures  {directory.path}/comparison.png  schedule.png  tableau.png  history.png\n"
+        f"report    {page} (opens in any browser; several runs: gas-engine report RUN RUN --out FILE)\n"
         f"sample    python -m gas_engine.sample {_model_options(config)} {used} --out samples",
         soft_wrap=True,
     )
@@ -119,14 +122,18 @@ def _compare_pictures(
     path: Path, denoiser: Denoiser, config: Config, teacher: Tensor, rows: list[comparison.Distance],
     device: torch.device,
 ) -> None:  # fmt: skip
-    """Teacher, student and the best classical solver above their errors; nothing for states that are no images.
+    """Teacher, student and the best classical solver above their errors, as a picture and for the report.
 
-    Of a student of several K, ``rows`` are its own, the fewest steps first.
+    Nothing for states that are no images. Of a student of several K, ``rows`` are its own, the fewest steps first.
     """
     if len(denoiser.shape or ()) != 3:
         return
     mine, others = rows[0], rows[1:]
-    teacher, *shown = (pictures.pictures_of(denoiser, s[:12], device) for s in (teacher, *(r.samples for r in rows)))
+    count = 12 if denoiser.decoder is not None else reporting.MOST
+    states = (teacher, *(row.samples for row in rows))
+    teacher, *shown = (pictures.pictures_of(denoiser, some[:count], device) for some in states)
+    said = [("teacher", f"{config.teacher.steps} evaluations"), *((row.solver, row.setting) for row in rows)]
+    reporting.save_samples(path.with_name(reporting.SAMPLES), said, [teacher, *shown])
     several = bool(others) and others[0].solver == mine.solver
     names = [row.setting.partition(",")[0] if several else row.solver for row in rows]
     names[0] = names[0] if several else "learned"
@@ -136,10 +143,10 @@ def _compare_pictures(
     pictures.image_rows(path, drawn, title + ", ".join(f"{n} {r.l1:.4f}" for n, r in zip(names, rows, strict=True)))
 
 
-def _history(directory: RunDirectory, title: str) -> None:
-    """The course of times and tableau, from the rows that were written over the run."""
+def _history(directory: RunDirectory, steps: int, title: str) -> None:
+    """The course of times and tableau of one K, from the rows that were written over the run."""
     lines = directory.history.read_text().splitlines() if directory.history.exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = [row for row in map(json.loads, lines) if len(row["told"]) == steps]
     if rows:
         updates, times, told, a, b = ([row[name] for row in rows] for name in ("step", "times", "told", "A", "B"))
         pictures.history_plot(directory.path / "history.png", updates, times, told, a, b, title)

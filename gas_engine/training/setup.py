@@ -82,6 +82,8 @@ def solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> LearnedTimes:
     steps = counts[-1]
     if len(counts) > 1:
         return _begun(config, denoiser, any_steps(config, denoiser, recipe, counts))
+    if config.degree is not None:
+        raise InputError(f"--degree {config.degree} is of a range of K, such as --steps 4-10; leave it out")
     start: str | Tensor = recipe.start_grid
     if recipe.start_grid not in GRIDS:
         try:
@@ -113,7 +115,7 @@ def any_steps(config: Config, denoiser: Denoiser, recipe: Recipe, counts: range)
             f"give {', '.join(GRIDS)}"
         )
     base = config.base or "dpmpp3m"
-    return AnyStepsSolver(counts, denoiser.schedule, config.t_eps, recipe.start_grid, base)
+    return AnyStepsSolver(counts, denoiser.schedule, config.t_eps, recipe.start_grid, base, config.degree)
 
 
 def _begun(config: Config, denoiser: Denoiser, new: LearnedTimes) -> LearnedTimes:
