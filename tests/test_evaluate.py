@@ -158,6 +158,11 @@ def test_a_killed_evaluation_goes_on(here, tmp_path, monkeypatch, no_pictures):
     assert len(evaluated(tmp_path, *asked[:3], "euler", *asked[3:])) == 4 and len(calls) == 8 + 3
     evaluated(tmp_path, *asked, "--seeds", "50000-50022")
     assert len(calls) == 8 + 3 + 6
+    for file in (tmp_path / "measured").iterdir():
+        file.write_bytes(b"damaged")
+    evaluated(tmp_path, *asked)
+    assert len(calls) == 8 + 3 + 6 + 6
+    assert (tmp_path / "evaluation.csv").read_bytes() == (path / "out" / "evaluation.csv").read_bytes()
 
 
 def test_two_processes_are_one(here, tmp_path):
