@@ -2,8 +2,9 @@
 # make test    set up, run the tests, in WORKERS=2 processes of one thread
 # make bench   set up, run the benches, write bench/results/*.csv
 # make fuzz    set up, fuzz the readers of foreign files for five minutes (FUZZ_SECONDS=300)
+# make docs    set up, build the documentation into site/
 # make lint    set up, check formatting, lints and types
-.PHONY: demo test bench fuzz lint format clean
+.PHONY: demo test bench fuzz docs lint format clean
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
@@ -30,6 +31,10 @@ fuzz: $(READY)
 	$(BIN)/python -c "import atheris" 2> /dev/null || $(BIN)/pip install -q atheris
 	$(BIN)/python tests/fuzz/fuzz_files.py
 
+docs: $(READY)
+	$(BIN)/python -c "import mkdocs, material, mkdocstrings" 2> /dev/null || $(BIN)/pip install -q -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +46,4 @@ format: $(READY)
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu csrc/tests/*.h csrc/tests/*.cpp
 
 clean:
-	rm -rf $(VENV) build *.egg-info gas_engine/_native*.so
+	rm -rf $(VENV) build *.egg-info gas_engine/_native*.so site

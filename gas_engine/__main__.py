@@ -10,6 +10,7 @@ VERBS = {
     "sample": "draw samples with a classical or a learned solver",
     "teacher": "write a set of teacher samples",
     "evaluate": "measure solvers: distances to the teacher, FID and its kin, spectra",
+    "report": "show runs on one page: what was learned, samples, tables, memory",
     "convert": "write solvers for diffusers, ComfyUI, the Hub; read published files",
     "plan": "find what fits into a number of bytes, without weights or GPU",
     "doctor": "show what is built, found and missing",

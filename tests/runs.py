@@ -32,9 +32,9 @@ def flat_of(solver):
     return torch.cat([p.detach().flatten() for p in solver.parameters()])
 
 
-def toy_trainer(denoiser=None, execution=None, adversary=None, seed=0, **recipe):
+def toy_trainer(denoiser=None, execution=None, adversary=None, seed=0, student=GeneralizedSolver, **recipe):
     denoiser = denoiser or toy.mixture()
-    solver = GeneralizedSolver(3, denoiser.schedule, start="quadratic")
+    solver = student(3, denoiser.schedule, start="quadratic")
     plain = {"iterations": 8, "batch": 4, "rate": 1e-2, "rate_schedule": "cosine", "ema": 0.9, "start_grid": ""}
     return Trainer(
         denoiser, solver, list(range(10)), torch.zeros(10, *toy.SHAPE), distillation_loss("l2"),

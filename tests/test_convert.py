@@ -87,7 +87,7 @@ def test_the_published_format_and_back_to_the_bit(steps, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other", [learned(4, order=2), learned(3, theory=False), learned(3, theory="linear"), BELMSolver(3, SD)]
+    "other", [learned(4, order=2), learned(3, theory="linear"), learned(3, base="ipndm"), BELMSolver(3, SD)]
 )
 def test_what_the_published_format_cannot_say(other, tmp_path):
     with pytest.raises(ValueError, match="with theory and of full order only, not this one"):

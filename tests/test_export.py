@@ -13,9 +13,9 @@ import pytest
 import torch
 from pipelines import saved  # noqa: F401 (a fixture)
 
-from gas_engine import BELMSolver, Denoiser, GeneralizedSolver, Schedule, guided, rollout, save_solver
+from gas_engine import Denoiser, GeneralizedSolver, Schedule, guided, rollout, save_solver
 from gas_engine.architectures import network_label
-from gas_engine.solvers import classical
+from gas_engine.solvers import FAMILIES, classical
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install diffusers")
 from gas_engine.export import GASScheduler, for_diffusers  # noqa: E402
@@ -98,7 +98,11 @@ def test_the_same_samples_as_rollout(prediction, guidance):
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max())))
 
 
-@pytest.mark.parametrize("solver", [learned(4, order=2), learned(1), learned(4, theory=False), BELMSolver(5, SD)])
+@pytest.mark.parametrize(
+    "solver",
+    [learned(4, order=2), learned(1), learned(4, theory=False), learned(4, base="unipc"),
+     *(student(5, SD) for student in FAMILIES.values())],
+)  # fmt: skip
 def test_every_family_of_solvers(solver):
     network = Network()
     with torch.no_grad():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import latent
@@ -13,23 +12,16 @@ import published
 import pytest
 import torch
 from conftest import GOLDEN, arrays
+from pages import ROOT, run, smaller
 from pipelines import saved  # noqa: F401 (a fixture)
 from twin import relative
 
-from gas_engine import __main__ as command_line
 from gas_engine import load_solver, rollout
 from gas_engine.denoiser import seeded
 from gas_engine.models import ModelOptions, open_model
 from gas_engine.networks import R3GANDiscriminator, build_edm
 
-PAGE = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
-ROOT = Path(__file__).parent.parent
-# What makes a run small: 5 updates of 2 samples, everything else measured on 2.
-SMALL = {
-    "--iterations": "5", "--batch": "2", "--train-seeds": "0-3", "--selection": "2", "--held-out": "2",
-    "--evaluation": "student", "--logger": "none", "--sample-every": "5", "--save-every": "5", "--evaluate-every": "5",
-    "--teacher.steps": "7", "--device": "cpu",
-}  # fmt: skip
+PAGE = (ROOT / "docs" / "models.md").read_text()
 FAMILIES = [name for names in re.findall(r"<!-- run: (.*?) -->", PAGE) for name in names.split()]
 
 # By which the pipelines are called; FLUX.1-schnell is told none.
@@ -46,17 +38,6 @@ def commands(family: str) -> list[list[str]]:
     lines = [line for line in block[1].splitlines() if line.strip()]
     assert all(line.startswith("gas-engine ") for line in lines)
     return [shlex.split(line)[1:] for line in lines]
-
-
-def smaller(words: list[str]) -> list[str]:
-    if words[0] != "train":
-        return words
-    kept, skip = [], False
-    for word in words:
-        if not skip and word not in SMALL:
-            kept.append(word)
-        skip = word in SMALL
-    return kept + [word for pair in SMALL.items() for word in pair]
 
 
 @pytest.fixture
@@ -109,11 +90,7 @@ def test_commands_of_the_page(model, monkeypatch, no_pictures, small_parts):
         if words[0] != "convert":
             words += ["--text-length", "16"] if family in T5 else []
             words += ["--resolution", "16"] if family in FLUX else []
-        monkeypatch.setattr(sys, "argv", ["gas-engine", *words])
-        try:
-            command_line.main()
-        except SystemExit as stop:
-            assert not stop.code, words
+        run(monkeypatch, words)
     if family in GUIDANCE:
         (scheduler,) = Path("runs").glob("*/scheduler")
         assert_pipeline_repeats(family, path, scheduler)

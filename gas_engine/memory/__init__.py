@@ -6,7 +6,7 @@ from .policy import MemoryPolicy
 from .precision import cast
 from .reversal import BitsLost
 from .sharding import shard_weights
-from .tracker import ByteTracker, phase
+from .tracker import ByteTracker, Reading, phase
 from .weights import quantisable, quantize_weights, stream_weights
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "ByteTracker",
     "Coverage",
     "MemoryPolicy",
+    "Reading",
     "cast",
     "checkpoint_blocks",
     "lean",

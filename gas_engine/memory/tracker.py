@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["ByteTracker", "phase"]
+__all__ = ["ByteTracker", "Reading", "phase"]
 
 _phases = ["other"]
 
@@ -41,6 +41,14 @@ class phase:
         _phases.pop()
 
 
+class Reading(NamedTuple):
+    """What was alive after so many operations, and which phase had made it; `live` is without "host"."""
+
+    operation: int
+    live: int
+    by_phase: dict[str, int]
+
+
 class ByteTracker(TorchDispatchMode):
     """Counts the bytes of new storages, from their first tensor to their death.
 
@@ -49,14 +57,15 @@ class ByteTracker(TorchDispatchMode):
     "" outside of any, as in a backward pass). A view of older memory, such as the transpose of a weight, is no new
     byte. Storages that exist when the tracker starts are not counted.
     `cuda_peak`: bytes that CUDA's caching allocator had given out at most, above what it had at the start; 0 without a
-    device.
+    device. `timeline`: at most so many readings of `live` over the operations, each the highest of its stretch, so that
+    the highest of all is the peak.
 
         with ByteTracker() as bytes:
             network(x).sum().backward()
         print(bytes.peak, bytes.by_phase)
     """
 
-    def __init__(self, root: nn.Module | None = None) -> None:
+    def __init__(self, root: nn.Module | None = None, readings: int = 0) -> None:
         super().__init__()
         self._names = {id(m): name or type(m).__name__ for name, m in root.named_modules()} if root else {}
         self._inside: list[str] = []
@@ -67,6 +76,8 @@ class ByteTracker(TorchDispatchMode):
         self.cuda_peak = 0
         self.by_phase: Counter[str] = Counter()
         self.by_module: Counter[str] = Counter()
+        self.timeline: list[Reading] = []
+        self._readings, self._operations, self._stretch = readings, 0, 1
         self._now: Counter[tuple[str, str]] = Counter()
         self._known: dict[int, weakref.finalize] = {}
         self._cuda_start = 0
@@ -104,7 +115,23 @@ class ByteTracker(TorchDispatchMode):
         for t in _tensors(result):
             if _key(t) not in older:
                 self._born(t)
+        if self._readings:
+            self._read()
         return result
+
+    def _read(self) -> None:
+        """Take a reading after an operation; where they become too many, of every two stretches one remains."""
+        if len(self.timeline) == self._readings and self._operations % self._stretch == 0:
+            pairs = zip(self.timeline[::2], [*self.timeline[1::2], self.timeline[-1]], strict=False)
+            self.timeline = [max(pair, key=lambda reading: reading.live) for pair in pairs]
+            self._stretch *= 2
+        new = self._operations // self._stretch == len(self.timeline)
+        if new or self.live > self.timeline[-1].live:
+            by_phase: Counter[str] = Counter()
+            for (name, _), size in self._now.items():
+                by_phase[name] += size
+            self.timeline[len(self.timeline) - (not new) :] = [Reading(self._operations, self.live, dict(by_phase))]
+        self._operations += 1
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         self._inside.append(self._names.get(id(module), type(module).__name__))

@@ -25,12 +25,12 @@ class S4SSolver(LearnedTimes):
         x[n+1] = r[n] x[n] + C[n] sum_{j<=n} w[n,j] S[j]
 
     with the exponential Euler step's r and C: sigma+/sigma and -alpha+ expm1(-h) for data estimates, alpha+/alpha and
-    -sigma+ expm1(h) for noise estimates (arXiv 2502.17423, section 3). Starts at the weights of ``base``, any linear
-    multistep solver by name. Of the paper's method this is the solver; its relaxed objective is not built.
+    -sigma+ expm1(h) for noise estimates (arXiv 2502.17423, section 3). Starts at the weights of ``base``, a classical
+    solver by name (UniPC's corrector is weights too). Of the paper's method this is the solver; its relaxed objective
+    is not built.
 
     Parameters, float64 on the CPU: ``weights`` [K (K+1) / 2], row by row; ``theta`` [K-1] and ``xi`` [K] as in
-    ``GeneralizedSolver``, never trained. Raises ValueError for a base that has more than a multistep row, and as
-    ``GeneralizedSolver`` does.
+    ``GeneralizedSolver``, never trained. Raises ValueError as ``GeneralizedSolver`` does.
 
         solver = S4SSolver(steps=6, schedule=denoiser.schedule, base="ipndm4", start="quadratic")
         x = rollout(denoiser, noise, solver.tableau(denoiser.prediction))
@@ -47,11 +47,6 @@ class S4SSolver(LearnedTimes):
         self.base = checked_name(base, base=True)
         times = self.times().detach()
         begin = MAKERS[self.base](schedule, times)
-        if bool(begin.A.tril(-1).any()):
-            raise ValueError(
-                f"{self.family} learns the weights of a linear multistep solver, and {self.base} uses older states as "
-                "well; use dpmpp, deis or ipndm"
-            )
         self.of = str(begin.prediction)
         _, gain = euler_terms(Steps.of(schedule, times), self.of)
         self.weights = nn.Parameter(packed(begin.B / gain[:, None]))

@@ -93,9 +93,8 @@ class Adversary:
         if len(real) == 0:
             return
         fake, real = self._seen if self._seen is not None else (draw(), real)
-        losses = discriminator_loss(
-            self.discriminator, self._cast(real), self._cast(fake), **self._options
-        )  # fmt: skip
+        with phase("discriminator"):
+            losses = discriminator_loss(self.discriminator, self._cast(real), self._cast(fake), **self._options)
         self.logits = losses.relativistic
         for name, values in {
             "d_loss": losses.loss, "d_gap": losses.relativistic.abs(), "r1": losses.r1, "r2": losses.r2

@@ -15,6 +15,7 @@ from .._cli import InputError, console, progress
 from ..conditioning import take
 from ..rollout import rollout
 from ..solvers import save_solver
+from . import course
 from .directory import Checkpoint, RunDirectory
 from .loggers import logger
 from .options import Config, plain
@@ -33,9 +34,11 @@ def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: 
         task = bar.add_task("train", total=trainer.recipe.iterations, completed=first, note="")
         if not first:
             _save(trainer, directory, config, None, last=False)  # a state to go back to
+            if not directory.history.exists():
+                directory.attempt("the history", partial(directory.log, _numbers_of(trainer), directory.history))
         while not trainer.finished:
             try:
-                trainer.update()
+                course.update(trainer, directory)
             except NotFinite as error:
                 _go_back(trainer, directory, config, error)
                 continue

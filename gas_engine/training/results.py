@@ -1,4 +1,4 @@
-"""What a finished run leaves: the solver, a table beside every classical solver, and pictures."""
+"""What a finished run leaves: the solver, a table beside every classical solver, pictures, and a report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import comparison, pictures
+from .. import comparison, pictures, reporting
 from .._cli import console, progress
 from ..denoiser import Denoiser
 from ..files import write_text
@@ -73,12 +73,15 @@ def finish(
     pictures.schedule_plot(directory.path / "schedule.png", student.schedule, times, {"learned": student.told_times()})
     pictures.tableau_plot(directory.path / "tableau.png", tableau, start)
     _history(directory, f"{denoiser.name}: learned times, K = {config.steps}")
+    page = directory.path / "report.html"
+    reporting.write_page(page, [reporting.read_run(directory.path)])
     console.print(
         comparison.as_rich(rows, f"distance to the {config.teacher.steps}-evaluation teacher at K = {config.steps}")
     )
     console.print(
         f"solver    {directory.solver} ({directory.solver.stat().st_size / 1024:.1f} kB)\n"
         f"pictures  {directory.path}/comparison.png  schedule.png  tableau.png  history.png\n"
+        f"report    {page} (opens in any browser; several runs: gas-engine report RUN RUN --out FILE)\n"
         f"sample    python -m gas_engine.sample {_model_options(config)} --solver {directory.solver} --out samples",
         soft_wrap=True,
     )
@@ -97,11 +100,18 @@ def _compare_pictures(
     path: Path, denoiser: Denoiser, config: Config, teacher: Tensor, rows: list[comparison.Distance],
     device: torch.device,
 ) -> None:  # fmt: skip
-    """Teacher, student and the best classical solver above their errors; nothing for states that are no images."""
+    """Teacher, student and the best classical solver above their errors, as a picture and for the report.
+
+    Nothing for states that are no images.
+    """
     if len(denoiser.shape or ()) != 3:
         return
     mine, others = rows[0], rows[1:]
-    teacher, *shown = (pictures.pictures_of(denoiser, s[:12], device) for s in (teacher, *(r.samples for r in rows)))
+    count = 12 if denoiser.decoder is not None else reporting.MOST
+    states = (teacher, *(row.samples for row in rows))
+    teacher, *shown = (pictures.pictures_of(denoiser, some[:count], device) for some in states)
+    names = [("teacher", f"{config.teacher.steps} evaluations"), *((row.solver, row.setting) for row in rows)]
+    reporting.save_samples(path.with_name(reporting.SAMPLES), names, [teacher, *shown])
     drawn = [(f"teacher, {config.teacher.steps}", teacher), (f"learned, {config.steps}", shown[0])]
     drawn += [(best.solver, samples) for best, samples in zip(others, shown[1:], strict=True)]
     drawn += [("|learned - teacher|", shown[0] - teacher)]
