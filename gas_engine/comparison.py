@@ -145,8 +145,13 @@ def classical_distances(
     return sorted(found, key=lambda row: row.l1)
 
 
+def mean_l1(rows: Iterable[Distance]) -> float:
+    """The geometric mean of L1 distances, to which every K of a solver adds alike."""
+    return float(torch.tensor([row.l1 for row in rows], dtype=torch.float64).log().mean().exp())
+
+
 def as_rich(rows: list[Distance], title: str) -> Table:
-    """The comparison for a terminal; ratio is L1 over that of the first row."""
+    """The comparison for a terminal; ratio is L1 over that of the newest row of the first row's solver."""
     table = Table(title=title, box=None, pad_edge=False, padding=(0, 1))
     table.add_column("solver", no_wrap=True)
     table.add_column("setting")
@@ -156,10 +161,12 @@ def as_rich(rows: list[Distance], title: str) -> Table:
         table.caption = "FD: Frechet distance on features to the data, and to the teacher's samples"
     for head in heads:
         table.add_column(head, no_wrap=True, justify="right")
+    first = rows[0]
     for row in rows:
-        cells = {"L1": f"{row.l1:.4f}", "RMSE": f"{row.rmse:.4f}", "ratio": f"{row.l1 / rows[0].l1:.2f}"}
+        first = row if row.solver == rows[0].solver else first
+        cells = {"L1": f"{row.l1:.4f}", "RMSE": f"{row.rmse:.4f}", "ratio": f"{row.l1 / first.l1:.2f}"}
         cells |= dict(zip(("FD data", "teacher"), _frechet(row), strict=True))
-        style = "bold" if row is rows[0] else None
+        style = "bold" if row is first else None
         table.add_row(row.solver, row.setting, *(cells[head] for head in heads), style=style)
     return table
 

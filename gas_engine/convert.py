@@ -43,6 +43,8 @@ class Config:
     """Of a published .pt, instead of --model: flow:SHIFT, vp_linear:BETA_0:BETA_1, or a solver file with the same."""
     t_eps: float | None = None
     """Of a published .pt: the time at which it stops; the model's, or 1e-3, unless given."""
+    steps: int | None = None
+    """Of a solver of several K: the one to write; all of them unless given."""
 
 
 def run(config: Config) -> list[Path]:
@@ -63,7 +65,7 @@ def run(config: Config) -> list[Path]:
 def _solvers(config: Config) -> list[Path]:
     from .export.directories import write_comfyui, write_diffusers
 
-    solvers = [_open(path, config) for path in config.files]
+    solvers = [_chosen(_open(path, config), path, config.steps) for path in config.files]
     if config.to == "diffusers":
         return [write_diffusers(solvers, _prediction(config, solvers), config.out)]
     if config.to == "comfyui":
@@ -77,6 +79,14 @@ def _solvers(config: Config) -> list[Path]:
     else:
         (save_solver if config.to == "safetensors" else write_readable)(solver, config.out, **facts)
     return [config.out]
+
+
+def _chosen(solver: LearnedTimes, path: Path, steps: int | None) -> LearnedTimes:
+    """The solver of one K, where one is asked for."""
+    try:
+        return solver if steps is None else solver.at(steps)
+    except ValueError as error:
+        raise InputError(f"{path} is {error}") from None
 
 
 def _hub(config: Config) -> list[Path]:

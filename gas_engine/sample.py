@@ -32,7 +32,7 @@ class Config(PlacedModelOptions):
     solver: str = "unipc"
     """A solver file (.safetensors, or a published .pt), or euler, heun, dpmpp2m, dpmpp3m, unipc, ipndm, deis, ..."""
     steps: int | None = None
-    """Network evaluations; needed for classical solvers, a solver file brings its own."""
+    """Network evaluations; needed for classical solvers and for a file of several K, others bring their own."""
     grid: str = "quadratic"
     """Times of a classical solver: logSNR, uniform, quadratic, karras, gits (5 to 8 steps)."""
     t_eps: float | None = None
@@ -105,10 +105,12 @@ def _tableau(config: Config, denoiser: Denoiser) -> Tableau:
         raise InputError(
             f"{file} is a solver for {solver.schedule}, and {denoiser.name} runs on {denoiser.schedule}; give another"
         )
-    if config.steps is not None and config.steps != solver.steps:
-        raise InputError(f"{file} is a solver of {solver.steps} steps, but --steps {config.steps} was given")
+    try:
+        solver.check_steps(config.steps)
+    except ValueError as error:
+        raise InputError(f"{file} is {error}") from None
     with torch.no_grad():
-        return solver.tableau(denoiser.prediction)
+        return solver.at(config.steps or solver.steps).tableau(denoiser.prediction)
 
 
 def _inputs(config: Config, denoiser: Denoiser) -> tuple[Tensor, Any]:

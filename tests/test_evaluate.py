@@ -21,8 +21,8 @@ from gas_engine import GeneralizedSolver, evaluate, load_denoiser, measuring, sa
 from gas_engine._cli import InputError, parse_seeds
 from gas_engine.candidates import parse_steps
 from gas_engine.metrics import (
-    embedded_features,
     diversity,
+    embedded_features,
     frechet_distance,
     high_frequency_power,
     kernel_distance,

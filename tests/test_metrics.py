@@ -10,8 +10,8 @@ import torch
 
 from gas_engine.adapters.digits import HELD_OUT, digit_images
 from gas_engine.metrics import (
-    embedded_features,
     diversity,
+    embedded_features,
     frechet_distance,
     high_frequency_power,
     real_digits,

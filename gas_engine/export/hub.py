@@ -57,7 +57,10 @@ def finished(run: Path) -> LearnedTimes:
     """The solver of a run. Raises InputError for a directory that is no finished run."""
     if not (run / "solver.safetensors").exists() or not (run / "comparison.csv").exists():
         raise InputError(f"{run} is no finished run: it must hold solver.safetensors and comparison.csv")
-    return load_solver(run / "solver.safetensors")
+    solver = load_solver(run / "solver.safetensors")
+    if len(solver.steps_range) > 1:
+        raise InputError(f"a card is of one K, and {run} learned several; write a file of one with convert --steps")
+    return solver
 
 
 def push_to_hub(directory: Path | str, repo_id: str, **options: Any) -> str:

@@ -23,9 +23,11 @@ THEORY_ORDER = 2
 
 
 def opened(solvers: Solvers) -> list[LearnedTimes]:
-    """Solvers, or files of them, of different K on one schedule, fewest steps first. Raises ValueError otherwise."""
+    """Solvers, or files of them, of different K on one schedule, fewest steps first; one of several K is as many
+    solvers. Raises ValueError otherwise."""
     given = [solvers] if isinstance(solvers, (str, Path, LearnedTimes)) else solvers
-    found = [s if isinstance(s, LearnedTimes) else load_solver(s) for s in given]
+    files = [s if isinstance(s, LearnedTimes) else load_solver(s) for s in given]
+    found = [one for solver in files for one in solver.each()]
     found.sort(key=lambda solver: solver.steps)
     counts = [solver.steps for solver in found]
     if not counts or len(set(counts)) != len(counts):

@@ -2,6 +2,7 @@
 
 from . import classical
 from ._times import LearnedTimes
+from .any_steps import AnyStepsSolver
 from .belm import BELMSolver
 from .bns import BNSSolver
 from .dyweight import DyWeightSolver
@@ -15,6 +16,7 @@ __all__ = [
     "FAMILIES",
     "GRIDS",
     "AlternatingS4SSolver",
+    "AnyStepsSolver",
     "BELMSolver",
     "BNSSolver",
     "DyWeightSolver",

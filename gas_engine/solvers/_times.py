@@ -39,6 +39,29 @@ class LearnedTimes(nn.Module):
         self.theta = nn.Parameter(self._theta_of(times))
         self.xi = nn.Parameter(torch.zeros(steps, dtype=torch.float64))
 
+    @property
+    def steps_range(self) -> range:
+        """The K that it has a tableau for: its own."""
+        return range(self.steps, self.steps + 1)
+
+    def at(self, steps: int) -> LearnedTimes:
+        """The solver of K = ``steps``, which is itself. Raises ValueError for a K that it has no tableau for."""
+        self.check_steps(steps)
+        return self
+
+    def each(self) -> list[LearnedTimes]:
+        """The solvers of every K that it has a tableau for, fewest steps first."""
+        return [self.at(steps) for steps in self.steps_range]
+
+    def check_steps(self, steps: int | None) -> None:
+        """Raises ValueError for a K that it has no tableau for, and for None where it has several to choose from."""
+        known = self.steps_range
+        several = f"{known[0]} to {known[-1]}" if len(known) > 1 else str(known[0])
+        if steps is None and len(known) > 1:
+            raise ValueError(f"a solver of {several} steps; say which with --steps")
+        if steps is not None and steps not in known:
+            raise ValueError(f"a solver of {several} steps, but --steps {steps} was given")
+
     def tableau(self, prediction: str = "data") -> Tableau:
         """The tableau for a network of the given prediction type."""
         raise NotImplementedError

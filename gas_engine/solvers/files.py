@@ -16,6 +16,7 @@ from .._safe_pickle import read_pickle
 from ..files import atomic, tensors_sha256, write_text
 from ..schedule import Schedule
 from ._times import MAX_STEPS, LearnedTimes
+from .any_steps import AnyStepsSolver
 from .belm import BELMSolver
 from .bns import BNSSolver
 from .dyweight import DyWeightSolver
@@ -25,7 +26,10 @@ from .s4s import AlternatingS4SSolver, S4SSolver
 
 FORMAT = "gas_engine.solver/1"
 DERIVED = "follows from the parameters"
-STUDENTS = (GeneralizedSolver, S4SSolver, AlternatingS4SSolver, LD3Solver, BNSSolver, DyWeightSolver, BELMSolver)
+STUDENTS = (
+    GeneralizedSolver, AnyStepsSolver, S4SSolver, AlternatingS4SSolver, LD3Solver, BNSSolver, DyWeightSolver,
+    BELMSolver,
+)  # fmt: skip
 FAMILIES: dict[str, type[LearnedTimes]] = {cls.family: cls for cls in STUDENTS}
 
 
@@ -40,13 +44,19 @@ def save_solver(solver: LearnedTimes, path: Path | str, **facts: Any) -> None:
 @torch.no_grad()
 def write_readable(solver: LearnedTimes, path: Path | str, **facts: Any) -> None:
     """Write a solver as JSON that ``load_solver`` reads back to the bit, with what follows from its parameters: times
-    of states and network, and the tableau for data estimates D, x[n+1] = sum_j A[n][j] x[j] + B[n][j] D[j]."""
-    tableau = solver.tableau("data")
-    lower = {name: [row[: n + 1] for n, row in enumerate(getattr(tableau, name).tolist())] for name in "AB"}
-    follows = {"times": solver.times().tolist(), "told_times": tableau.t_net.tolist(), **lower}
+    of states and network, and the tableau for data estimates D, x[n+1] = sum_j A[n][j] x[j] + B[n][j] D[j]; by K
+    where there are several."""
+    each = {str(one.steps): _follows(one) for one in solver.each()}
+    follows = each if len(each) > 1 else each[str(solver.steps)]
     parameters = {name: value.tolist() for name, value in solver.state_dict().items()}
     content = {**_metadata(solver, facts), "parameters": parameters, DERIVED: follows}
     write_text(path, _with_short_rows(content) + "\n")
+
+
+def _follows(solver: LearnedTimes) -> dict[str, Any]:
+    tableau = solver.tableau("data")
+    lower = {name: [row[: n + 1] for n, row in enumerate(getattr(tableau, name).tolist())] for name in "AB"}
+    return {"times": solver.times().tolist(), "told_times": tableau.t_net.tolist(), **lower}
 
 
 def write_published(solver: LearnedTimes, path: Path | str, step: int = 0) -> None:

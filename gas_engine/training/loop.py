@@ -35,7 +35,7 @@ def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: 
         if not first:
             _save(trainer, directory, config, None, last=False)  # a state to go back to
             if not directory.history.exists():
-                directory.attempt("the history", partial(directory.log, _numbers_of(trainer), directory.history))
+                directory.attempt("the history", partial(_log_history, trainer, directory))
         while not trainer.finished:
             try:
                 course.update(trainer, directory)
@@ -62,7 +62,7 @@ def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: 
                 directory.attempt("metrics", partial(directory.log, {"step": step, **row}))
                 times = {f"times/{n}": t for n, t in enumerate(trainer.solver.times().tolist())}
                 write(step, row | times)
-                directory.attempt("the history", partial(directory.log, _numbers_of(trainer), directory.history))
+                directory.attempt("the history", partial(_log_history, trainer, directory))
             if step % config.sample_every == 0 or last:
                 _sample_grid(trainer, directory, selection)
             # A state from which updates are skipped is none to go back to.
@@ -98,14 +98,14 @@ def resume(trainer: Trainer, directory: RunDirectory, config: Config, checkpoint
 def measure(trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples) -> float | None:
     """L1 distance of the averaged solver to the teacher on the selection seeds, None if not finite; keeps the best.
 
-    Draws nothing that training draws: an update seeds its own generators.
+    Of a solver of several K, the geometric mean. Draws nothing that training draws: an update seeds its own generators.
     """
-    tableau = trainer.average.tableau(trainer.denoiser.prediction)
-    found = comparison.distance(
-        trainer.denoiser, tableau, selection, "", batch=config.sample_batch, group=trainer.group
-    )  # fmt: skip
-    trainer.notices += trainer.watch.samples(found.samples, selection.teacher.cpu())
-    distance = found.l1
+    found = [
+        comparison.distance(trainer.denoiser, tableau, selection, "", batch=config.sample_batch, group=trainer.group)
+        for tableau in (each.tableau(trainer.denoiser.prediction) for each in trainer.average.each())
+    ]
+    trainer.notices += trainer.watch.samples(found[-1].samples, selection.teacher.cpu())
+    distance = comparison.mean_l1(found)
     if trainer.best.see(trainer.step, distance, trainer.average):
         directory.attempt("the best solver", partial(_write_best, trainer, directory, config))
     return distance if math.isfinite(distance) else None
@@ -177,11 +177,13 @@ def _metrics(trainer: Trainer) -> dict[str, Any]:
     return row | means
 
 
-def _numbers_of(trainer: Trainer) -> dict[str, Any]:
-    """The averaged solver in numbers, from which its course is drawn."""
-    tableau = trainer.average.tableau(trainer.denoiser.prediction)
-    numbers = {"times": trainer.average.times(), "told": tableau.t_net, "A": tableau.A, "B": tableau.B}
-    return {"step": trainer.step} | {name: value.detach().tolist() for name, value in numbers.items()}
+def _log_history(trainer: Trainer, directory: RunDirectory) -> None:
+    """The averaged solver in numbers, a row for each K, from which its course is drawn."""
+    for one in trainer.average.each():
+        tableau = one.tableau(trainer.denoiser.prediction)
+        numbers = {"times": one.times(), "told": tableau.t_net, "A": tableau.A, "B": tableau.B}
+        row = {name: value.detach().tolist() for name, value in numbers.items()}
+        directory.log({"step": trainer.step, **row}, directory.history)
 
 
 def _say_notices(trainer: Trainer) -> None:

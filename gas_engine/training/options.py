@@ -18,8 +18,8 @@ class Config(PlacedModelOptions):
 
     config: Path | None = None
     """A file of options, such as configs/cifar10.yaml; what is given beside it counts."""
-    steps: int = 4
-    """Network evaluations K of the student, 1 to 32."""
+    steps: int | str = 4
+    """Network evaluations K of the student, 1 to 32; a range such as 4-10 learns one solver for every K in it."""
     student: Literal["gs", "s4s", "s4s-alt", "ld3", "bns", "dyweight", "belm"] = "gs"
     """gs: times and corrections around a solver's theory; s4s: multistep weights, times as they are; s4s-alt: weights
     and times in turn; ld3: times alone; bns: a free tableau; dyweight: weights of past gradients and times; belm:
@@ -31,6 +31,9 @@ class Config(PlacedModelOptions):
     """Of gs: corrections around theory, or S4S's or the linear multistep form of the same times."""
     order: int | None = None
     """Of gs, the longest history; K unless given."""
+    degree: int | None = None
+    """Of a range of K, that of the polynomials in K that its tables are: low shares much between K; the largest K less
+    one, at most 12, unless given."""
     loss: str = "l1"
     """Distance to the teacher's samples: l1, l2, huber, lpips, lpips-alex, lpips-squeeze, or 'lpips + 0.1 * l1'."""
     loss_chunk: int | None = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from .adversary import Adversarial
 from .soap import SOAP
@@ -44,6 +45,24 @@ class Recipe:
         if self.rate_schedule == "cosine":
             return self.rate * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         return self.rate * (1 - step / steps) if self.rate_schedule == "linear" else self.rate
+
+    def over(self, cycle: int) -> Recipe:
+        """The recipe of a solver that is updated for ``cycle`` K in turn: as many updates for each, averaged alike.
+
+        The rate falls by sqrt(cycle): Adam divides a gradient that comes once in a cycle by sqrt(1 / cycle) of itself.
+        """
+        return replace(
+            self, iterations=self.iterations * cycle, rate=self.rate / cycle**0.5, ema=self.ema ** (1 / cycle)
+        )
+
+    def optimizer_of(self, parameters: Iterable[Tensor], cycle: int = 1) -> torch.optim.Optimizer:
+        """The optimiser, whose moments reach back over as many cycles as else over updates."""
+        found = OPTIMIZERS[self.optimizer](parameters, lr=self.rate)
+        for group in found.param_groups:
+            group["betas"] = tuple(beta ** (1 / cycle) for beta in group["betas"])
+            if "covariance" in group:
+                group["covariance"] **= 1 / cycle
+        return found
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "soap": SOAP}

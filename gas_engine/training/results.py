@@ -32,33 +32,37 @@ def finish(
 ) -> None:  # fmt: skip
     """Write the solver, measure it and ``others`` on held-out seeds, write the table and the pictures."""
     denoiser, student, batch, group = trainer.denoiser, trainer.average, config.sample_batch, trainer.group
-    tableau = student.tableau(denoiser.prediction)
+    students = student.each()
     held_out = setup.samples(denoiser, setup.HELD_OUT_SEEDS[: config.held_out], config, trainer.device, group)
     held_out = dataclasses.replace(held_out, judge=judge_of(denoiser.name))
-    mine = comparison.distance(
-        denoiser, tableau, held_out, f"learned ({_family(config)})", f"{trainer.step} updates", batch, group
-    )  # fmt: skip
+
+    def measured(one: LearnedTimes, name: str, setting: str = "") -> comparison.Distance:
+        said = ", ".join(filter(None, ("" if setting and len(students) == 1 else f"K = {one.steps}", setting)))
+        return comparison.distance(denoiser, one.tableau(denoiser.prediction), held_out, name, said, batch, group)
+
+    mine = [measured(one, f"learned ({_family(config)})", f"{trainer.step} updates") for one in students]
     if directory.writes:
         facts = (
             {"prediction": denoiser.prediction, "guidance": 1.0}
             | denoiser.facts()
             | {"loss": config.loss, "version": _version()}
         )
-        metrics: dict[str, Any] = {"l1": mine.l1, "rmse": mine.rmse, "psnr": mine.psnr}
+        numbers = [{"l1": row.l1, "rmse": row.rmse, "psnr": row.psnr} for row in mine]
+        by_steps = {str(one.steps): row for one, row in zip(students, numbers, strict=True)}
+        metrics: dict[str, Any] = numbers[0] if len(numbers) == 1 else {"by_steps": by_steps}
         metrics["held_out_seeds"] = f"50000-{49_999 + len(held_out.noise)}"
         save_solver(student, directory.solver, model=denoiser.name, **facts, metrics=metrics)
-    rows = [mine]
-    for name, other in others:
-        other_tableau, said = other.tableau(denoiser.prediction), f"K = {other.steps}"
-        rows.append(comparison.distance(denoiser, other_tableau, held_out, name, said, batch, group))
+    theirs = [measured(one, name) for name, other in others for one in other.each()]
+    classical: list[list[comparison.Distance]] = [[] for _ in students]
     if config.evaluation == "full":
         with progress() as bar:
-            task = bar.add_task("classical solvers", total=comparison.VARIANTS, note="")
-            rows += comparison.classical_distances(
-                denoiser, config.steps, selection, held_out, batch, lambda: bar.advance(task), group
-            )  # fmt: skip
-            bar.update(task, completed=comparison.VARIANTS)
-    shown = rows[: len(others) + 2]  # ours, and the best of the classical
+            task = bar.add_task("classical solvers", total=comparison.VARIANTS * len(students), note="")
+            for count, one in enumerate(students):
+                classical[count] = comparison.classical_distances(
+                    denoiser, one.steps, selection, held_out, batch, lambda: bar.advance(task), group
+                )  # fmt: skip
+                bar.update(task, completed=comparison.VARIANTS * (count + 1))
+    rows, shown = _rows(students, mine, theirs, classical)
     if held_out.judge is not None:
         rows.append(comparison.of_teacher(held_out, f"{config.teacher.solver}, {config.teacher.steps} evaluations"))
     if not directory.writes:
@@ -67,24 +71,42 @@ def finish(
     write_text(directory.path / "comparison.csv", comparison.as_csv(rows))
     path, teacher = directory.path / "comparison.png", held_out.teacher.cpu()
     _compare_pictures(path, denoiser, config, teacher, shown, trainer.device)
-    times = {"learned": student.times()} | {
-        name: grid(name, student.schedule, config.steps, config.t_eps) for name in ("uniform", "quadratic", "logSNR")
-    }
-    pictures.schedule_plot(directory.path / "schedule.png", student.schedule, times, {"learned": student.told_times()})
-    pictures.tableau_plot(directory.path / "tableau.png", tableau, start)
-    _history(directory, f"{denoiser.name}: learned times, K = {config.steps}")
+    names = [f"K = {one.steps}" for one in students] if len(students) > 1 else ["learned"]
+    times = {name: one.times() for name, one in zip(names, students, strict=True)}
+    told = {names[-1]: student.told_times()}
+    if len(students) == 1:
+        grids = ("uniform", "quadratic", "logSNR")
+        times |= {name: grid(name, student.schedule, student.steps, config.t_eps) for name in grids}
+    pictures.schedule_plot(directory.path / "schedule.png", student.schedule, times, told)
+    pictures.tableau_plot(directory.path / "tableau.png", student.tableau(denoiser.prediction), start)
+    _history(directory, student.steps, f"{denoiser.name}: learned times, K = {student.steps}")
     page = directory.path / "report.html"
     reporting.write_page(page, [reporting.read_run(directory.path)])
     console.print(
         comparison.as_rich(rows, f"distance to the {config.teacher.steps}-evaluation teacher at K = {config.steps}")
     )
+    used = f"--solver {directory.solver}" + ("" if len(students) == 1 else f" --steps {student.steps}")
     console.print(
         f"solver    {directory.solver} ({directory.solver.stat().st_size / 1024:.1f} kB)\n"
         f"pictures  {directory.path}/comparison.png  schedule.png  tableau.png  history.png\n"
         f"report    {page} (opens in any browser; several runs: gas-engine report RUN RUN --out FILE)\n"
-        f"sample    python -m gas_engine.sample {_model_options(config)} --solver {directory.solver} --out samples",
+        f"sample    python -m gas_engine.sample {_model_options(config)} {used} --out samples",
         soft_wrap=True,
     )
+
+
+def _rows(
+    students: Sequence[LearnedTimes], mine: list[comparison.Distance], theirs: list[comparison.Distance],
+    classical: list[list[comparison.Distance]],
+) -> tuple[list[comparison.Distance], list[comparison.Distance]]:  # fmt: skip
+    """The rows of the table, and those to draw: of several K the student's, each above the best classical solver's."""
+    if len(students) == 1:
+        rows = [*mine, *theirs, *classical[0]]
+        return rows, rows[: len(theirs) + 2]
+    rows = []
+    for one, row, best in zip(students, mine, classical, strict=True):
+        rows += [row, *(dataclasses.replace(b, setting=f"K = {one.steps}, {b.setting}") for b in best[:1])]
+    return rows + theirs, mine
 
 
 def _family(config: Config) -> str:
@@ -102,7 +124,7 @@ def _compare_pictures(
 ) -> None:  # fmt: skip
     """Teacher, student and the best classical solver above their errors, as a picture and for the report.
 
-    Nothing for states that are no images.
+    Nothing for states that are no images. Of a student of several K, ``rows`` are its own, the fewest steps first.
     """
     if len(denoiser.shape or ()) != 3:
         return
@@ -110,20 +132,21 @@ def _compare_pictures(
     count = 12 if denoiser.decoder is not None else reporting.MOST
     states = (teacher, *(row.samples for row in rows))
     teacher, *shown = (pictures.pictures_of(denoiser, some[:count], device) for some in states)
-    names = [("teacher", f"{config.teacher.steps} evaluations"), *((row.solver, row.setting) for row in rows)]
-    reporting.save_samples(path.with_name(reporting.SAMPLES), names, [teacher, *shown])
-    drawn = [(f"teacher, {config.teacher.steps}", teacher), (f"learned, {config.steps}", shown[0])]
-    drawn += [(best.solver, samples) for best, samples in zip(others, shown[1:], strict=True)]
-    drawn += [("|learned - teacher|", shown[0] - teacher)]
-    drawn += [(f"|{best.solver} - teacher|", s - teacher) for best, s in zip(others, shown[1:], strict=True)]
-    title = f"{denoiser.name}: {config.steps} evaluations, held-out seeds 50000 on; L1: learned {mine.l1:.4f}"
-    pictures.image_rows(path, drawn, title + "".join(f", {best.solver} {best.l1:.4f}" for best in others))
+    said = [("teacher", f"{config.teacher.steps} evaluations"), *((row.solver, row.setting) for row in rows)]
+    reporting.save_samples(path.with_name(reporting.SAMPLES), said, [teacher, *shown])
+    several = bool(others) and others[0].solver == mine.solver
+    names = [row.setting.partition(",")[0] if several else row.solver for row in rows]
+    names[0] = names[0] if several else "learned"
+    drawn = [(f"teacher, {config.teacher.steps}", teacher), *zip(names, shown, strict=True)]
+    drawn += [(f"|{name} - teacher|", samples - teacher) for name, samples in zip(names, shown, strict=True)]
+    title = f"{denoiser.name}: {config.steps} evaluations, held-out seeds 50000 on; L1: "
+    pictures.image_rows(path, drawn, title + ", ".join(f"{n} {r.l1:.4f}" for n, r in zip(names, rows, strict=True)))
 
 
-def _history(directory: RunDirectory, title: str) -> None:
-    """The course of times and tableau, from the rows that were written over the run."""
+def _history(directory: RunDirectory, steps: int, title: str) -> None:
+    """The course of times and tableau of one K, from the rows that were written over the run."""
     lines = directory.history.read_text().splitlines() if directory.history.exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = [row for row in map(json.loads, lines) if len(row["told"]) == steps]
     if rows:
         updates, times, told, a, b = ([row[name] for row in rows] for name in ("step", "times", "told", "A", "B"))
         pictures.history_plot(directory.path / "history.png", updates, times, told, a, b, title)

@@ -26,7 +26,7 @@ from ..losses import DistillationLoss, decoded, distillation_loss
 from ..memory import BitsLost, MemoryPolicy, shard_weights
 from ..networks import discriminator_for
 from ..planner import Plans, plan
-from ..solvers import FAMILIES, GRIDS, LearnedTimes, load_solver
+from ..solvers import FAMILIES, GRIDS, AnyStepsSolver, LearnedTimes, load_solver
 from ..teacher import teacher_samples
 from ..units import parse_bytes, show_bytes
 from .adversary import Adversary
@@ -50,9 +50,10 @@ def recipe_name(config: Config) -> str:
 
 
 def recipe(config: Config) -> Recipe:
-    """The recipe by its name, and what was given instead of its values."""
+    """The recipe by its name, for every K of several, and what was given instead of its values."""
+    named = RECIPES[recipe_name(config)].over(len(steps_range(config)))
     given = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(Recipe)}
-    found = dataclasses.replace(RECIPES[recipe_name(config)], **{k: v for k, v in given.items() if v is not None})
+    found = dataclasses.replace(named, **{k: v for k, v in given.items() if v is not None})
     if found.iterations < 1 or found.batch < 1 or not 0 < found.rate < math.inf or not 0 <= found.ema < 1:
         raise InputError(f"iterations and batch must be at least 1, rate above 0 and ema in [0, 1), got {found}")
     if not 0 <= found.rate_warm_up < found.iterations or not found.clip > 0:
@@ -63,15 +64,33 @@ def recipe(config: Config) -> Recipe:
     return found
 
 
+def steps_range(config: Config) -> range:
+    """The K that --steps names: 6 is one, 4-10 are seven."""
+    low, dash, high = str(config.steps).partition("-")
+    try:
+        found = range(int(low), int(high if dash else low) + 1)
+    except ValueError:
+        found = range(0)
+    if not found:
+        raise InputError(f"--steps must be a number such as 6, or a rising range such as 4-10, got {config.steps!r}")
+    return found
+
+
 def solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> LearnedTimes:
     """The student before its first update."""
+    counts = steps_range(config)
+    steps = counts[-1]
+    if len(counts) > 1:
+        return _begun(config, denoiser, any_steps(config, denoiser, recipe, counts))
+    if config.degree is not None:
+        raise InputError(f"--degree {config.degree} is of a range of K, such as --steps 4-10; leave it out")
     start: str | Tensor = recipe.start_grid
     if recipe.start_grid not in GRIDS:
         try:
             start = torch.tensor(json.loads(Path(recipe.start_grid).read_text()), dtype=torch.float64)
         except (OSError, ValueError, TypeError) as error:
             raise InputError(
-                f"--start-grid must be {', '.join(GRIDS)} or a JSON file of {config.steps + 1} falling times, "
+                f"--start-grid must be {', '.join(GRIDS)} or a JSON file of {steps + 1} falling times, "
                 f"got {recipe.start_grid!r} ({error})"
             ) from None
     student = FAMILIES[config.student]
@@ -81,7 +100,26 @@ def solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> LearnedTimes:
     if alien is not None:
         option = "form" if alien == "theory" else alien
         raise InputError(f"--student {config.student} takes no --{option}, got {given[alien]}; leave it out")
-    new = student(config.steps, denoiser.schedule, config.t_eps, start=start, **given)
+    return _begun(config, denoiser, student(steps, denoiser.schedule, config.t_eps, start=start, **given))
+
+
+def any_steps(config: Config, denoiser: Denoiser, recipe: Recipe, counts: range) -> AnyStepsSolver:
+    """The student of a range of K before its first update."""
+    if config.student != "gs" or config.order is not None or config.form not in (None, "theory"):
+        raise InputError(
+            f"--steps {config.steps} is of --student gs without --order and --form; give one K, or leave those out"
+        )
+    if recipe.start_grid not in GRIDS:
+        raise InputError(
+            f"--start-grid {recipe.start_grid} has the times of one K, and --steps {config.steps} needs those of each; "
+            f"give {', '.join(GRIDS)}"
+        )
+    base = config.base or "dpmpp3m"
+    return AnyStepsSolver(counts, denoiser.schedule, config.t_eps, recipe.start_grid, base, config.degree)
+
+
+def _begun(config: Config, denoiser: Denoiser, new: LearnedTimes) -> LearnedTimes:
+    """The new solver, or the one of --start-from, which must be of its kind."""
     if config.start_from is None:
         return new
     found = load_solver(config.start_from, denoiser.schedule, config.t_eps, denoiser.name)
@@ -126,8 +164,8 @@ def adversary(config: Config, denoiser: Denoiser, recipe: Recipe, device: torch.
             network = discriminator_for(shape)
     if settings.fakes == "reuse":
         console.print(
-            f"fakes     reused: the discriminator sees the samples of the update before, beside the teacher's of the "
-            f"same noise, and each update saves {config.steps} evaluations",
+            "fakes     reused: the discriminator sees the samples of the update before, beside the teacher's of the "
+            "same noise, and each update saves K evaluations",
             soft_wrap=True,
         )
     return Adversary(network, settings, device)
@@ -222,13 +260,13 @@ def plans(
     seconds, shape = evaluation_seconds(placed, batch, device), model.shape or ()
     beside: Beside | Callable[[int], Beside] | None = None
     if adversary is not None and config.discriminator_micro_batch is not None:
-        beside = adversary.beside(shape, batch, config.steps)
+        beside = adversary.beside(shape, batch, solver.steps)
     elif adversary is not None:
-        beside = functools.partial(adversary.fitted, shape, batch, config.steps)
+        beside = functools.partial(adversary.fitted, shape, batch, solver.steps)
     with progress() as bar:
         task = bar.add_task("plan", total=2 + len(BLOCKS), note="")
         found = plan(
-            model, config.steps, batch, config.memory_budget, cond=seeded(model, [0])[1],
+            model, solver.steps, batch, config.memory_budget, cond=seeded(model, [0])[1],
             loss=loss or config.loss, loss_chunk=config.loss_chunk, weights=(config.weights,), like=execution(config),
             tableau=solver.tableau(model.prediction), evaluation_seconds=seconds, beside=beside,
             on_probe=lambda what: bar.update(task, advance=1, note=what),

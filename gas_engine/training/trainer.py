@@ -27,7 +27,10 @@ from .adversary import FRESH, Adversary
 from .best import Best
 from .directory import load_optimizer, optimizer_tensors, under
 from .means import Means
-from .recipe import OPTIMIZERS, Recipe
+from .recipe import Recipe
+
+# A solver of third order errs as K^-3: with these weights every K of a range counts about alike.
+ORDER = 3
 
 
 class NotFinite(ValueError):
@@ -79,7 +82,7 @@ class Trainer:
         self.execution, self._view, self._asked = execution, execution.view(denoiser), str(execution)
         self.cheaper = execution.cheaper(denoiser, group.most(recipe.batch))  # what to try when memory runs out
         self.notices: list[str] = []
-        self.optimizer = OPTIMIZERS[recipe.optimizer](solver.parameters(), lr=recipe.rate)
+        self.optimizer = recipe.optimizer_of(solver.parameters(), len(solver.steps_range))
         self.best = Best()
         self._epoch, self._permutation = -1, list[int]()
         self.step, self.skipped, self.skipped_in_a_row, self.rollbacks = 0, 0, 0, 0
@@ -96,6 +99,13 @@ class Trainer:
     def rate_at(self, step: int) -> float:
         """Learning rate of update ``step``: the recipe's, halved each time the run went back."""
         return self.recipe.rate_at(step) * 0.5**self.rollbacks
+
+    def steps(self, step: int) -> int:
+        """K of update ``step``: of a solver of many, each once in a cycle, whose order follows from seed and cycle."""
+        choices = self.solver.steps_range
+        cycle, place = divmod(step, len(choices))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + cycle)
+        return choices[int(torch.randperm(len(choices), generator=generator)[place])]
 
     def rows(self, step: int) -> list[int]:
         """Rows of the teacher set in the batch of update ``step``: shuffled epochs, wrapped at their ends."""
@@ -174,7 +184,7 @@ class Trainer:
     @torch.no_grad()
     def samples(self, seeds: list[int], cond: Any) -> Tensor:
         """The student's samples from the noise of these seeds, [len(seeds), *shape], micro-batch by micro-batch."""
-        tableau = self.solver.tableau(self.denoiser.prediction)
+        tableau = self.solver.at(self.steps(self.step)).tableau(self.denoiser.prediction)
         done, size = [], self.execution.micro_batch or len(seeds)
         for rows in (slice(i, i + size) for i in range(0, len(seeds), size)):
             noise = moved(seeded(self.denoiser, seeds[rows], conditions=False)[0], self.device)
@@ -184,15 +194,19 @@ class Trainer:
     def _gradient(self, batch: Batch, adversary: Adversary | None) -> Tensor:
         """The mean loss of the (rank's) batch, its gradient left in the parameters."""
 
+        steps = self.steps(self.step)
+        weight = (steps / self.solver.steps) ** ORDER
+
         def loss(x: Tensor, part: slice) -> Tensor:
             values = self.loss(x, batch.targets[part], batch.rows[part])
-            self.means.add("distillation", values.detach())
-            return _telling(values if adversary is None else values + adversary.loss(x, batch.targets, part))
+            self.means.add("distillation", weight * values.detach())
+            values = values if adversary is None else values + adversary.loss(x, batch.targets, part)
+            return _telling(weight * values)
 
         self.optimizer.zero_grad()
         if not batch.rows:
             return torch.zeros(())
-        tableau = self.solver.tableau(self.denoiser.prediction)
+        tableau = self.solver.at(steps).tableau(self.denoiser.prediction)
         return loss_backward(
             self._view, batch.noise, tableau, loss, batch.cond, self.execution.memory, self.execution.micro_batch
         ).mean()  # fmt: skip
