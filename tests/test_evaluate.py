@@ -32,6 +32,7 @@ from gas_engine.metrics import (
 from gas_engine.metrics.inception import eight_bits, inception_features
 from gas_engine.metrics.meter import METRICS, Meter, joined
 from gas_engine.metrics.reference import open_reference
+from gas_engine.solvers.any_steps import AnyStepsSolver
 from gas_engine.training import setup
 
 HERE = Path(__file__).parent
@@ -179,6 +180,18 @@ def test_two_processes_are_one(here, tmp_path):
     assert [process.wait(240) for process in both] == [0, 0]
     for name in ("evaluation.csv", "spectrum.csv"):
         assert (tmp_path / name).read_bytes() == (path / "out" / name).read_bytes()
+
+
+def test_a_solver_of_several_k_has_a_row_for_each(tmp_path, no_pictures):
+    solver = AnyStepsSolver(range(2, 5), load_denoiser("digits").schedule)
+    (tmp_path / "any").mkdir()
+    save_solver(solver, tmp_path / "any" / "solver.safetensors", model="digits")
+    options = ["--solver", str(tmp_path / "any"), "--metrics", "l1"]
+    every, some = (evaluated(tmp_path / "out", *options, *more) for more in ([], ["--steps", "2,4"]))
+    assert [(row["solver"], row["setting"], row["steps"]) for row in every[:-1]] == [
+        ("any", "any, 2 to 4", steps) for steps in "234"
+    ]
+    assert some == [every[0], every[2], every[3]] and len({row["l1"] for row in every}) == 4
 
 
 def test_classical_is_the_best_of_every_family(tmp_path, monkeypatch, no_pictures):
