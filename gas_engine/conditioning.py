@@ -62,6 +62,7 @@ class Classes(Conditioning):
         self.null = None if null is None else torch.tensor([null])
 
     def draw(self, seeds: Sequence[int], generators: Sequence[Generator]) -> Tensor:
+        """Classes of the seeds, int64 [len(seeds)], evenly drawn."""
         assert self.classes is not None
         return torch.stack([torch.randint(self.classes, (), generator=generator) for generator in generators])
 

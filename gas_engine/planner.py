@@ -59,6 +59,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
+        """At the peak, weights and inputs of the batch included."""
         return max(self.peaks.largest, self.before) + self.weight_bytes + self.input_bytes
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -22,11 +23,21 @@ class Chromium:
     def __enter__(self) -> Chromium:
         self.folder = tempfile.TemporaryDirectory(prefix="chromium", ignore_cleanup_errors=True)
         (theirs_in, self.out), (self.inn, theirs_out) = os.pipe(), os.pipe()
-        command = [FOUND, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-                   "--remote-debugging-pipe", f"--user-data-dir={self.folder.name}", "about:blank"]  # fmt: skip
-        # Chromium reads commands from descriptor 3 and answers on 4.
-        shell = ["sh", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "chromium", *command]
-        self.process = subprocess.Popen(shell, pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL)
+        command = [
+            FOUND, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+            "--remote-debugging-pipe", f"--user-data-dir={self.folder.name}", "about:blank",
+        ]  # fmt: skip
+
+        def take_places() -> None:
+            """Chromium reads commands from descriptor 3 and answers on 4."""
+            high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 100) for descriptor in (theirs_in, theirs_out)]
+            for descriptor, place in zip(high, (3, 4), strict=True):
+                os.dup2(descriptor, place)
+                os.close(descriptor)
+
+        self.process = subprocess.Popen(
+            command, close_fds=False, preexec_fn=take_places, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         os.close(theirs_in), os.close(theirs_out)
         self.count, self.read, self.errors, self.session = 0, b"", list[str](), None
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
@@ -105,12 +116,9 @@ class Chromium:
 
     def picture(self, path, whole: bool = False):
         """A PNG of what is seen, or of the whole page."""
-        data = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"] if not whole else (
-            self._whole())  # fmt: skip
-        path.write_bytes(base64.b64decode(data))
+        height = self.ask("document.documentElement.scrollHeight" if whole else "innerHeight + scrollY")
+        top = 0 if whole else self.ask("scrollY")
+        clip = {"x": 0, "y": top, "width": self.size["width"], "height": height - top, "scale": 1}
+        options = {"format": "png", "captureBeyondViewport": True, "clip": clip}
+        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", **options)["data"]))
         return path
-
-    def _whole(self) -> str:
-        height = self.ask("document.documentElement.scrollHeight")
-        clip = {"x": 0, "y": 0, "width": self.size["width"], "height": height, "scale": 1}
-        return self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)["data"]

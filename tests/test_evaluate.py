@@ -21,8 +21,8 @@ from gas_engine import GeneralizedSolver, evaluate, load_denoiser, measuring, sa
 from gas_engine._cli import InputError, parse_seeds
 from gas_engine.candidates import parse_steps
 from gas_engine.metrics import (
-    digits_features,
     diversity,
+    embedded_features,
     frechet_distance,
     high_frequency_power,
     kernel_distance,
@@ -85,7 +85,7 @@ def test_figures_are_the_metrics_of_the_samples(here, tmp_path):
     path, (row, unipc, last) = here
     mine = drawn(tmp_path, str(path / "run" / "solver.safetensors"), 3)
     teacher, data = drawn(tmp_path, "unipc3-bh1", 6, "logSNR"), real_digits()
-    error, features = (mine - teacher).double(), digits_features()
+    error, features = (mine - teacher).double(), embedded_features("digits")
     wanted = {
         "l1": error.abs().mean(), "l2": error.square().mean(), "rmse": error.square().mean().sqrt(),
         "psnr": 10 * torch.log10(4 / error.square().mean()),

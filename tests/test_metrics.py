@@ -10,9 +10,8 @@ import torch
 
 from gas_engine.adapters.digits import HELD_OUT, digit_images
 from gas_engine.metrics import (
-    DigitFeatures,
-    digits_features,
     diversity,
+    embedded_features,
     frechet_distance,
     high_frequency_power,
     real_digits,
@@ -99,7 +98,7 @@ def test_high_frequency_power_falls_by_blur():
 
 def test_features_of_the_digits_tell_digits():
     """The held-out images, classified by a linear head over the features, as the asset says."""
-    extract, (images, classes) = digits_features(), digit_images()
+    extract, (images, classes) = embedded_features("digits"), digit_images()
     got = extract(images[:HELD_OUT])
     assert got.shape == (HELD_OUT, 64) and got.dtype == torch.float32 and not got.requires_grad
     centres = torch.stack([extract(real_digits()[classes[HELD_OUT:] == k]).mean(0) for k in range(10)])
@@ -110,8 +109,7 @@ def test_features_of_the_digits_tell_digits():
 
 
 def test_the_held_out_digits_are_near_and_noise_is_far():
-    extract, (images, _) = digits_features(), digit_images()
+    extract, (images, _) = embedded_features("digits"), digit_images()
     real, held = extract(real_digits()), extract(images[:HELD_OUT])
     near, far = frechet_distance(held, real), frechet_distance(extract(torch.randn(HELD_OUT, 1, 8, 8)), real)
     assert far > 20 * near
-    assert DigitFeatures().features(images[:3]).shape == (3, 64)

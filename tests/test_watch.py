@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from gas_engine import Schedule
-from gas_engine.metrics import digits_features, real_digits
+from gas_engine.metrics import embedded_features, real_digits
 from gas_engine.solvers.generalized import GeneralizedSolver
 from gas_engine.solvers.grids import GRIDS, grid, noise_levels
 from gas_engine.watch import MEDIAN, Watch
@@ -156,7 +156,7 @@ def test_blur():
     assert watch.samples(0.2 * blurred + 0.8 * teacher, teacher) == []
 
 
-@pytest.mark.parametrize("features", [None, digits_features()])
+@pytest.mark.parametrize("features", [None, embedded_features("digits")])
 def test_lost_diversity(features):
     """Every second sample a copy of one of eight: sharp, and fewer."""
     teacher = real_digits()[:128]

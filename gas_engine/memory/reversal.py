@@ -43,10 +43,12 @@ class BitsLost:
 
     @property
     def mean(self) -> float:
+        """Bits an element and step, on average."""
         return float(self._bits) / max(self._elements, 1)
 
     @property
     def escaped(self) -> float:
+        """Share of the elements whose code did not fit a byte."""
         return self._escapes / max(self._elements, 1)
 
 

@@ -13,10 +13,9 @@ Features come from `features_of(model)`, `torchscript_features(file)` or `incept
 """
 
 from .features import (
-    DigitFeatures,
     Extractor,
     Features,
-    digits_features,
+    embedded_features,
     features_of,
     real_digits,
     torchscript_features,
@@ -29,7 +28,7 @@ from .neighbours import Neighbours, neighbours
 from .spectrum import high_frequency_power, radial_power, rings
 
 __all__ = [
-    "DigitFeatures", "Extractor", "Features", "Judge", "Neighbours", "Normal", "digits_features", "diversity",
+    "Extractor", "Features", "Judge", "Neighbours", "Normal", "diversity", "embedded_features",
     "features_of", "frechet_distance", "gaussian_distance", "high_frequency_power", "inception_features", "judge_of",
     "kernel_distance", "neighbours", "radial_power", "real_digits", "rings", "torchscript_features",
 ]  # fmt: skip

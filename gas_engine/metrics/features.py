@@ -5,7 +5,7 @@ Shape legend: N samples, C channels, H W height and width, F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,17 +34,16 @@ class Extractor:
         return self.both(images)[0]
 
 
-class DigitFeatures(nn.Module):
-    """A small classifier of 8x8 digits: images [N, 1, 8, 8] in [-1, 1] -> logits [N, 10]; ``features`` [N, 64]."""
+class SmallClassifier(nn.Module):
+    """Convolutions, a mean over the pixels, classes: images [N, C, H, W] in [-1, 1] -> logits; ``features`` [N, F]."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int, widths: Sequence[int], strides: Sequence[int], classes: int) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.SiLU(),
-            nn.Conv2d(16, 24, 3, padding=1, stride=2), nn.SiLU(),
-            nn.Conv2d(24, 64, 3, padding=1), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        )  # fmt: skip
-        self.head = nn.Linear(64, 10)
+        layers: list[nn.Module] = []
+        for before, width, stride in zip((channels, *widths), widths, strides, strict=False):
+            layers += [nn.Conv2d(before, width, 3, padding=1, stride=stride), nn.SiLU()]
+        self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(widths[-1], classes)
 
     def features(self, images: Tensor) -> Tensor:
         return self.trunk(images)
@@ -53,38 +52,56 @@ class DigitFeatures(nn.Module):
         return self.head(self.trunk(images))
 
 
-def digits_features(batch: int = 512) -> Features:
-    """Features of the embedded digits, on the CPU: images [N, 1, 8, 8] in [-1, 1] -> [N, 64], float32, no gradient.
+@dataclass(frozen=True)
+class EmbeddedFeatures:
+    """A classifier that comes with an embedded model: the file of its weights, and what it is made of."""
+
+    file: str
+    shape: tuple[int, int, int]
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+    classes: int
+
+    def network(self) -> SmallClassifier:
+        """With random weights."""
+        return SmallClassifier(self.shape[0], self.widths, self.strides, self.classes)
+
+
+# Trained by assets/train_features.py: to tell digits apart; to tell which photograph a crop is of, and at which scale.
+EMBEDDED = {
+    "digits": EmbeddedFeatures("features.safetensors", (1, 8, 8), (16, 24, 64), (1, 2, 1), 10),
+    "photos": EmbeddedFeatures("photo_features.safetensors", (3, 32, 32), (24, 32, 48, 64), (1, 2, 2, 2), 18),
+}
+
+
+def embedded_features(model: str, batch: int = 512) -> Features:
+    """Features of an embedded model's images, on the CPU: [N, C, H, W] in [-1, 1] -> [N, 64], float32, no gradient.
 
     The last layer before the classes of a network trained by ``assets/train_features.py``. Frechet distances on them
-    are of this network: they mean nothing beside FIDs of Inception's.
+    are of this network: they mean nothing beside FIDs of Inception's. Raises KeyError for other models, and ValueError
+    for images of another shape.
     """
-    network = DigitFeatures()
-    network.load_state_dict(load_file(ASSETS / "features.safetensors"))
+    made = EMBEDDED[model]
+    network = made.network()
+    network.load_state_dict(load_file(ASSETS / made.file))
     network.eval().requires_grad_(False)
 
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
-        if images.ndim != 4 or tuple(images.shape[1:]) != (1, 8, 8):
-            raise ValueError(f"these are features of digits, [N, 1, 8, 8]; got {list(images.shape)}")
+        if images.ndim != 4 or tuple(images.shape[1:]) != made.shape:
+            shape = ", ".join(map(str, made.shape))
+            raise ValueError(f"these are features of {model}, [N, {shape}]; got {list(images.shape)}")
         return torch.cat([network.features(part) for part in images.detach().cpu().float().split(batch)])
 
     return features
-
-
-# Model -> the file of its classifier's weights, and what makes its features.
-EMBEDDED: dict[str, tuple[str, Callable[[], Features]]] = {
-    "digits": ("features.safetensors", digits_features),
-}
 
 
 def features_of(model: str) -> Extractor | None:
     """The features that come with an embedded model; None for all others."""
     if model not in EMBEDDED:
         return None
-    file, made = EMBEDDED[model]
-    features = made()
-    return Extractor(f"{model}'s classifier", sha256(ASSETS / file), lambda images: (features(images), None))
+    features = embedded_features(model)
+    return Extractor(f"{model}'s classifier", sha256(ASSETS / EMBEDDED[model].file), lambda x: (features(x), None))
 
 
 def torchscript_features(path: Path | str, device: torch.device | str = "cpu") -> Extractor:

@@ -20,7 +20,7 @@ def write_page(path: Path, runs: list[dict[str, Any]]) -> None:
 
 
 def page(runs: list[dict[str, Any]]) -> str:
-    """The page's text. Data stands in one block of JSON, which no word of a file can leave; the script sets text only."""
+    """The page's text. Data stands in one block of JSON, which no word of a file can leave; scripts set text only."""
     from .. import __version__
 
     source = files(__package__) / "page"

@@ -57,7 +57,8 @@ def read_run(path: Path) -> Data:
         "evaluation": _part(lambda: _table(path / "evaluation.csv"), "No evaluation was written here."),
         "memory": _part(lambda: _columns(path / "memory.csv"), "This run did not record the memory of an update."),
         "plan": _part(
-            lambda: _table(path / "plan.csv"), "No memory budget was given (--memory-budget 8GiB), so nothing was planned."
+            lambda: _table(path / "plan.csv"),
+            "No memory budget was given (--memory-budget 8GiB), so nothing was planned.",
         ),
     }  # fmt: skip
 

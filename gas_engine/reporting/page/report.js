@@ -16,8 +16,9 @@ function theme() {
     button.setAttribute("aria-label", name === "dark" ? "use light colours" : "use dark colours");
   }
   button.addEventListener("click", () => {
-    chosen = root.dataset.theme === "dark" ? "light" : "dark";
-    try { localStorage.setItem("theme", chosen); } catch { /* then for this time */ }
+    const name = root.dataset.theme === "dark" ? "light" : "dark";
+    chosen = name === (dark.matches ? "dark" : "light") ? null : name;  // what the system says needs no memory
+    try { chosen ? localStorage.setItem("theme", chosen) : localStorage.removeItem("theme"); } catch { /* then for this time */ }
     apply();
   });
   dark.addEventListener("change", apply);
