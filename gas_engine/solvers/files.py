@@ -28,7 +28,7 @@ FORMAT = "gas_engine.solver/1"
 DERIVED = "follows from the parameters"
 STUDENTS = (GeneralizedSolver, S4SSolver, AlternatingS4SSolver, LD3Solver, BNSSolver, DyWeightSolver, BELMSolver)
 FAMILIES: dict[str, type[LearnedTimes]] = {cls.family: cls for cls in STUDENTS}
-READABLE = {**FAMILIES, AnyStepsSolver.family: AnyStepsSolver}
+READABLE: dict[str, type[LearnedTimes]] = {**FAMILIES, AnyStepsSolver.family: AnyStepsSolver}
 
 
 def save_solver(solver: LearnedTimes, path: Path | str, **facts: Any) -> None:
