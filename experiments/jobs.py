@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shlex
 import shutil
 import subprocess
@@ -97,10 +96,9 @@ def run(job: Job, threads: int = 1) -> float:
             raise
         process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.monotonic() - began
-    known = {
-        "command": job.command, "seconds": round(known.get("seconds", 0) + seconds, 1),
-        "cpu_seconds": round(known.get("cpu_seconds", 0) + _cpu(used), 1), "threads": threads, **machine(),
-    }  # fmt: skip
+    took = {"seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime}
+    took = {name: round(known.get(name, 0) + value, 1) for name, value in took.items()}
+    known = {"command": job.command, **took, "threads": threads, **machine()}
     if process.returncode == 0:
         known["finished"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     _write(job.stamp, known)
@@ -113,11 +111,12 @@ def run(job: Job, threads: int = 1) -> float:
 def run_all(
     jobs: Iterable[Job], processes: int, threads: int, said: Callable[[Job, float | Failed], None]
 ) -> list[Failed]:
-    """Run jobs, some at a time, in order as far as what they need is done; ``said`` hears of each. Failures return.
+    """Run jobs that are not done, some at a time, in order as far as what they need is done; failures return.
 
-    A job of which a need failed is left out.
+    ``said`` hears of each. A job of which a need failed is left out.
     """
-    waiting, running, failures = in_order(jobs), {}, []
+    running: dict[concurrent.futures.Future[float], Job] = {}
+    waiting, failures = [job for job in in_order(jobs) if not job.done], []
     lost: set[Path] = set()
     with concurrent.futures.ThreadPoolExecutor(processes) as pool:
         while waiting or running:
@@ -149,10 +148,6 @@ def machine() -> dict[str, str]:
         found = None
     versions = {name: importlib.metadata.version(name) for name in ("gas_engine", "torch")}
     return {"device": found[1].strip() if found else platform.processor() or platform.machine(), **versions}
-
-
-def _cpu(used: resource.struct_rusage) -> float:
-    return used.ru_utime + used.ru_stime
 
 
 def _write(path: Path, facts: dict[str, Any]) -> None:

@@ -32,11 +32,10 @@ def questions(setting: Setting) -> list[Experiment]:
         f"{label}, K = {k}": train(setting, f"{slug(label)}-k{k}", "--steps", str(k), *words)
         for label, words in STUDENTS.items() for k in setting.steps
     }  # fmt: skip
-    found = [_main(setting, main), *_read_from_main(), *_longer(setting), _any_steps(setting, main)]
-    found += [_bases(setting, main), _memory(setting, main), _schedule(main), _pictures(setting, main)]
-    found += [_spectrum(setting, main, found[0]), _kinds(setting, main), _samples(setting, main)]
-    if setting.model == "digits":
-        found += _photos(setting, main)
+    found = [_main(setting, main), *_read_from_main(), _any_steps(setting, main), _kinds(setting, main)]
+    found += [_samples(setting, main), _schedule(main), _pictures(setting, main), _spectrum(setting, main, found[0])]
+    found += [_memory(setting, main), *(_photos(setting, main) if setting.model == "digits" else [])]
+    found += [_bases(setting, main), *_longer(setting)]
     return found
 
 

@@ -15,7 +15,7 @@ from ._cli import InputError, parse_seeds, progress
 from .denoiser import Denoiser
 from .distributed import Group
 from .files import tensors_sha256, write_json
-from .solvers import load_solver
+from .solvers import LearnedTimes, load_solver
 from .solvers.named import ALIASES, MAKERS
 from .tableau import Tableau
 from .teacher import TeacherSolver, teacher_samples
@@ -56,7 +56,7 @@ def open_choices(
     """Read the files and check the names, at all K that are asked for. Raises ValueError for what cannot be used."""
     asked = None if steps is None else parse_steps(steps)
     files = {word: _file(word, denoiser) for word in words if word != "classical" and not _named(word)}
-    own = sorted({k for solver, *_ in files.values() for k in _steps(solver)})
+    own = sorted({k for solver, *_ in files.values() for k in solver.steps_range})
     every = asked or own or parse_steps(DEFAULT_STEPS)
     names = _names(files)
     choices = []
@@ -65,7 +65,7 @@ def open_choices(
             choices.append(Choice(word, every))
         elif word in files:
             solver, path = files[word]
-            mine = [k for k in _steps(solver) if k in every]
+            mine = [k for k in solver.steps_range if k in every]
             if not mine:
                 raise InputError(f"{path} is a solver of {_said(solver)} evaluations, but --steps {steps} was given")
             choices.append(Choice(names[word], mine, _learned(solver, names[word], denoiser), _train_seeds(path)))
@@ -135,7 +135,7 @@ def _named(word: str) -> bool:
     return word in MAKERS or word in ALIASES
 
 
-def _file(word: str, denoiser: Denoiser) -> tuple[Any, Path]:
+def _file(word: str, denoiser: Denoiser) -> tuple[LearnedTimes, Path]:
     path = Path(word)
     if path.is_dir():
         path = path / "solver.safetensors"
@@ -150,24 +150,16 @@ def _file(word: str, denoiser: Denoiser) -> tuple[Any, Path]:
     return solver, path
 
 
-def _steps(solver: Any) -> list[int]:
-    """The numbers of evaluations that a solver is for."""
-    span = getattr(solver, "steps_range", None)
-    return [solver.steps] if span is None else list(range(span[0], span[-1] + 1))
-
-
-def _said(solver: Any) -> str:
-    steps = _steps(solver)
+def _said(solver: LearnedTimes) -> str:
+    steps = solver.steps_range
     return str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
 
 
-def _learned(solver: Any, name: str, denoiser: Denoiser) -> Callable[[int], Candidate]:
+def _learned(solver: LearnedTimes, name: str, denoiser: Denoiser) -> Callable[[int], Candidate]:
     @torch.no_grad()
     def at(steps: int) -> Candidate:
-        several = len(_steps(solver)) > 1
-        one = solver.at(steps) if several else solver
-        setting = f"{solver.family}, any of {_said(solver)}" if several else solver.family
-        return Candidate(name, setting, steps, one.tableau(denoiser.prediction))
+        setting = f"{solver.family}, {_said(solver)}" if len(solver.steps_range) > 1 else solver.family
+        return Candidate(name, setting, steps, solver.at(steps).tableau(denoiser.prediction))
 
     return at
 
@@ -177,7 +169,7 @@ def _classical(name: str, denoiser: Denoiser, grid: str, t_eps: float | None) ->
     return lambda steps: Candidate(name, str(variant), steps, variant.tableau(denoiser.schedule, steps))
 
 
-def _names(files: dict[str, tuple[Any, Path]]) -> dict[str, str]:
+def _names(files: dict[str, tuple[LearnedTimes, Path]]) -> dict[str, str]:
     """Solvers are called as their run directories, or by their paths where two would be called alike."""
     names = {}
     for word, (_, path) in files.items():

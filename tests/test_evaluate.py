@@ -32,6 +32,7 @@ from gas_engine.metrics import (
 from gas_engine.metrics.inception import eight_bits, inception_features
 from gas_engine.metrics.meter import METRICS, Meter, joined
 from gas_engine.metrics.reference import open_reference
+from gas_engine.solvers.any_steps import AnyStepsSolver
 from gas_engine.training import setup
 
 HERE = Path(__file__).parent
@@ -158,6 +159,11 @@ def test_a_killed_evaluation_goes_on(here, tmp_path, monkeypatch, no_pictures):
     assert len(evaluated(tmp_path, *asked[:3], "euler", *asked[3:])) == 4 and len(calls) == 8 + 3
     evaluated(tmp_path, *asked, "--seeds", "50000-50022")
     assert len(calls) == 8 + 3 + 6
+    for file in (tmp_path / "measured").iterdir():
+        file.write_bytes(b"damaged")
+    evaluated(tmp_path, *asked)
+    assert len(calls) == 8 + 3 + 6 + 6
+    assert (tmp_path / "evaluation.csv").read_bytes() == (path / "out" / "evaluation.csv").read_bytes()
 
 
 def test_two_processes_are_one(here, tmp_path):
@@ -174,6 +180,18 @@ def test_two_processes_are_one(here, tmp_path):
     assert [process.wait(240) for process in both] == [0, 0]
     for name in ("evaluation.csv", "spectrum.csv"):
         assert (tmp_path / name).read_bytes() == (path / "out" / name).read_bytes()
+
+
+def test_a_solver_of_several_k_has_a_row_for_each(tmp_path, no_pictures):
+    solver = AnyStepsSolver(range(2, 5), load_denoiser("digits").schedule)
+    (tmp_path / "any").mkdir()
+    save_solver(solver, tmp_path / "any" / "solver.safetensors", model="digits")
+    options = ["--solver", str(tmp_path / "any"), "--metrics", "l1"]
+    every, some = (evaluated(tmp_path / "out", *options, *more) for more in ([], ["--steps", "2,4"]))
+    assert [(row["solver"], row["setting"], row["steps"]) for row in every[:-1]] == [
+        ("any", "any, 2 to 4", steps) for steps in "234"
+    ]
+    assert some == [every[0], every[2], every[3]] and len({row["l1"] for row in every}) == 4
 
 
 def test_classical_is_the_best_of_every_family(tmp_path, monkeypatch, no_pictures):

@@ -26,11 +26,9 @@ from .s4s import AlternatingS4SSolver, S4SSolver
 
 FORMAT = "gas_engine.solver/1"
 DERIVED = "follows from the parameters"
-STUDENTS = (
-    GeneralizedSolver, AnyStepsSolver, S4SSolver, AlternatingS4SSolver, LD3Solver, BNSSolver, DyWeightSolver,
-    BELMSolver,
-)  # fmt: skip
+STUDENTS = (GeneralizedSolver, S4SSolver, AlternatingS4SSolver, LD3Solver, BNSSolver, DyWeightSolver, BELMSolver)
 FAMILIES: dict[str, type[LearnedTimes]] = {cls.family: cls for cls in STUDENTS}
+READABLE: dict[str, type[LearnedTimes]] = {**FAMILIES, AnyStepsSolver.family: AnyStepsSolver}
 
 
 def save_solver(solver: LearnedTimes, path: Path | str, **facts: Any) -> None:
@@ -104,10 +102,10 @@ def load_solver(
         return _published(path, schedule, t_eps)
     metadata, tensors = _read(path)
     family = metadata.get("family")
-    if family not in FAMILIES:
-        raise ValueError(f"{path} is a solver of the family {family!r}; known: {', '.join(FAMILIES)}")
+    if family not in READABLE:
+        raise ValueError(f"{path} is a solver of the family {family!r}; known: {', '.join(READABLE)}")
     try:
-        solver = FAMILIES[family].from_config(metadata)
+        solver = READABLE[family].from_config(metadata)
         _fill(solver, tensors, path)
     except ValueError as error:
         raise ValueError(f"{path} is not a solver that can be used: {error}") from None
