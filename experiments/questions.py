@@ -128,7 +128,7 @@ def _kinds(setting: Setting, main: dict) -> Experiment:
         learned=runs, evaluations=(evaluate(setting, "evaluation-gan-kinds", [*runs.values()]),), table=FD,
         claims=(Claim("The relativistic loss is the nearest to the data (FD).",
                       below("relativistic", ("non-saturating", "plain", "none (GS)"), "fd_data"),
-                      "One seed each, and differences that are small beside those between seeds."),),
+                      "One seed each, and runs that are short for a discriminator."),),
     )  # fmt: skip
 
 
