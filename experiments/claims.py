@@ -27,7 +27,9 @@ def below(first: str, others: Sequence[str] = (), metric: str = "l1", over: str 
             if present:
                 best = min(present, key=present.__getitem__)
                 holds &= value < present[best]
-                said.append(f"{_place(over, where)}: {value:.4g} against {present[best]:.4g} ({best})")
+                nearer = [other for other in present if other != best and present[other] <= value]
+                also = f"; below it also {', '.join(nearer)}" if nearer else ""
+                said.append(f"{_place(over, where)}: {value:.4g} against {present[best]:.4g} ({best}{also})")
         return (holds, "; ".join(said)) if said else None
 
     return check

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from experiment import Experiment, Row
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 from tables import TITLES
 
 from gas_engine.files import atomic
@@ -21,8 +22,8 @@ def draw(experiment: Experiment, rows: Sequence[Row], path: Path) -> bool:
 
 
 def figures(experiment: Experiment, rows: Sequence[Row], path: Path) -> bool:
-    """A panel per figure: lines over K (or another column), or bars where there is none; the teacher's level dotted."""
-    metrics = [m for m in experiment.table if any(row.get(m) for row in rows)]
+    """A panel for each of up to three figures: lines over K or another column, else bars; dashed: the teacher."""
+    metrics = [m for m in experiment.table if any(row.get(m) for row in rows)][:3]
     figure, axes = plt.subplots(
         1, len(metrics), figsize=(4.2 * len(metrics) + 2.3, 4), squeeze=False, layout="constrained"
     )
@@ -45,10 +46,11 @@ def _lines(axis: Axes, rows: Sequence[Row], metric: str, column: str) -> None:
         key=lambda v: (0, int(v), "") if v.isdigit() else (1, 0, v),
     )
     worst = max((float(r[metric]) for r in rows if r["label"] in learned and r.get(metric)), default=1.0)
+    worst = 10 * worst  # what is above it is off every scale, as Heun is at few evaluations
     for index, label in enumerate(labels):
         points = [(places.index(r[column]), float(r[metric])) for r in rows if r["label"] == label and r.get(metric)]
-        if not points or (label not in learned and min(y for _, y in points) > 10 * worst):
-            continue  # Heun at few evaluations, which is off every scale
+        if not points or (label not in learned and max(y for _, y in points) > worst):
+            continue
         classical = label not in learned
         x, y = zip(*sorted(points), strict=True)
         axis.plot(
@@ -61,6 +63,7 @@ def _lines(axis: Axes, rows: Sequence[Row], metric: str, column: str) -> None:
     bottom, top = (limit(y for line in axis.lines for y in line.get_ydata()) for limit in (min, max))
     if top > 4 * bottom:
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 200 * bottom else (1,)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(lambda *_: "")
     else:

@@ -16,8 +16,6 @@ from pathlib import Path
 import pytest
 from pages import ROOT, blocks, commands, run, smaller
 
-from gas_engine.__main__ import VERBS
-
 DOCS = ROOT / "docs"
 PAGES = sorted(path.stem for path in DOCS.glob("*.md"))
 GENERATED = {"results.md", "changelog.md"}  # docs/_build/hooks.py makes them
@@ -67,8 +65,6 @@ def test_blocks_print_what_the_page_says(page, monkeypatch, tmp_path):
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else value[0])
 def test_commands_are_understood(page, words, monkeypatch):
     """The real parser takes the words, with a recipe's options before them."""
-    if words[0] not in VERBS:
-        pytest.skip(f"gas-engine has no {words[0]} here; a tree that has it runs this")
     monkeypatch.chdir(ROOT)
     verb, seen = importlib.import_module(f"gas_engine.{words[0]}"), []
     monkeypatch.setattr(verb, "run", lambda config, **_: seen.append(config))

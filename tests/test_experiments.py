@@ -12,7 +12,7 @@ import readme
 import run
 import tables
 import tyro
-from experiment import Setting
+from experiment import Experiment, Setting, evaluate, train
 from jobs import Failed, Job
 from questions import questions
 
@@ -69,26 +69,48 @@ def test_jobs_run_after_what_they_need_and_not_after_its_failure(monkeypatch):
     assert told[last] == 1.0 and isinstance(told[lost], Failed)
 
 
+def one(setting):
+    """A list of experiments of one training."""
+    made = train(setting, "gs-k4", "--steps", "4")
+    measured = evaluate(setting, "evaluation", [made])
+    return [
+        Experiment("one", "One", "Does it run?", {"GS, K = 4": made}, (measured,), table=("l1", "fd_data")),
+        Experiment("never", "Never run", "", {"GS, K = 4": train(setting, "never", "--steps", "4")}),
+    ]
+
+
 def test_a_smoke_run_ends_in_a_page_and_is_not_repeated(tmp_path, capsys, monkeypatch):
-    words = ["--smoke", "--only", "any-steps", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    monkeypatch.setattr(run, "questions", one)
+    words = ["--smoke", "--only", "one", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     assert run.main(words) == 0
-    rows = tables.read(tmp_path / "results" / "any-steps.csv")
-    assert {(r["label"], r["steps"]) for r in rows} == {
-        ("one for all K", "4"), ("each its own", "4"), ("teacher", "20"),
-    }  # fmt: skip
-    learned = [r for r in rows if r["kind"] == "learned"]
-    assert all(r["command"].startswith("gas-engine train ") and float(r["l1"]) > 0 for r in learned)
-    assert {r["updates"] for r in learned} == {"8", "2"} and all(float(r["run_seconds"]) > 0 for r in learned)
+    rows = tables.read(tmp_path / "results" / "one.csv")
+    assert [(r["label"], r["kind"], r["steps"]) for r in rows] == [("GS", "learned", "4"), ("teacher", "teacher", "20")]
+    assert rows[0]["command"].startswith("gas-engine train --model digits --recipe quick --steps 4 --iterations 2 ")
+    assert rows[0]["updates"] == "2" and float(rows[0]["l1"]) > 0 and float(rows[0]["run_seconds"]) > 0
+    assert [row["command"].split()[1] for row in tables.read(tmp_path / "results" / "commands.csv")] == [
+        "teacher", "train", "evaluate",
+    ]  # fmt: skip
     page = (tmp_path / "RESULTS.md").read_text()
-    assert "One solver for every K" in page and "results/any-steps.png" in page and "## Not run yet" in page
-    assert (tmp_path / "results" / "any-steps.png").stat().st_size > 5_000
+    assert "## One\n" in page and "results/one.png" in page and "## Not run yet\n\nNever run." in page
+    assert (tmp_path / "results" / "one.png").stat().st_size > 5_000
 
     monkeypatch.setattr(jobs, "run", lambda *_: pytest.fail("a finished command was run again"))
     capsys.readouterr()
     assert run.main(words) == 0
-    assert "4 commands, 4 of them done" in capsys.readouterr().out
-    assert tables.read(tmp_path / "results" / "any-steps.csv") == rows
+    assert "3 commands, 3 of them done" in capsys.readouterr().out
+    assert tables.read(tmp_path / "results" / "one.csv") == rows
     assert run.main([*words, "--render"]) == 0 and (tmp_path / "RESULTS.md").read_text() == page
+
+
+def test_a_command_that_fails_is_said_and_what_another_left_is_removed(tmp_path):
+    job = Job("nothing", ("--steps", "4"), tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    jobs._write(job.stamp, {"command": "gas-engine nothing --steps 6", "finished": "now"})
+    with pytest.raises(
+        Failed, match=r"gas-engine nothing --steps 4 .*: exit code 1: .*No module named gas_engine.nothing"
+    ):
+        jobs.run(job)
+    assert not job.done and job.facts()["seconds"] > 0 and not (tmp_path / "run").exists()
 
 
 def test_another_command_is_another_job(tmp_path):
