@@ -112,7 +112,7 @@ class Yardstick:
         sums = ("l1", "l2", "lpips", "high")
         mean: dict[str, float] = {name: float(measured[name]) / count for name in sums if name in measured}
         found: dict[str, float | None] = {**mean, "rmse": mean["l2"] ** 0.5}
-        found["psnr"] = 10 * math.log10(4 / mean["l2"]) if mean["l2"] > 0 else None
+        found["psnr"] = 10 * math.log10(4 / mean["l2"]) if 0 < mean["l2"] < math.inf else None
         if "high" in mean and float(self.teacher["high"]) > 0:
             found["detail"] = mean["high"] / (float(self.teacher["high"]) / float(self.teacher["count"]))
         return found
