@@ -176,10 +176,8 @@ def _plot(path: Path, rows: Sequence[Row], title: str) -> None:
         if level:
             axis.axhline(level, color="0.3", ls="--", lw=1, label="teacher")
         _limits(axis, [level or None, *(r.scores.get(name) for r in sane)], name not in ("recall", "detail"))
-        axis.set(
-            title=PLOTTED.get(name, name), xlabel="network evaluations", xticks=sorted({r.steps for r in rows[:-1]})
-        )
-        axis.title.set_fontsize(10)
+        axis.set(xlabel="network evaluations", xticks=sorted({r.steps for r in rows[:-1]}))
+        axis.set_title(PLOTTED.get(name, name), fontsize=10)
     _finish(figure, list(axes.flat), title, path)
 
 
