@@ -308,7 +308,7 @@ def test_figures_of_samples_at_infinity():
 
 
 def test_one_column_is_drawn_and_none_leaves_an_empty_picture(tmp_path):
-    for metrics in ("psnr", "lpips"):
+    for metrics in ("psnr", "sfid"):
         evaluated(tmp_path, "--solver", "unipc", "--steps", "3", "--metrics", metrics, "--features", "none")
         with Image.open(tmp_path / "evaluation.png") as image:
             assert image.width > 300
