@@ -24,6 +24,7 @@ from .training.opening import opened
 from .training.options import Config, plain
 from .training.presets import name_of, with_preset
 from .training.results import finish
+from .training.students import new_solver
 from .training.trainer import Trainer
 
 
@@ -46,7 +47,7 @@ def _run(config: Config, given: Collection[str], group: Group) -> None:
             soft_wrap=True,
         )
     can_draw(model)
-    solver = setup.solver(config, model, recipe)
+    solver = new_solver(config, model, recipe)
     execution, others = setup.execution(config), setup.compared(config, model)
     loss = setup.loss(config, model, device)
     adversary = setup.adversary(config, model, recipe, device)

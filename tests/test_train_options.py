@@ -22,6 +22,7 @@ from gas_engine.training import setup
 from gas_engine.training.loggers import logger
 from gas_engine.training.opening import opened
 from gas_engine.training.recipe import Recipe
+from gas_engine.training.students import new_solver
 
 
 def test_reversible_student_trains_saves_and_resumes(small, no_pictures, tmp_path):
@@ -122,7 +123,7 @@ def test_pairs_that_were_given_are_kept_by_a_budget(monkeypatch, capsys):
     config = train.Config(adversarial=True, batch=8, steps=2, discriminator_micro_batch=8)
     denoiser, device = load_denoiser("digits"), torch.device("cpu")
     recipe = setup.recipe(config)
-    solver = setup.solver(config, denoiser, recipe)
+    solver = new_solver(config, denoiser, recipe)
 
     def planned(pairs, budget):
         asked = dataclasses.replace(config, discriminator_micro_batch=pairs, memory_budget=f"{budget}B")
@@ -145,7 +146,7 @@ def test_a_plan_knows_the_chunk_of_the_loss(monkeypatch):
     for chunk in (None, 1):
         config = train.Config(batch=8, steps=2, loss="l2", loss_chunk=chunk, memory_budget="1GiB")
         recipe = setup.recipe(config)
-        solver = setup.solver(config, denoiser, recipe)
+        solver = new_solver(config, denoiser, recipe)
         found = setup.plans(config, denoiser, denoiser, recipe, solver, torch.device("cpu"))
         peaks.append(found.choice.peaks.loss)
     assert peaks[1] < peaks[0]
