@@ -214,9 +214,7 @@ def test_soap_in_turns_is_soap_of_each_alone_where_each_has_a_subspace_of_its_ow
             optimizer.param_groups[0]["turn"] = turn
             optimizer.step()
     for rows, wanted in zip(wide, alone, strict=True):
-        assert torch.allclose(
-            (rows @ shared).detach(), wanted.detach(), rtol=0, atol=2e-5
-        )
+        assert torch.allclose((rows @ shared).detach(), wanted.detach(), rtol=0, atol=2e-5)
 
 
 def test_a_run_ends_with_a_row_for_every_k_and_resumes(small, no_pictures, tmp_path, capsys):

@@ -45,7 +45,11 @@ def finish(
         facts = (
             {"prediction": denoiser.prediction, "guidance": 1.0}
             | denoiser.facts()
-            | {"loss": config.loss, "version": _version()}
+            | {
+                "loss": config.loss,
+                "version": _version(),
+                "train_seeds": None if _published(config) else config.train_seeds,
+            }
         )
         numbers = [{"l1": row.l1, "rmse": row.rmse, "psnr": row.psnr} for row in mine]
         by_steps = {str(one.steps): row for one, row in zip(students, numbers, strict=True)}
@@ -163,6 +167,11 @@ def _model_options(config: Config) -> str:
     default = PlacedModelOptions()
     said = {"model": config.model} | {name: v for name, v in given.items() if v != getattr(default, name)}
     return " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in said.items())
+
+
+def _published(config: Config) -> bool:
+    """Whether the run learned from rows of a published set, which are no seeds."""
+    return config.teacher_set is not None and config.teacher_set.is_file()
 
 
 def _version() -> str:

@@ -152,7 +152,7 @@ class Trainer:
 
         def loss(x: Tensor, part: slice) -> Tensor:
             values = self.loss(x, batch.targets[part], batch.rows[part])
-            self.means.add("distillation", weight * values.detach())
+            self.means.add("distillation", values.detach())
             values = values if adversary is None else values + adversary.loss(x, batch.targets, part)
             return _telling(weight * values)
 
