@@ -94,7 +94,27 @@ def gas(results: Path) -> str:
     return markdown(lines)
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"digits": digits, "students": students, "belm": belm, "gas": gas}
+def any_steps(results: Path) -> str:
+    """One solver for every K beside those trained for each."""
+    rows = read(results / "any-steps.csv")
+    found = {(row["label"], int(row["steps"])): float(row["l1"]) for row in rows if row["kind"] == "learned"}
+    names = {"one for all K": "one file for all K", "each its own": "a solver trained for each"}
+    steps = sorted({k for _, k in found if all((label, k) in found for label in names)})
+    if not steps:
+        return ""
+    lines = [["L1 to the teacher", *(f"K = {k}" for k in steps)]]
+    lines += [[name, *(f"{found[label, k]:.4f}" for k in steps)] for label, name in names.items()]
+    ratio = {k: found["one for all K", k] / found["each its own", k] for k in steps}
+    return markdown([*lines, ["ratio", *(f"{ratio[k]:.2f}" for k in steps)]])
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "digits": digits,
+    "students": students,
+    "belm": belm,
+    "gas": gas,
+    "any": any_steps,
+}
 
 
 def _pair(row: Row | None) -> str:
