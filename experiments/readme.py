@@ -10,10 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from claims import at
 from experiment import Row
 from jobs import ROOT
-from tables import markdown, over, read
+from tables import markdown, read
 
 RESULTS = ROOT / "experiments" / "results"
 BELM = ROOT / "bench" / "results" / "digits_belm_amd-epyc_2026-11-21.csv"  # reversible runs of the same length
@@ -51,16 +50,18 @@ def digits(results: Path) -> str:
 def students(results: Path) -> str:
     """L1 of every student at each K, equally many updates each; the nearest is bold."""
     rows = [row for row in read(results / "main.csv") if row["kind"] == "learned"]
-    return over(rows, "l1", "steps") if rows else ""
-
-
-def any_steps(results: Path) -> str:
-    """One solver for every K beside those trained for one each, and their ratio."""
-    rows = [row for row in read(results / "any-steps.csv") if row["kind"] == "learned"]
-    one, own = (at(rows, label, "l1") for label in ("one for all K", "each its own"))
-    if not one or not own:
+    if not rows:
         return ""
-    return over(rows, "l1", "steps") + f"| ratio | {' | '.join(f'{one[k] / own[k]:.2f}' for k in one)} |\n"
+    steps = sorted({int(row["steps"]) for row in rows})
+    best = {k: min(float(row["l1"]) for row in rows if int(row["steps"]) == k) for k in steps}
+    lines = [[f"L1 to the teacher, {rows[0]['updates']} updates", *(f"K = {k}" for k in steps)]]
+    for label in dict.fromkeys(row["label"] for row in rows):
+        found = {int(row["steps"]): float(row["l1"]) for row in rows if row["label"] == label}
+        cells = ["" if k not in found else f"{found[k]:.4f}" for k in steps]
+        lines.append(
+            [label, *(f"**{c}**" if found.get(k) == best[k] else c for c, k in zip(cells, steps, strict=True))]
+        )
+    return markdown(lines)
 
 
 def belm(results: Path) -> str:
@@ -93,12 +94,26 @@ def gas(results: Path) -> str:
     return markdown(lines)
 
 
+def any_steps(results: Path) -> str:
+    """One solver for every K beside those trained for each."""
+    rows = read(results / "any-steps.csv")
+    found = {(row["label"], int(row["steps"])): float(row["l1"]) for row in rows if row["kind"] == "learned"}
+    names = {"one for all K": "one file for all K", "each its own": "a solver trained for each"}
+    steps = sorted({k for _, k in found if all((label, k) in found for label in names)})
+    if not steps:
+        return ""
+    lines = [["L1 to the teacher", *(f"K = {k}" for k in steps)]]
+    lines += [[name, *(f"{found[label, k]:.4f}" for k in steps)] for label, name in names.items()]
+    ratio = {k: found["one for all K", k] / found["each its own", k] for k in steps}
+    return markdown([*lines, ["ratio", *(f"{ratio[k]:.2f}" for k in steps)]])
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "digits": digits,
     "students": students,
-    "any": any_steps,
     "belm": belm,
     "gas": gas,
+    "any": any_steps,
 }
 
 

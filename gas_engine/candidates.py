@@ -68,7 +68,9 @@ def open_choices(
             mine = [k for k in solver.steps_range if k in every]
             if not mine:
                 raise InputError(f"{path} is a solver of {_said(solver)} evaluations, but --steps {steps} was given")
-            choices.append(Choice(names[word], mine, _learned(solver, names[word], denoiser), _train_seeds(path)))
+            choices.append(
+                Choice(names[word], mine, _learned(solver, names[word], denoiser), _train_seeds(solver, path))
+            )
         else:
             choices.append(Choice(word, every, _classical(word, denoiser, grid, t_eps)))
             for k in every:
@@ -179,11 +181,15 @@ def _names(files: dict[str, tuple[LearnedTimes, Path]]) -> dict[str, str]:
     return names | {word: str(files[word][1]) for word in alike}
 
 
-def _train_seeds(path: Path) -> Sequence[int]:
-    """Those of the run that a solver lies in; none where nothing says so, or where they are rows of a published set."""
+def _train_seeds(solver: LearnedTimes, path: Path) -> Sequence[int]:
+    """Those that the file names, or the run that it lies in (of solvers before their end); else none, as of rows of a
+    published set."""
     try:
-        config = json.loads((path.parent / "config.json").read_text())
-        published = config.get("teacher_set") and Path(config["teacher_set"]).is_file()
-        return [] if published else parse_seeds(config["train_seeds"])
+        said = solver.facts.get("train_seeds")
+        if said is None and "version" not in solver.facts:
+            config = json.loads((path.parent / "config.json").read_text())
+            published = config.get("teacher_set") and Path(config["teacher_set"]).is_file()
+            said = None if published else config["train_seeds"]
+        return [] if said is None else parse_seeds(said)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []

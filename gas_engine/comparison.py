@@ -62,7 +62,7 @@ class Distance:
 
     @property
     def psnr(self) -> float:
-        return 20 * math.log10(2 / self.rmse) if self.rmse > 0 else math.inf
+        return 20 * float((2 / torch.tensor(self.rmse, dtype=torch.float64)).log10())  # of 0, inf and nan as well
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from .losses.perceptual import NETWORKS, Perceptual
 from .measuring import PART, Measuring
 from .metrics.features import Extractor, features_of, torchscript_features
 from .metrics.inception import inception_features, inception_weights
-from .metrics.meter import METRICS, OF_FEATURES, Measured, Meter, Yardstick
+from .metrics.meter import METRICS, OF_FEATURES, Measured, Meter, Yardstick, sums
 from .metrics.reference import Reference, open_reference
 from .metrics.tables import Row, write
 from .models import PlacedModelOptions, open_model, place
@@ -125,11 +125,11 @@ def _rows(
             measured = measuring.measured(candidate, advance)
             finished(count)
             scores = yardstick.scores(measured, wanted) if measuring.group.main else {}
-            rows.append(Row(candidate.name, candidate.setting, candidate.steps, scores, measured))
+            rows.append(Row(candidate.name, candidate.setting, candidate.steps, scores, sums(measured)))
         solver = measuring.teacher
         setting = f"{solver.solver}, {solver.grid}, {solver.t_eps:g}"
         scores = yardstick.scores(of_teacher, wanted) if measuring.group.main else {}
-        return [*rows, Row("teacher", setting, solver.steps, scores, of_teacher)], data
+        return [*rows, Row("teacher", setting, solver.steps, scores, sums(of_teacher))], data
 
 
 def _wanted(config: Config) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from .candidates import Candidate
 from .conditioning import moved
@@ -21,6 +22,7 @@ from .rollout import rollout
 from .teacher import TeacherSolver, load_index
 
 PART = 1024  # samples of a file
+VERSION = 1  # of what is measured of a sample: another one makes old files of no use
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,15 @@ class Measuring:
 
     def key(self, *what: object) -> str:
         """A checksum of what a measurement depends on."""
+        decoder = self.denoiser.decoder
+        weights = decoder.state_dict() if isinstance(decoder, nn.Module) else {}
+        facts = [self.denoiser.fingerprint(), self.denoiser.facts(), asdict(self.teacher), self._meter_key]
+        return tensors_sha256(weights, [*facts, self.meter.perceptual is not None, *what])[:32]
+
+    @property
+    def _meter_key(self) -> list[object]:
         extractor = self.meter.extractor
-        facts = [
-            self.denoiser.fingerprint(),
-            self.denoiser.facts(),
-            asdict(self.teacher),
-            extractor and extractor.identity,
-        ]
-        return tensors_sha256({}, [*facts, self.meter.spatial, self.meter.perceptual is not None, *what])[:32]
+        return [VERSION, extractor and extractor.identity, self.meter.spatial]
 
     def kept(self, key: str, make: Callable[[], Measured]) -> Measured:
         """What the file of this name holds; made and written where there is none."""
@@ -104,8 +107,7 @@ class Measuring:
             advance(len(images))
             return self.meter.pictures(images)
 
-        extractor = self.meter.extractor
-        key = tensors_sha256({}, [reference.identity, extractor and extractor.identity, self.meter.spatial])[:32]
+        key = tensors_sha256({}, [reference.identity, self.denoiser.shape, *self._meter_key])[:32]
         return self.kept(key, lambda: joined(self.group.map(measure, range(0, reference.count, BATCH))))
 
 

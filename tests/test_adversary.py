@@ -64,11 +64,11 @@ def sample(denoiser, x, tableau):
 )
 def test_iterations_are_those_written_out(tiny, monkeypatch, kind, fakes):
     """Parameters of solver and discriminator after three updates, in float64, by plain autograd through everything."""
-    monkeypatch.setattr("gas_engine.training.trainer.seeded", doubles)
+    monkeypatch.setattr("gas_engine.training.batches.seeded", doubles)
     denoiser, network = tiny(1e-3), discriminator().double()
     execution = Execution(MemoryPolicy(1), micro_batch=3)
     trainer = trainer_of(denoiser, execution=execution, network=network, kind=kind, fakes=fakes, gamma=0.3)
-    trainer.targets = trainer.targets.double()
+    trainer.batches.targets = trainer.batches.targets.double()
 
     solver = GeneralizedSolver(STEPS, denoiser.schedule, 1e-3, start="quadratic")
     D = discriminator().double()
@@ -76,8 +76,8 @@ def test_iterations_are_those_written_out(tiny, monkeypatch, kind, fakes):
     optimizer = torch.optim.Adam(D.parameters(), lr=1e-3)
     last = None
     for step in range(3):
-        rows = trainer.rows(step)
-        real = trainer.targets[rows]
+        rows = trainer.batches.rows(step)
+        real = trainer.batches.targets[rows]
         fresh = range(FRESH + BATCH * step, FRESH + BATCH * (step + 1))
         with torch.no_grad():
             fake, other = sample(denoiser, doubles(None, fresh)[0], solver.tableau("data")), real
@@ -119,10 +119,10 @@ def test_an_iteration_peaks_in_one_of_its_phases_and_a_plan_foretells_it():
     peaks, plans = {}, {}
     for micro in (1, BATCH):
         trainer = trainer_of(denoiser, execution=Execution(MemoryPolicy(1), micro, lean=True), network=wide)
-        trainer.targets = torch.zeros(10, *shape)
+        trainer.batches.targets = torch.zeros(10, *shape)
         trainer.update()  # moments are there
         adversary, denoiser_bytes = trainer.adversary, sum(p.nbytes for p in denoiser.parameters())
-        batch = trainer.batch(trainer.step)
+        batch = trainer.batches.at(trainer.step)
         noise = batch.noise.nbytes + batch.targets.nbytes
         with ByteTracker() as alone:
             adversary.gradient(batch.targets, partial(trainer.samples, batch.fresh, batch.cond))
@@ -161,7 +161,7 @@ def test_fresh_noise_costs_k_calls_and_reused_samples_none(tiny):
 
 def test_fresh_seeds_are_nobody_elses(tiny):
     trainer = trainer_of(tiny(1e-3))
-    seeds = [seed for step in range(5) for seed in trainer.batch(step).fresh]
+    seeds = [seed for step in range(5) for seed in trainer.batches.at(step).fresh]
     assert len({*seeds}) == len(seeds) and min(seeds) > 2**32
 
 
@@ -248,7 +248,7 @@ def test_rows_hold_means_of_what_is_finite(tiny):
     means = trainer.means.read()
     assert means["distillation"] + means["adversarial"] == pytest.approx(sum(losses) / 2, rel=1e-6)
     assert means["d_skipped"] == 0 and trainer.means.read() == {}
-    trainer.targets[:] = torch.nan
+    trainer.batches.targets[:] = torch.nan
     trainer.update()
     bad = trainer.means.read()
     assert bad["d_skipped"] == 0 and "distillation" not in bad  # the step saw the samples of the update before

@@ -185,16 +185,36 @@ def test_state_goes_on_bit_for_bit(tmp_path, optimizer):
     assert all(torch.equal(value, second.state()[0][key]) for key, value in whole.state()[0].items())
 
 
-def test_moments_and_rate_reach_over_cycles():
+def test_moments_and_rate_of_adam_reach_over_cycles():
     """Of one K nothing changes; of four, what was forgotten in an update is forgotten in a cycle."""
-    one, four = (RECIPES["quick"].over(cycle) for cycle in (1, 4))
-    assert (
-        one == RECIPES["quick"] and (four.iterations, four.rate) == (3200, 5e-3) and four.ema**4 == pytest.approx(0.99)
-    )
+    adam = replace(RECIPES["quick"], optimizer="adam")
+    one, four = (adam.over(cycle) for cycle in (1, 4))
+    assert one == adam and (four.iterations, four.rate) == (3200, 5e-3) and four.ema**4 == pytest.approx(0.99)
     parameter = [torch.nn.Parameter(torch.zeros(2))]
     (group,), (long,) = one.optimizer_of(parameter).param_groups, one.optimizer_of(parameter, 4).param_groups
-    assert group["betas"] == (0.9, 0.95) and [beta**4 for beta in long["betas"]] == pytest.approx([0.9, 0.95])
-    assert long["covariance"] ** 4 == pytest.approx(0.95)
+    assert group["betas"] == (0.9, 0.999) and [beta**4 for beta in long["betas"]] == pytest.approx([0.9, 0.999])
+
+
+def test_soap_in_turns_is_soap_of_each_alone_where_each_has_a_subspace_of_its_own():
+    """Two noisy quadratics of rotated halves of one vector, against two vectors of their own."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64))[0].split(6)
+    scales = torch.logspace(-1, 1, 6, dtype=torch.float64)
+    shared = torch.nn.Parameter(torch.zeros(12, dtype=torch.float64))
+    alone = [torch.nn.Parameter(torch.zeros(6, dtype=torch.float64)) for _ in wide]
+    recipe = RECIPES["quick"].over(2)
+    assert recipe.rate == RECIPES["quick"].rate
+    together, each = recipe.optimizer_of([shared], 2), [recipe.optimizer_of([p]) for p in alone]
+    for step in range(80):
+        turn = step % 2
+        goal = 1 + 0.3 * torch.randn(6, generator=generator, dtype=torch.float64)
+        for optimizer, table in ((together, wide[turn] @ shared), (each[turn], alone[turn] * 1.0)):
+            optimizer.zero_grad()
+            (scales * (table - goal).square()).sum().backward()
+            optimizer.param_groups[0]["turn"] = turn
+            optimizer.step()
+    for rows, wanted in zip(wide, alone, strict=True):
+        assert torch.allclose((rows @ shared).detach(), wanted.detach(), rtol=0, atol=2e-5)
 
 
 def test_a_run_ends_with_a_row_for_every_k_and_resumes(small, no_pictures, tmp_path, capsys):

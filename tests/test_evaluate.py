@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from PIL import Image
 from gas_engine import GeneralizedSolver, evaluate, load_denoiser, measuring, sample, save_solver
 from gas_engine._cli import InputError, parse_seeds
 from gas_engine.candidates import parse_steps
+from gas_engine.comparison import Distance
 from gas_engine.metrics import (
     diversity,
     embedded_features,
@@ -30,8 +32,9 @@ from gas_engine.metrics import (
     real_digits,
 )
 from gas_engine.metrics.inception import eight_bits, inception_features
-from gas_engine.metrics.meter import METRICS, Meter, joined
+from gas_engine.metrics.meter import METRICS, Meter, Yardstick, joined
 from gas_engine.metrics.reference import open_reference
+from gas_engine.metrics.tables import Row, _sane
 from gas_engine.solvers.any_steps import AnyStepsSolver
 from gas_engine.training import setup
 
@@ -289,6 +292,26 @@ def test_inception_without_weights_says_where_they_belong(tmp_path, monkeypatch)
     (tmp_path / "odd.pth").write_bytes(b"no weights")
     with pytest.raises(ValueError, match=r"odd\.pth does not hold"):
         inception_features(weights=tmp_path / "odd.pth")
+
+
+def test_figures_of_samples_at_infinity():
+    """Neither distance, nor PSNR, nor the table beside finite rows stops at one that diverged."""
+    denoiser, fine = load_denoiser("digits"), torch.zeros(2, 1, 8, 8)
+    far = Meter().samples(denoiser, fine + torch.inf, fine, torch.device("cpu"))
+    scores = Yardstick(Meter().samples(denoiser, fine, fine, torch.device("cpu"))).scores(far, ["l1", "psnr"])
+    assert scores == {"l1": math.inf, "psnr": None}
+    found = [Distance("", "", 1.0, rmse, fine).psnr for rmse in (0.0, 0.2, math.inf, math.nan)]
+    assert found[:3] == [math.inf, pytest.approx(20), -math.inf] and math.isnan(found[3])
+    rows = [Row("", "", 4, {"l1": l1}, {}) for l1 in (0.1, 2.0, math.nan, math.inf, 0.0)]
+    for some in (rows, rows[::-1]):
+        assert {row.scores["l1"] for row in _sane(some)} == {0.1, 0.0}
+
+
+def test_one_column_is_drawn_and_none_leaves_an_empty_picture(tmp_path):
+    for metrics in ("psnr", "sfid"):
+        evaluated(tmp_path, "--solver", "unipc", "--steps", "3", "--metrics", metrics, "--features", "none")
+        with Image.open(tmp_path / "evaluation.png") as image:
+            assert image.width > 300
 
 
 def test_samples_that_are_not_finite_have_no_features():

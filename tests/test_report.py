@@ -247,6 +247,27 @@ def pages(finished, tmp_path_factory):
     return folder
 
 
+def test_several_k_are_compared_each_with_its_own(browser, finished, tmp_path):
+    """The classical solver of most evaluations, the nearest of all, is not what the fewest are held against."""
+    run = tmp_path / "any"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("checkpoints"))
+    (run / "comparison.csv").write_text(
+        'solver,setting,l1\nlearned (gs),"K = 4, 9 updates",0.2\niPNDM,"K = 4, ipndm2, quadratic, 0.001",0.3\n'
+        'learned (gs),"K = 5, 9 updates",0.04\nDDIM,"K = 5, euler, uniform, 0.001",0.1\nteacher,20,0\n'
+    )
+    main([str(run), "--out", str(tmp_path / "any.html")])
+    browser.errors.clear()
+    browser.open(tmp_path / "any.html", 1280)
+    assert "With 4 evaluations its samples are 1.5 times nearer" in browser.ask(
+        "document.querySelector('.lead').textContent"
+    )
+    cells = browser.ask(
+        "[...document.querySelectorAll('#comparison tbody td:last-child')].map((c) => c.textContent).join()"
+    )
+    assert cells == "1.00×,1.50×,1.00×,2.50×,–"
+    assert browser.ask("document.querySelectorAll('#comparison tr.ours').length") == 2 and browser.errors == []
+
+
 @pytest.mark.parametrize(
     ("name", "width", "dark"), [("one", 1280, False), ("one", 390, True), ("two", 390, False), ("two", 1280, True)]
 )

@@ -27,7 +27,7 @@ def test_twenty_iterations_match_reference(golden, tiny, every, monkeypatch):
     solver = GeneralizedSolver(4, denoiser.schedule, 1e-3)
     recipe = Recipe(iterations=20, batch=8, rate=1e-3, rate_schedule="constant", ema=0.999, start_grid="uniform")
     noise, grads = data["noise"].double(), []
-    monkeypatch.setattr("gas_engine.training.trainer.seeded", lambda denoiser, rows: (noise[rows], None))
+    monkeypatch.setattr("gas_engine.training.batches.seeded", lambda denoiser, rows: (noise[rows], None))
     original = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(
         torch.nn.utils, "clip_grad_norm_", lambda p, n: (grads.append(flat(solver, True)), original(p, n))[1]
@@ -41,7 +41,7 @@ def test_twenty_iterations_match_reference(golden, tiny, every, monkeypatch):
         recipe,
         Execution(MemoryPolicy(every)),
     )
-    trainer.rows = lambda step: data["idx"][step].tolist()
+    trainer.batches.rows = lambda step: data["idx"][step].tolist()
     for step, loss in trainer:
         assert float(loss) == pytest.approx(float(wanted["losses"][step - 1]), rel=1e-7)
         assert relative(grads[-1], wanted["grads"][step - 1]) < 1e-7
@@ -88,10 +88,10 @@ def test_out_of_memory_with_nothing_left_to_save():
 
 def test_batches_are_epochs_that_depend_on_the_seed_alone():
     trainer = toy_trainer()
-    seen = [row for step in range(5) for row in trainer.rows(step)]
+    seen = [row for step in range(5) for row in trainer.batches.rows(step)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
-    assert [toy_trainer().rows(3), toy_trainer(seed=1).rows(3)][0] == trainer.rows(3)
-    assert toy_trainer(seed=1).rows(3) != trainer.rows(3)
+    assert [toy_trainer().batches.rows(3), toy_trainer(seed=1).batches.rows(3)][0] == trainer.batches.rows(3)
+    assert toy_trainer(seed=1).batches.rows(3) != trainer.batches.rows(3)
 
 
 def test_soap_is_adam_where_coordinates_are_independent():

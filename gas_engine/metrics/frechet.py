@@ -73,7 +73,8 @@ def frechet_distance(a: Tensor | Normal, b: Tensor | Normal) -> float:
     one, two = (x if isinstance(x, Normal) else Normal.of(x) for x in (a, b))
     shift = (one.mean - two.mean).square().sum()
     both = one.factor.square().sum() + two.factor.square().sum()
-    return float(shift + both - 2 * torch.linalg.svdvals(one.factor @ two.factor.T).sum())
+    trace = torch.linalg.svdvals(one.factor @ two.factor.T).sum()
+    return float((shift + both - 2 * trace).clamp(min=0))  # of equal sets, rounding may leave less
 
 
 def diversity(features: Tensor) -> float:

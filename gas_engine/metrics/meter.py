@@ -83,6 +83,11 @@ def joined(parts: Sequence[Measured]) -> Measured:
     }
 
 
+def sums(measured: Measured) -> Measured:
+    """A measurement without its features, which are most of its bytes."""
+    return {name: value for name, value in measured.items() if name not in LISTS}
+
+
 @dataclass(frozen=True)
 class Yardstick:
     """What samples are scored by: the measurements of the teacher and of the data, and statistics of the data."""
@@ -109,10 +114,10 @@ class Yardstick:
 
     def _distances(self, measured: Measured) -> dict[str, float | None]:
         count = float(measured["count"])
-        sums = ("l1", "l2", "lpips", "high")
-        mean: dict[str, float] = {name: float(measured[name]) / count for name in sums if name in measured}
+        names = ("l1", "l2", "lpips", "high")
+        mean: dict[str, float] = {name: float(measured[name]) / count for name in names if name in measured}
         found: dict[str, float | None] = {**mean, "rmse": mean["l2"] ** 0.5}
-        found["psnr"] = 10 * math.log10(4 / mean["l2"]) if mean["l2"] > 0 else None
+        found["psnr"] = 10 * math.log10(4 / mean["l2"]) if 0 < mean["l2"] < math.inf else None
         if "high" in mean and float(self.teacher["high"]) > 0:
             found["detail"] = mean["high"] / (float(self.teacher["high"]) / float(self.teacher["count"]))
         return found

@@ -109,7 +109,7 @@ def as_rich(rows: Sequence[Row], title: str) -> Table:
             table.add_column(head, justify="right", no_wrap=True)
             left -= width
     last = None
-    for row in sorted(rows[:-1], key=lambda r: (r.steps, r.scores.get("l1") or 0)) + [rows[-1]]:
+    for row in sorted(rows[:-1], key=lambda r: (r.steps, _far(r))) + [rows[-1]]:
         style = "bold" if row.steps != last and row is not rows[-1] else "dim" if row is rows[-1] else None
         if last is not None and row.steps != last:
             table.add_section()
@@ -147,9 +147,10 @@ def _number(value: float | None, form: str) -> str:
 def _plot(path: Path, rows: Sequence[Row], title: str) -> None:
     """A panel per figure over K, a line per solver, the teacher's level dashed."""
     solvers, teacher = list(dict.fromkeys(row.solver for row in rows[:-1])), rows[-1]
-    names = [name for name in PLOTTED if any(row.scores.get(name) is not None for row in rows[:-1])]
-    columns = min(3, len(names))
-    lines = -(-len(names) // columns)
+    held = [name for name in METRICS if any(row.scores.get(name) is not None for row in rows[:-1])]
+    names = [name for name in PLOTTED if name in held] or held
+    columns = max(1, min(3, len(names)))
+    lines = max(1, -(-len(names) // columns))
     figure, axes = plt.subplots(
         lines, columns, figsize=(4.1 * columns + 1.8, 3.2 * lines + 0.4), squeeze=False, constrained_layout=True
     )
@@ -175,14 +176,9 @@ def _plot(path: Path, rows: Sequence[Row], title: str) -> None:
         if level:
             axis.axhline(level, color="0.3", ls="--", lw=1, label="teacher")
         _limits(axis, [level or None, *(r.scores.get(name) for r in sane)], name not in ("recall", "detail"))
-        axis.set(title=PLOTTED[name], xlabel="network evaluations", xticks=sorted({r.steps for r in rows[:-1]}))
-        axis.title.set_fontsize(10)
-    found = {
-        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend([*found.values()], [*found], fontsize=8, loc="outside right upper")
-    figure.suptitle(title, fontsize=11)
-    save_figure(figure, path)
+        axis.set(xlabel="network evaluations", xticks=sorted({r.steps for r in rows[:-1]}))
+        axis.set_title(PLOTTED.get(name, name), fontsize=10)
+    _finish(figure, list(axes.flat), title, path)
 
 
 def _plot_spectrum(path: Path, rows: Sequence[Row], data: Measured | None, model: str, shape: tuple[int, ...]) -> None:
@@ -219,9 +215,14 @@ def _sane(rows: Sequence[Row]) -> list[Row]:
     """Rows of at most ten times the least L1 at their K: one solver that diverges would hide all others."""
     least: dict[int, float] = {}
     for row in rows:
-        least[row.steps] = min(row.scores.get("l1") or math.inf, least.get(row.steps, math.inf))
-    found = [row for row in rows if not (row.scores.get("l1") or 0) > 10 * least[row.steps]]
-    return found or list(rows)
+        least[row.steps] = min(_far(row) or math.inf, least.get(row.steps, math.inf))
+    return [row for row in rows if _far(row) <= 10 * least[row.steps]]
+
+
+def _far(row: Row) -> float:
+    """L1, of which nan is the largest; 0 where it was not asked for."""
+    l1 = row.scores.get("l1") or 0.0
+    return math.inf if math.isnan(l1) else l1
 
 
 def _limits(axis: Any, values: Iterable[float | None], log: bool) -> None:

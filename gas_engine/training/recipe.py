@@ -49,19 +49,20 @@ class Recipe:
     def over(self, cycle: int) -> Recipe:
         """The recipe of a solver that is updated for ``cycle`` K in turn: as many updates for each, averaged alike.
 
-        The rate falls by sqrt(cycle): Adam divides a gradient that comes once in a cycle by sqrt(1 / cycle) of itself.
+        Adam, which sees all K with the same moments, divides a gradient that comes once in a cycle by sqrt(1 / cycle)
+        of itself, so its rate falls by that. SOAP has moments for each K.
         """
-        return replace(
-            self, iterations=self.iterations * cycle, rate=self.rate / cycle**0.5, ema=self.ema ** (1 / cycle)
-        )
+        rate = self.rate / cycle**0.5 if self.optimizer == "adam" else self.rate
+        return replace(self, iterations=self.iterations * cycle, rate=rate, ema=self.ema ** (1 / cycle))
 
     def optimizer_of(self, parameters: Iterable[Tensor], cycle: int = 1) -> torch.optim.Optimizer:
-        """The optimiser, whose moments reach back over as many cycles as else over updates."""
+        """The optimiser; Adam's moments reach back over as many cycles as else over updates."""
         found = OPTIMIZERS[self.optimizer](parameters, lr=self.rate)
         for group in found.param_groups:
-            group["betas"] = tuple(beta ** (1 / cycle) for beta in group["betas"])
-            if "covariance" in group:
-                group["covariance"] **= 1 / cycle
+            if "turns" in group:
+                group["turns"] = cycle
+            else:
+                group["betas"] = tuple(beta ** (1 / cycle) for beta in group["betas"])
         return found
 
 

@@ -45,14 +45,18 @@ def finish(
         facts = (
             {"prediction": denoiser.prediction, "guidance": 1.0}
             | denoiser.facts()
-            | {"loss": config.loss, "version": _version()}
+            | {
+                "loss": config.loss,
+                "version": _version(),
+                "train_seeds": None if _published(config) else config.train_seeds,
+            }
         )
         numbers = [{"l1": row.l1, "rmse": row.rmse, "psnr": row.psnr} for row in mine]
         by_steps = {str(one.steps): row for one, row in zip(students, numbers, strict=True)}
         metrics: dict[str, Any] = numbers[0] if len(numbers) == 1 else {"by_steps": by_steps}
         metrics["held_out_seeds"] = f"50000-{49_999 + len(held_out.noise)}"
         save_solver(student, directory.solver, model=denoiser.name, **facts, metrics=metrics)
-    theirs = [measured(one, name) for name, other in others for one in other.each()]
+    theirs = [(one.steps, measured(one, name)) for name, other in others for one in other.each()]
     classical: list[list[comparison.Distance]] = [[] for _ in students]
     if config.evaluation == "full":
         with progress() as bar:
@@ -96,17 +100,20 @@ def finish(
 
 
 def _rows(
-    students: Sequence[LearnedTimes], mine: list[comparison.Distance], theirs: list[comparison.Distance],
+    students: Sequence[LearnedTimes], mine: list[comparison.Distance], theirs: list[tuple[int, comparison.Distance]],
     classical: list[list[comparison.Distance]],
 ) -> tuple[list[comparison.Distance], list[comparison.Distance]]:  # fmt: skip
-    """The rows of the table, and those to draw: of several K the student's, each above the best classical solver's."""
+    """The rows of the table, and those to draw: of several K the student's, each above what else has that K, of the
+    classical solvers the best; ``theirs`` come with their K."""
     if len(students) == 1:
-        rows = [*mine, *theirs, *classical[0]]
+        rows = [*mine, *(row for _, row in theirs), *classical[0]]
         return rows, rows[: len(theirs) + 2]
     rows = []
     for one, row, best in zip(students, mine, classical, strict=True):
-        rows += [row, *(dataclasses.replace(b, setting=f"K = {one.steps}, {b.setting}") for b in best[:1])]
-    return rows + theirs, mine
+        rows += [row, *(other for steps, other in theirs if steps == one.steps)]
+        rows += [dataclasses.replace(b, setting=f"K = {one.steps}, {b.setting}") for b in best[:1]]
+    known = {one.steps for one in students}
+    return rows + [row for steps, row in theirs if steps not in known], mine
 
 
 def _family(config: Config) -> str:
@@ -160,6 +167,11 @@ def _model_options(config: Config) -> str:
     default = PlacedModelOptions()
     said = {"model": config.model} | {name: v for name, v in given.items() if v != getattr(default, name)}
     return " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in said.items())
+
+
+def _published(config: Config) -> bool:
+    """Whether the run learned from rows of a published set, which are no seeds."""
+    return config.teacher_set is not None and config.teacher_set.is_file()
 
 
 def _version() -> str:

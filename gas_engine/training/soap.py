@@ -19,7 +19,8 @@ class SOAP(torch.optim.Optimizer):
     coordinate at a time, crosses slowly. All n parameters together form one vector, so the covariance is n x n in
     float64: 12 kB for K = 4, 380 kB for K = 10; its eigenvectors are renewed every max(5, n / 20) steps. For larger
     problems use Adam. Parameters without a gradient wait; sets that take turns must share none, and each has a
-    covariance and moments of its own.
+    covariance and moments of its own. So has each ``turn`` (an option of the group) of losses that take turns on the
+    same parameters, ``turns`` of them: their gradients lie in subspaces of their own, where no other steps.
 
         optimizer = SOAP(solver.parameters(), lr=1e-2)
     """
@@ -28,7 +29,8 @@ class SOAP(torch.optim.Optimizer):
         self, params: Iterable[Tensor], lr: float, betas: tuple[float, float] = (0.9, 0.95), covariance: float = 0.95,
         eps: float = 1e-8,
     ) -> None:  # fmt: skip
-        super().__init__(params, {"lr": lr, "betas": betas, "covariance": covariance, "eps": eps})
+        options = {"lr": lr, "betas": betas, "covariance": covariance, "eps": eps, "turn": 0, "turns": 1}
+        super().__init__(params, options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -37,7 +39,8 @@ class SOAP(torch.optim.Optimizer):
         group = self.param_groups[0]
         params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
         gradient = torch.cat([p.grad.flatten() for p in params if p.grad is not None])
-        state = self.state[params[0]]
+        every, mark = self.state[params[0]], f"{group['turn']}." if group["turns"] > 1 else ""
+        state = {name.removeprefix(mark): value for name, value in every.items() if name.startswith(mark)}
         if not state:
             zeros = torch.zeros_like(gradient)
             square = torch.zeros(len(gradient), len(gradient), dtype=gradient.dtype)
@@ -45,7 +48,7 @@ class SOAP(torch.optim.Optimizer):
         state["step"] = state["step"] + 1
         step, (b1, b2), keep = int(state["step"]), group["betas"], group["covariance"]
         state["covariance"] = keep * state["covariance"] + (1 - keep) * torch.outer(gradient, gradient)
-        if step < 10 or step % max(5, len(gradient) // 20) == 0:
+        if step < 10 or step % max(5, len(gradient) // (20 * group["turns"])) == 0:
             # Contiguous, as a checkpoint gives it back: the order of strides decides how a product rounds.
             basis = torch.linalg.eigh(state["covariance"])[1].contiguous()
             # Second moments follow into the new basis as if the old coordinates were independent.
@@ -56,6 +59,7 @@ class SOAP(torch.optim.Optimizer):
         state["second"] = b2 * state["second"] + (1 - b2) * (basis.T @ gradient).square()
         first = basis.T @ state["first"] / (1 - b1**step)
         second = state["second"] / (1 - b2**step)
+        every.update({f"{mark}{name}": value for name, value in state.items()})
         update = basis @ (first / (second.sqrt() + group["eps"]))
         for p, part in zip(params, update.split([p.numel() for p in params]), strict=True):
             p -= group["lr"] * part.view_as(p)

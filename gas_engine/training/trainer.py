@@ -5,15 +5,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from ..conditioning import Conditioning, moved, take
+from ..conditioning import moved, take
 from ..denoiser import Denoiser, seeded
 from ..distributed import ALONE, Group
 from ..execution import Execution, out_of_memory
@@ -23,7 +21,8 @@ from ..memory import offload, phase
 from ..rollout import rollout
 from ..solvers import LearnedTimes
 from ..watch import Watch
-from .adversary import FRESH, Adversary
+from .adversary import Adversary
+from .batches import Batch, Batches
 from .best import Best
 from .directory import load_optimizer, optimizer_tensors, under
 from .means import Means
@@ -39,19 +38,6 @@ class NotFinite(ValueError):
 
 class OutOfMemory(ValueError):
     """Raised when the cheapest way to run an update does not fit either."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """This rank's part of what one update sees: rows of the teacher set, with their noise, conditions and targets
-    [B, *shape], seeds of noise that nobody has seen, and its share of the whole batch."""
-
-    rows: list[int]
-    noise: Tensor
-    cond: Any
-    targets: Tensor
-    fresh: list[int]
-    share: float
 
 
 class Trainer:
@@ -73,8 +59,9 @@ class Trainer:
         adversary: Adversary | None = None, group: Group = ALONE, stored: tuple[Tensor, Any] | None = None,
     ) -> None:  # fmt: skip
         self.denoiser, self.solver, self.average = denoiser, solver, deepcopy(solver).requires_grad_(False)
-        self.seeds, self.targets, self.loss, self.recipe, self.stored = seeds, targets, loss, recipe, stored
-        self.seed, self.device, self.group = seed, device or torch.device("cpu"), group
+        self.loss, self.recipe, self.seed, self.group = loss, recipe, seed, group
+        self.device = device or torch.device("cpu")
+        self.batches = Batches(denoiser, seeds, targets, stored, recipe.batch, seed, self.device, group)
         self.adversary, self.watch = adversary, Watch(solver.times())
         self.means = Means() if adversary is None else adversary.means
         if adversary is not None:
@@ -84,7 +71,6 @@ class Trainer:
         self.notices: list[str] = []
         self.optimizer = recipe.optimizer_of(solver.parameters(), len(solver.steps_range))
         self.best = Best()
-        self._epoch, self._permutation = -1, list[int]()
         self.step, self.skipped, self.skipped_in_a_row, self.rollbacks = 0, 0, 0, 0
 
     @property
@@ -107,39 +93,6 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + cycle)
         return choices[int(torch.randperm(len(choices), generator=generator)[place])]
 
-    def rows(self, step: int) -> list[int]:
-        """Rows of the teacher set in the batch of update ``step``: shuffled epochs, wrapped at their ends."""
-        count, batch = len(self.seeds), self.recipe.batch
-        picked: list[int] = []
-        for position in range(step * batch, (step + 1) * batch):
-            epoch, index = divmod(position, count)
-            picked.append(self._order(epoch)[index])
-        return picked
-
-    def _order(self, epoch: int) -> list[int]:
-        if self._epoch != epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(len(self.seeds), generator=generator).tolist()
-        return self._permutation
-
-    def batch(self, step: int) -> Batch:
-        """This rank's part of the batch of update ``step``, on the device."""
-        rows = self.rows(step)
-        part = self.group.part(len(rows))
-        mine, fresh = rows[part], [*range(FRESH + step * len(rows), FRESH + (step + 1) * len(rows))][part]
-        noise, cond = self._inputs(mine or [0])
-        noise, targets = noise[: len(mine)], self.targets[mine]  # a rank may have no rows
-        noise, targets, cond = moved((noise, targets, cond), self.device)
-        return Batch(mine, noise, cond, targets, fresh, len(mine) / len(rows))
-
-    def _inputs(self, rows: list[int]) -> tuple[Tensor, Any]:
-        if self.stored is None:
-            return seeded(self.denoiser, [self.seeds[row] for row in rows])
-        noise, cond = self.stored
-        if isinstance(cond, Conditioning):
-            return noise[rows], cond.draw(rows, [torch.Generator().manual_seed(row) for row in rows])
-        return noise[rows], tree_map(lambda values: values[rows], cond)
-
     def update(self) -> Tensor:
         """One update; returns the loss (a scalar on the device, not read here, so that nothing waits for it).
 
@@ -150,7 +103,7 @@ class Trainer:
             raise NotFinite(f"the solver's parameters are not finite after update {self.step}; {self._advice}")
         torch.manual_seed(self.seed * 1_000_003 + self.step)  # for networks that draw from the global generators
         trained = self._take_turn()
-        batch = self._enough(lambda: self.batch(self.step))
+        batch = self._enough(lambda: self.batches.at(self.step))
         adversary = self.adversary if self.adversary is not None and self.adversary.active(self.step) else None
         if adversary is not None:
             fakes = partial(self.samples, batch.fresh, batch.cond)
@@ -166,7 +119,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         with phase("optimiser"):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate_at(self.step - 1)
+                group.update(lr=self.rate_at(self.step - 1), turn=self.steps(self.step - 1))
             self.optimizer.step()
             decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
@@ -199,7 +152,7 @@ class Trainer:
 
         def loss(x: Tensor, part: slice) -> Tensor:
             values = self.loss(x, batch.targets[part], batch.rows[part])
-            self.means.add("distillation", weight * values.detach())
+            self.means.add("distillation", values.detach())
             values = values if adversary is None else values + adversary.loss(x, batch.targets, part)
             return _telling(weight * values)
 

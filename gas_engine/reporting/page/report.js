@@ -2,7 +2,7 @@
 
 const runs = data.runs;
 const state = { run: 0, step: null };
-const FAMILY = { gs: "Generalized Solver", gas: "Generalized Adversarial Solver", belm: "reversible solver (BELM)", s4s: "S4S", "s4s-alt": "S4S-Alt", ld3: "LD3", bns: "BNS", dyweight: "DyWeight", linear: "linear solver" };
+const FAMILY = { gs: "Generalized Solver", gas: "Generalized Adversarial Solver", belm: "reversible solver (BELM)", s4s: "S4S", "s4s-alt": "S4S-Alt", ld3: "LD3", bns: "BNS", dyweight: "DyWeight" };
 
 function theme() {
   const root = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)");
@@ -36,13 +36,13 @@ function lead(run) {
   const what = [`${FAMILY[run.family] || run.family} of `, h("strong", {}, `${run.steps} evaluations`), ` for ${run.model}`,
     teacher.steps ? `, learned from a teacher of ${teacher.steps} (${teacher.solver})` : "", ". "];
   if (!found) return h("p", { class: "lead" }, what, `The run is ${progressOf(run)}.`);
-  return h("p", { class: "lead" }, what, found.best ? [`Its samples are `, h("strong", {}, `${number(found.ratio)} times nearer`),
+  return h("p", { class: "lead" }, what, found.best ? [`${found.at ? `With ${found.at} evaluations its` : "Its"} samples are `, h("strong", {}, `${number(found.ratio)} times nearer`),
     ` to the teacher's than those of ${found.best.solver}, the best classical solver with as many.`] : "");
 }
 
 function tiles(run) {
   const found = verdict(run), solver = run.solver.missing ? null : run.solver, most = peak(run), tile = [];
-  if (found) tile.push(["L1 to the teacher", number(found.l1), found.best ? `${found.best.solver}: ${number(Number(found.best.l1))}` : "on held-out seeds"]);
+  if (found) tile.push([`L1 to the teacher${found.at && `, K = ${found.at}`}`, number(found.l1), found.best ? `${found.best.solver}: ${number(Number(found.best.l1))}` : "on held-out seeds"]);
   else if (last(run, "distance") !== undefined) tile.push(["L1 to the teacher", number(last(run, "distance")), "on selection seeds, so far"]);
   if (found && found.mine.psnr) tile.push(["PSNR", `${cell(found.mine.psnr)} dB`, found.best ? `${found.best.solver}: ${cell(found.best.psnr)} dB` : ""]);
   tile.push(["Network evaluations", `${run.steps}`, run.teacher?.steps ? `teacher: ${run.teacher.steps}` : ""]);
@@ -55,7 +55,7 @@ function tiles(run) {
 function overview() {
   const rows = runs.map((run) => {
     const found = verdict(run);
-    return [run.name, run.model, run.family, `${run.steps}`, number(run.updates), found ? number(found.l1) : last(run, "distance") !== undefined ? `${number(last(run, "distance"))} so far` : "–",
+    return [run.name, run.model, run.family, `${run.steps}`, number(run.updates), found ? number(found.l1) + (found.at && ` at K = ${found.at}`) : last(run, "distance") !== undefined ? `${number(last(run, "distance"))} so far` : "–",
       found ? cell(found.mine.psnr) : "–", found?.best ? `${found.best.solver}, ${number(Number(found.best.l1))}` : "–", found?.ratio ? `${found.ratio.toFixed(2)}×` : "–",
       peak(run) ? bytes(peak(run)) : "–", run.finished ? "finished" : "not finished"];
   });

@@ -21,28 +21,33 @@ function records(part) {
   return part.missing ? [] : part.rows.map((row) => Object.fromEntries(part.columns.map((name, i) => [name, row[i]])));
 }
 
-// Ours, the best of the classical solvers, and how many times nearer ours is.
+// Of a run of several K, that of a row; "" in a run of one.
+const stepsOf = (row) => /^K = (\d+)/.exec(row.setting || "")?.[1] ?? "";
+
+// Ours, the best of the classical solvers of as many evaluations, and how many times nearer ours is; of several K, the
+// fewest ("at").
 function verdict(run) {
   const rows = records(run.comparison), mine = rows[0];
   if (!mine) return null;
-  const classical = rows.filter((row) => row.solver !== "teacher" && /(grid|uniform|quadratic|logSNR|karras)/.test(row.setting || ""));
+  const classical = rows.filter((row) => row.solver !== "teacher" && stepsOf(row) === stepsOf(mine) && /(grid|uniform|quadratic|logSNR|karras)/.test(row.setting || ""));
   const best = classical.reduce((a, b) => (a && Number(a.l1) <= Number(b.l1) ? a : b), null);
-  return { mine, best, l1: Number(mine.l1), ratio: best && Number(best.l1) / Number(mine.l1) };
+  return { mine, best, at: stepsOf(mine), l1: Number(mine.l1), ratio: best && Number(best.l1) / Number(mine.l1) };
 }
 
 function comparison(run) {
   const part = run.comparison;
   if (part.missing) return [missing(part)];
-  const first = part.columns.indexOf("l1"), mine = first >= 0 ? Number(part.rows[0][first]) : NaN;
+  const all = records(part), own = all.filter((row) => row.solver === all[0].solver);
+  const mine = (row) => Number((own.find((one) => stepsOf(one) === stepsOf(row)) || own[0]).l1);
   const shown = part.columns.map((_, i) => i).filter((i) => part.rows.some((row) => row[i] !== ""));
   const columns = shown.map((i) => HEADS[part.columns[i]] || part.columns[i]);
   const rows = part.rows.map((row) => shown.map((i) => (i ? cell(row[i]) : row[i])));
-  if (mine > 0) {
+  if (own.every((row) => Number(row.l1) > 0)) {
     columns.push("L1 / ours");
-    rows.forEach((row, r) => row.push(part.rows[r][0] === "teacher" ? "–" : `${(Number(part.rows[r][first]) / mine).toFixed(2)}×`));
+    rows.forEach((row, r) => row.push(all[r].solver === "teacher" ? "–" : `${(Number(all[r].l1) / mine(all[r])).toFixed(2)}×`));
   }
   const fd = part.columns.includes("fd_data") && part.rows.some((row) => row[part.columns.indexOf("fd_data")] !== "");
-  return [table(columns, rows, { ours: (_, r) => r === 0, wrap: [1], caption: "Distance to the teacher's samples on held-out seeds; smaller is nearer, except PSNR." }),
+  return [table(columns, rows, { ours: (_, r) => own.includes(all[r]), wrap: [1], caption: "Distance to the teacher's samples on held-out seeds; smaller is nearer, except PSNR." }),
     fd && h("p", { class: "note" }, "FD: Fréchet distance on features, in their own units.")];
 }
 
