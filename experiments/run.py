@@ -97,7 +97,7 @@ def _run(
                 bar.console.print(f"{seconds:7.1f} s  {job.out}", soft_wrap=True, highlight=False)
             for experiment in chosen:
                 if job in experiment.jobs and all(other.done for other in experiment.jobs):
-                    _collect(experiment, chosen, results)
+                    _collect(experiment, every, results)
                     render(every, results)
 
         failures = run_all(todo, processes, threads, said)
@@ -118,8 +118,9 @@ def _collect(experiment: Experiment, every: Sequence[Experiment], results: Path)
             if facts.get("finished"):
                 first = commands.get(job.command, {}).get("experiment", other.name)
                 commands[job.command] = {"experiment": first, **{name: str(value) for name, value in facts.items()}}
+    known = {job.command for other in every for job in in_order(other.jobs)}
     if commands:
-        tables.write(results / "commands.csv", [*commands.values()])
+        tables.write(results / "commands.csv", [row for row in commands.values() if row["command"] in known])
 
 
 def render(every: Sequence[Experiment], results: Path) -> None:
