@@ -170,11 +170,11 @@ def _bases(setting: Setting, main: dict) -> Experiment:
         "base", "The base solver beneath the corrections",
         "An open question of the paper, whose base is DPM-Solver++(3M): does GS gain from another?",
         learned=runs, evaluations=(evaluate(setting, "evaluation-base", [*runs.values()]),),
-        table=("l1", "fd_teacher"), over="steps",
+        table=("l1", "rmse", "fd_teacher"),
         claims=(Claim("DPM-Solver++(3M) is the nearest.",
                       below("dpmpp3m", [base for base in BASES if base != "dpmpp3m"]),
-                      "It is in FD to the teacher. From the worst base to the best, L1 falls by a sixth: after these short "
-                      "runs GS hangs little on its base."),),
+                      "It is in FD to the teacher. From the worst base to the best, L1 falls by a sixth: after these "
+                      "short runs GS hangs little on its base."),),
     )  # fmt: skip
 
 
