@@ -82,6 +82,7 @@ def _bars(axis: Axes, rows: Sequence[Row], metric: str) -> None:
         axis.annotate(f"{value:.3g}", (value, n), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
     axis.set_yticks(range(len(shown)), names, fontsize=8)
     axis.set_xlim(0, 1.18 * sorted(values)[-2 if len(values) > 8 else -1])
+    axis.locator_params(axis="x", nbins=5)
     axis.invert_yaxis()
 
 

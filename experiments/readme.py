@@ -67,7 +67,7 @@ def students(results: Path) -> str:
 def belm(results: Path) -> str:
     """The Generalized Solver beside a reversible student, and what its residual codes hold."""
     solvers = {row["steps"]: row for row in read(results / "longer.csv") if row["label"] == "GS"}
-    reversible = {row["steps"]: row for row in read(BELM)}
+    reversible = {row["steps"]: row for row in read(BELM) if row["student"] == "belm"}
     steps = [k for k in reversible if k in solvers]
     if not steps:
         return ""
