@@ -28,7 +28,7 @@ from gas_engine.losses import distillation_loss
 from gas_engine.memory import checkpoint_blocks, lean, shard_weights
 from gas_engine.networks import discriminator_for
 from gas_engine.solvers.named import named_solver
-from gas_engine.training import setup, trainer
+from gas_engine.training import batches, setup, trainer
 from gas_engine.training.adversary import Adversarial, Adversary
 from gas_engine.training.recipe import Recipe
 from gas_engine.training.trainer import Trainer
@@ -70,8 +70,9 @@ def flat(solver: torch.nn.Module) -> torch.Tensor:
 def in_float64() -> contextlib.AbstractContextManager[Any]:
     """Noise of seeds as float64."""
     original, patched = trainer.seeded, contextlib.ExitStack()
-    trainer.seeded = lambda denoiser, seeds, **_: (original(denoiser, seeds)[0].double(), None)
-    patched.callback(setattr, trainer, "seeded", original)
+    for module in (trainer, batches):
+        module.seeded = lambda denoiser, seeds, **_: (original(denoiser, seeds)[0].double(), None)
+        patched.callback(setattr, module, "seeded", original)
     return patched
 
 
@@ -81,7 +82,7 @@ def twenty_updates(group: Group) -> dict[int, dict[str, torch.Tensor]]:
     with in_float64():
         for batch in (4, 5, 1):
             fit = toy_trainer(batch, group)
-            part = fit.batch(0)
+            part = fit.batches.at(0)
             group.mean_(fit.solver.parameters(), fit._gradient(part, None), part.share)
             gradient = torch.cat([p.grad.flatten() for p in fit.solver.parameters()])
             losses = torch.stack([loss.double() for _, loss in fit])

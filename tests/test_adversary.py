@@ -64,7 +64,8 @@ def sample(denoiser, x, tableau):
 )
 def test_iterations_are_those_written_out(tiny, monkeypatch, kind, fakes):
     """Parameters of solver and discriminator after three updates, in float64, by plain autograd through everything."""
-    monkeypatch.setattr("gas_engine.training.batches.seeded", doubles)
+    for module in ("batches", "trainer"):
+        monkeypatch.setattr(f"gas_engine.training.{module}.seeded", doubles)
     denoiser, network = tiny(1e-3), discriminator().double()
     execution = Execution(MemoryPolicy(1), micro_batch=3)
     trainer = trainer_of(denoiser, execution=execution, network=network, kind=kind, fakes=fakes, gamma=0.3)
