@@ -17,6 +17,7 @@ from gas_engine import Denoiser, load_solver, train
 from gas_engine.execution import Execution
 from gas_engine.losses import distillation_loss
 from gas_engine.training.adversary import Adversarial, Adversary
+from gas_engine.training.batches import Batches
 from gas_engine.training.directory import RunDirectory
 from gas_engine.training.loop import resume
 from gas_engine.training.loop import train as loop
@@ -26,13 +27,13 @@ from gas_engine.training.trainer import NotFinite, Trainer
 @pytest.fixture
 def at_update(monkeypatch):
     """``at_update(n, act)``: call ``act`` when an update begins that n were done before."""
-    acts, real = {}, Trainer.batch
+    acts, real = {}, Batches.at
 
-    def batch(trainer, step):
+    def batch(batches, step):
         acts.pop(step, lambda: None)()
-        return real(trainer, step)
+        return real(batches, step)
 
-    monkeypatch.setattr(Trainer, "batch", batch)
+    monkeypatch.setattr(Batches, "at", batch)
     return acts.__setitem__
 
 
