@@ -38,7 +38,7 @@ def digits(results: Path) -> str:
     if not mine or not others:
         return ""
     found = {label: {int(row["steps"]): row for row in rows if row["label"] == label} for label in others}
-    others.sort(key=lambda label: float(found[label][steps[0]]["l1"]))
+    others.sort(key=lambda label: (float(found[label][steps[0]]["l1"]), label))
     lines = [["L1 / RMSE to the teacher", *(f"K = {k}" for k in steps)]]
     lines.append(["**learned**", *(_pair(mine.get(k)) for k in steps)])
     lines += [[label, *(_pair(found[label].get(k)) for k in steps)] for label in others]

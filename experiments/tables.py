@@ -198,7 +198,7 @@ def over(rows: Sequence[Row], metric: str, column: str) -> str:
         found.setdefault(row["label"], {})[row[column]] = row[metric]
     classical = {row["label"] for row in rows if row.get("kind") == "classical"}
     order = [label for label in found if label not in classical]
-    order += sorted(classical, key=lambda label: float(found[label].get(values[0], "inf")))
+    order += sorted(classical, key=lambda label: (float(found[label].get(values[0], "inf")), label))
     best = {v: min(float(cells[v]) for cells in found.values() if v in cells) for v in values}
     head = [f"{'K =' if column == 'steps' else column.replace('_', ' ')} {v}" for v in values]
     lines = [[TITLES.get(metric, metric), *head]]

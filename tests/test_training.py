@@ -150,7 +150,7 @@ def test_an_update_waits_for_its_gradient_alone(micro_batch, monkeypatch):
     network = torch.nn.Conv2d(2, 2, 3, padding=1).to("meta").requires_grad_(False)
     denoiser = Denoiser(lambda x, t, cond: network(x), toy.mixture().schedule, "data", toy.SHAPE, network=network)
     trainer = toy_trainer(denoiser, Execution(micro_batch=micro_batch))
-    trainer.device = torch.device("meta")
+    trainer.device = trainer.batches.device = torch.device("meta")
     with Waits() as waits:
         loss = trainer.update()
         trainer.update()
