@@ -46,6 +46,7 @@ def smaller(words: list[str]) -> list[str]:
 def run(monkeypatch, words: list[str]) -> None:
     """Run a command as its words stand; it must not fail."""
     monkeypatch.setattr(sys, "argv", ["gas-engine", *words])
+    sys.modules.pop("mymodel", None)  # another page's may be of the same name
     try:
         command_line.main()
     except SystemExit as stop:
