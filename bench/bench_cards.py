@@ -1,14 +1,17 @@
-"""One training gradient of full-size networks within the memory of small cards: the plan's bytes, and a device's.
+"""One training update of full-size networks within the memory of small cards: the plan's bytes, and a device's.
 
-The networks have random weights. Without a CUDA device the predicted bytes are the figure, marked so; with one, the
-allocator is capped at the card's size and the gradient is held against one in float32 without a cap.
+A GS update is the solver's gradient; a GAS update also steps a discriminator of latents, its moments included. Networks
+have random bfloat16 weights. Without a CUDA device the predicted bytes are the figure, marked so; with one, the
+allocator is capped at the card's size, and the gradient is held against one in float32 without a cap.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,25 +20,36 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from gas_engine import Denoiser, GeneralizedSolver, guided
+from gas_engine import Denoiser, GeneralizedSolver, MemoryPolicy, guided
 from gas_engine.architectures import Architecture, architecture
+from gas_engine.costs import Probe
 from gas_engine.execution import Execution, Weights
 from gas_engine.gradients import loss_backward
+from gas_engine.losses import distillation_loss
+from gas_engine.networks import R3GANDiscriminator, discriminator_for
 from gas_engine.planner import Plan, plan
+from gas_engine.training.adversary import Adversarial, Adversary
+from gas_engine.training.recipe import Recipe
+from gas_engine.training.trainer import Trainer
 
-STEPS, BATCH = 6, 1
-GIB = 2**30
+STEPS, BATCH, GIB = 6, 1, 2**30
+ROOM = 0.97  # of a card: a capped allocator counts its own rounding and the libraries' workspaces too
 CARDS: list[tuple[str, int, Weights]] = [
-    ("sd15", 3, "resident"), ("sdxl", 6, "resident"), ("flux", 14, "int8"), ("flux", 10, "streamed"),
+    ("sd15", 3, "resident"), ("sdxl", 6, "resident"),
+    ("flux", 14, "int8"), ("flux", 10, "streamed"), ("flux", 10, "nf4"),
 ]  # fmt: skip
+CUDA = torch.cuda.is_available()
+# Evaluations of the gradient that is compared with float32: FLUX in float32 takes seconds for each.
+COMPARED = {"flux": 2}
 
 
-def model(entry: Architecture, small: bool, device: str, dtype: torch.dtype) -> tuple[Denoiser, Any]:
-    """The network, which computes in its own dtype and returns it, and a condition."""
+def model(entry: Architecture, small: bool, device: str) -> tuple[Denoiser, Any]:
+    """The network in bfloat16, always the same, and a condition."""
+    torch.manual_seed(0)
     with torch.device(device):
-        denoiser = entry.denoiser(small).to(dtype)
+        denoiser = entry.denoiser(small).to(torch.bfloat16)
         cond, null = entry.cond(BATCH, small), entry.null_cond(1, small)
-    cond, null = (tree_map(lambda c: _to(c, dtype), v) for v in (cond, null))
+    cond, null = (tree_map(lambda c: _to(c, torch.bfloat16), v) for v in (cond, null))
     return guided(denoiser, 5.0, null) if entry.guided else denoiser, cond
 
 
@@ -43,27 +57,84 @@ def _to(leaf: Any, dtype: torch.dtype) -> Any:
     return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
-def gradient(denoiser: Denoiser, execution: Execution, x: Tensor, cond: Any) -> tuple[Tensor, float]:
-    """The gradient of a solver's parameters, and seconds; states are float32, the network has its own precision."""
-    solver = GeneralizedSolver(STEPS, denoiser.schedule, start="quadratic")
-    view, begun = execution.view(denoiser), time.perf_counter()
-    loss_backward(
-        view, x, solver.tableau(denoiser.prediction), lambda y, rows: y.abs().flatten(1).mean(1), cond,
-        execution.memory, execution.micro_batch,
-    )  # fmt: skip
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return torch.cat([p.grad.flatten() for p in solver.parameters() if p.grad is not None]), time.perf_counter() - begun
+def discriminator(shape: tuple[int, ...], small: bool) -> R3GANDiscriminator:
+    return R3GANDiscriminator([16] * 3, [4] * 3, [1] * 3, channels=shape[0]) if small else discriminator_for(shape)
 
 
-def predicted(entry: Architecture, small: bool, dtype: torch.dtype, gib: int, weights: Weights) -> Plan:
+@functools.lru_cache(1)
+def probed(name: str, small: bool) -> tuple[Denoiser, Probe]:
+    """The network in fake tensors, measured once for all that is planned with it."""
+    entry = architecture(name)
     with FakeTensorMode(allow_non_fake_inputs=True):
         denoiser = entry.denoiser(small)
     cond = entry.cond(1, small)
+    probe = Probe(denoiser, cond, torch.bfloat16)
+    return guided(denoiser, 5.0, entry.null_cond(1, small)) if entry.guided else denoiser, probe
+
+
+def predicted(name: str, small: bool, gib: int, weights: Weights, adversary: Adversary | None) -> Plan:
+    denoiser, probe = probed(name, small)
+    assert denoiser.shape is not None
+    beside = functools.partial(adversary.fitted, denoiser.shape, BATCH, STEPS) if adversary else None
+    room = int(gib * GIB * ROOM)
+    return plan(
+        denoiser, STEPS, BATCH, room, cond=probe.cond, weights=(weights,), blocks=("auto",), probe=probe, beside=beside
+    ).choice
+
+
+@contextmanager
+def capped(gib: int) -> Iterator[None]:
+    """The allocator gives out no more than this."""
+    gc.collect()
+    if not CUDA:
+        yield
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(gib * GIB / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def updates(trainer: Trainer) -> tuple[float, float]:
+    """Seconds of a second update, and GiB at most given out in both, all that the device holds included."""
+    trainer.update()
+    begun = time.perf_counter()
+    trainer.update()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun, torch.cuda.max_memory_allocated() / GIB if CUDA else 0.0
+
+
+def gradient(denoiser: Denoiser, execution: Execution, x: Tensor, cond: Any, steps: int) -> Tensor:
+    """The gradient of a solver's parameters; states are float32, the network has its own precision."""
+    solver = GeneralizedSolver(steps, denoiser.schedule, start="quadratic")
+    loss_backward(
+        execution.view(denoiser), x, solver.tableau(denoiser.prediction), lambda y, rows: y.abs().flatten(1).mean(1),
+        cond, execution.memory, execution.micro_batch,
+    )  # fmt: skip
+    return torch.cat([p.grad.flatten() for p in solver.parameters() if p.grad is not None])
+
+
+@functools.lru_cache(1)
+def exact_gradient(name: str, small: bool, device: str) -> Tensor:
+    """The same gradient of the same weights in float32 arithmetic, without a cap or TF32."""
+    entry = architecture(name)
+    denoiser, cond = model(entry, small, device)
+    wide, cond = denoiser.base.float(), tree_map(lambda c: _to(c, torch.float32), cond)
     if entry.guided:
-        denoiser = guided(denoiser, 5.0, entry.null_cond(1, small))
-    # A capped allocator counts its own rounding and the libraries' workspaces too.
-    return plan(denoiser, STEPS, BATCH, int(gib * GIB / 1.03), cond=cond, dtype=dtype, weights=(weights,)).choice
+        wide = guided(wide, 5.0, tree_map(lambda c: _to(c, torch.float32).to(device), entry.null_cond(1, small)))
+    x = noise(entry, small, device)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        way = Execution(MemoryPolicy(1), lean=True, blocks="auto")
+        return gradient(wide, way, x, cond, COMPARED.get(name, STEPS))
+
+
+def noise(entry: Architecture, small: bool, device: str) -> Tensor:
+    shape = entry.small_shape if small else entry.shape
+    return torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 @pytest.mark.parametrize(("name", "gib", "weights"), CARDS, ids=lambda v: str(v))
@@ -71,43 +142,49 @@ def bench_card(
     bench_record: Callable[..., None], benchmark: Any, smoke: bool, name: str, gib: int, weights: Weights
 ) -> None:
     pytest.importorskip("diffusers", reason="needs diffusers: pip install diffusers")
-    if weights == "int8" and (smoke or torch.cuda.is_available()):
+    if weights == "int8" and (smoke or CUDA):
         pytest.importorskip("torchao", reason="needs torchao: pip install torchao")
-    entry, dtype = architecture(name), torch.bfloat16
-    chosen = predicted(entry, smoke, dtype, gib, weights)
-    row = {
-        "name": entry.title, "card_gib": gib, "weights": weights, "dtype": "bfloat16", "steps": STEPS, "batch": BATCH,
-        "guided": entry.guided, "plan": str(chosen.execution), "predicted_gib": round(chosen.bytes / GIB, 3),
-    }  # fmt: skip
-    assert chosen.bytes <= gib * GIB / 1.03
+    entry, device = architecture(name), "cuda" if CUDA else "cpu"
     benchmark.pedantic(lambda: None, rounds=1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not smoke:
-        bench_record("cards", "cpu", **row, measured="no device: predicted")
+    shape = entry.small_shape if smoke else entry.shape
+    networks = {"GS": None, "GAS": Adversary(discriminator(shape, smoke), Adversarial())}
+    chosen = {kind: predicted(name, smoke, gib, weights, adversary) for kind, adversary in networks.items()}
+    rows = {
+        kind: {
+            "name": entry.title, "kind": kind, "card_gib": gib, "weights": weights, "dtype": "bfloat16", "steps": STEPS,
+            "batch": BATCH, "guided": entry.guided, "plan": str(way.execution),
+            "predicted_gib": round(way.bytes / GIB, 3),
+        }
+        for kind, way in chosen.items()
+    }  # fmt: skip
+    if not CUDA and not smoke:
+        for row in rows.values():
+            bench_record("cards", "cpu", **row, measured_gib="no device: predicted")
         return
-    denoiser, cond = model(entry, smoke, device, dtype)
-    x = torch.randn(BATCH, *denoiser.shape, device=device)  # type: ignore[misc]
-    placed = chosen.execution.place(denoiser.to("cpu") if weights == "streamed" else denoiser, device)
+    wanted = exact_gradient(name, smoke, device)
+    denoiser, cond = model(entry, smoke, device)
+    first = chosen["GS"].execution
+    placed = first.place(denoiser.to("cpu") if weights == "streamed" else denoiser, device)
     del denoiser
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        gradient(placed, chosen.execution, x, cond)
-        got, seconds = gradient(placed, chosen.execution, x, cond)
-        peak = torch.cuda.max_memory_allocated() / GIB if device == "cuda" else 0.0
-    finally:
-        if device == "cuda":
-            torch.cuda.set_per_process_memory_fraction(1.0)
-    error: float | str = ""
-    if weights == "resident":
-        exact, cond = placed.base.float(), tree_map(lambda c: _to(c, torch.float32), cond)
-        reference = guided(exact, 5.0, tree_map(lambda c: _to(c, torch.float32).to(device), entry.null_cond(1, smoke)))
-        wanted, _ = gradient(reference, Execution(), x, cond)
-        error = float(f"{float((got - wanted).norm() / wanted.norm()):.2g}")
-    bench_record(
-        "cards", device, **row, measured_gib=round(peak, 3), seconds=round(seconds, 3), gradient_error=error
-    )  # fmt: skip
+    x, stored = noise(entry, smoke, device), (noise(entry, smoke, "cpu"), tree_map(lambda c: _cpu(c), cond))
+    for kind, way in chosen.items():
+        adversary = None if kind == "GS" else Adversary(discriminator(shape, smoke), networks["GAS"].settings, device)
+        trainer = Trainer(
+            placed, GeneralizedSolver(STEPS, placed.schedule, start="quadratic"), [0], torch.zeros(1, *shape),
+            distillation_loss("l1"), Recipe(3, BATCH, 1e-4, "constant", ema=0.99, start_grid=""), way.execution,
+            device=torch.device(device), adversary=adversary, stored=stored,
+        )  # fmt: skip
+        with capped(gib):
+            seconds, peak = updates(trainer)
+        assert not trainer.notices, trainer.notices
+        del trainer, adversary
+        rows[kind] |= {"measured_gib": round(peak, 3), "seconds": round(seconds, 3)}
+    with capped(gib):
+        got = gradient(placed, first, x, cond, COMPARED.get(name, STEPS))
+    for kind, row in rows.items():
+        error = float(f"{float((got - wanted).norm() / wanted.norm()):.2g}") if kind == "GS" else ""
+        bench_record("cards", device, **row, gradient_error=error)
+
+
+def _cpu(leaf: Any) -> Any:
+    return leaf.cpu() if isinstance(leaf, Tensor) else leaf

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_ops import DEVICES
+from devices import sizes_on_devices
 from torch import Tensor
 
 from gas_engine import ops
@@ -23,11 +23,13 @@ def stock_silu_mul(x: Tensor) -> Tensor:
     return F.silu(gate) * value
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("size", "device"), sizes_on_devices(["1024x2560"], ["16384x10240"]))
 @pytest.mark.parametrize("op", ["geglu", "silu_mul"])
-def bench_glu(compare: Callable[..., None], smoke: bool, op: str, dtype: torch.dtype, device: str) -> None:
-    shape = (3, 10) if smoke else (1024, 2 * 1280)  # the feed-forward of SD 1.5 at 32x32
+def bench_glu(compare: Callable[..., None], smoke: bool, op: str, size: str, dtype: torch.dtype, device: str) -> None:
+    shape = (
+        (3, 10) if smoke else tuple(map(int, size.split("x")))
+    )  # the feed-forward of SD 1.5 at 32x32, and a large one
     x = torch.randn(shape).to(device, dtype).requires_grad_()
     g = torch.randn(shape[0], shape[1] // 2).to(device, dtype)
 
@@ -36,4 +38,5 @@ def bench_glu(compare: Callable[..., None], smoke: bool, op: str, dtype: torch.d
 
     stock = stock_geglu if op == "geglu" else stock_silu_mul
     callables = {"native": both(getattr(ops, op)), "stock": both(stock)}
-    compare("ops", callables, 30, device, op=op, J="", size="x".join(map(str, shape)), dtype=str(dtype)[6:])
+    moved = {"native": 3 * x.nbytes + 2 * g.nbytes}  # x, y; x, g, dx
+    compare("ops", callables, 30, device, moved, op=op, J="", size=size, dtype=str(dtype)[6:])

@@ -7,43 +7,35 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import sizes_on_devices
 from torch import Tensor
 
 from gas_engine import ops
 
 GROUPS = 32
-SHAPES = [(24, 128, 32, 32), (8, 256, 16, 16), (4, 128, 64, 64)]
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run bench/gpu.sh on one"),
-        ],
-    ),
-]
+SHAPES = {"24x128x32x32": (24, 128, 32, 32), "8x256x16x16": (8, 256, 16, 16), "4x128x64x64": (4, 128, 64, 64)}
+SHAPES |= {"32x320x64x64": (32, 320, 64, 64)}
+CASES = sizes_on_devices([*SHAPES][:3], [*SHAPES][3:])
 
 
 def step(function: Callable[..., Tensor], g: Tensor, inputs: list[Tensor]) -> Callable[[], object]:
     return lambda: torch.autograd.grad(function(*inputs), inputs, g)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("form", ["plain", "adaptive"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(("size", "device"), CASES)
 def bench_group_norm_silu(
     compare: Callable[..., None],
     smoke: bool,
-    shape: tuple[int, ...],
+    size: str,
     form: str,
     dtype: torch.dtype,
     layout: str,
     device: str,
 ) -> None:
-    shape = (2, GROUPS, 3, 3) if smoke else shape
+    shape = (2, GROUPS, 3, 3) if smoke else SHAPES[size]
     generator = torch.Generator().manual_seed(0)
 
     def new(*shape: int) -> Tensor:
@@ -68,8 +60,9 @@ def bench_group_norm_silu(
         {"native": step(native, g, inputs), "stock PyTorch": step(stock, g, inputs)},
         30,
         device,
+        {"native": 5 * x.nbytes},  # x, y; x, g, dx
         op="group_norm_silu",
-        size="x".join(map(str, shape)),
+        size=size,
         form=form,
         layout=layout,
         dtype=str(dtype)[6:],

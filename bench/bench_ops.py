@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from devices import DEVICES, sizes_on_devices
 from torch import Tensor
 
 from gas_engine import ops
@@ -13,17 +14,8 @@ from gas_engine.ops import _samples
 
 J = 10
 # Ten states of 16 MiB: memory-bound. A CIFAR-10 batch of 24: in cache, where calls and launches show.
-SHAPES = {"16MiB": (4, 2**20), "24x3x32x32": (24, 3, 32, 32)}
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run bench/gpu.sh on one"),
-        ],
-    ),
-]
+SHAPES = {"16MiB": (4, 2**20), "24x3x32x32": (24, 3, 32, 32), "128MiB": (32, 2**20)}
+CASES = sizes_on_devices(["16MiB", "24x3x32x32"], ["128MiB"])
 
 
 def copies(states: list[Tensor]) -> Callable[[], None]:
@@ -38,12 +30,11 @@ def copies(states: list[Tensor]) -> Callable[[], None]:
 
 
 def rounds_for(size: str) -> int:
-    return 15 if size == "16MiB" else 200
+    return 200 if size == "24x3x32x32" else 15
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize(("size", "device"), CASES)
 def bench_lincomb(compare: Callable[..., None], smoke: bool, size: str, dtype: torch.dtype, device: str) -> None:
     shape = (3, 43) if smoke else SHAPES[size]
     states, coef = _samples.lincomb_inputs(shape, J, dtype, device)
@@ -54,12 +45,13 @@ def bench_lincomb(compare: Callable[..., None], smoke: bool, size: str, dtype: t
         "eager twin": lambda: ops.lincomb_reference(states, coef),
         "copies": copies(states),
     }
-    compare("ops", callables, rounds_for(size), device, op="lincomb", J=J, size=size, dtype=str(dtype)[6:])
+    state = states[0].nbytes
+    moved = {"native": (J + 1) * state, "native + cast": (J + 1) * state + states[0].numel() * 2}
+    compare("ops", callables, rounds_for(size), device, moved, op="lincomb", J=J, size=size, dtype=str(dtype)[6:])
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize(("size", "device"), CASES)
 def bench_adjoint_step(compare: Callable[..., None], smoke: bool, size: str, dtype: torch.dtype, device: str) -> None:
     x, f, g, a, b = _samples.adjoint_step_inputs((3, 43) if smoke else SHAPES[size], J, dtype, device)
     y = x.clone()
@@ -69,7 +61,8 @@ def bench_adjoint_step(compare: Callable[..., None], smoke: bool, size: str, dty
         "eager twin": lambda: ops.adjoint_step_reference(x, f, g, a, b),
         "copies": copies(g),
     }
-    compare("ops", callables, rounds_for(size), device, op="adjoint_step", J=J, size=size, dtype=str(dtype)[6:])
+    moved = dict.fromkeys(("native", "native, in place"), (J + 4) * x.nbytes)
+    compare("ops", callables, rounds_for(size), device, moved, op="adjoint_step", J=J, size=size, dtype=str(dtype)[6:])
 
 
 def bench_call_overhead(compare: Callable[..., None]) -> None:
@@ -84,8 +77,7 @@ def bench_call_overhead(compare: Callable[..., None]) -> None:
     compare("ops", callables, 3000, op="call overhead", J=J, size="1", dtype="float32")
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize(("size", "device"), CASES)
 def bench_guidance(compare: Callable[..., None], smoke: bool, size: str, device: str) -> None:
     """Guidance is a lincomb of two: it moves the three arrays that a kernel of its own would move."""
     (uncond, cond), _ = _samples.lincomb_inputs((3, 43) if smoke else SHAPES[size], 2, device=device)
@@ -96,12 +88,12 @@ def bench_guidance(compare: Callable[..., None], smoke: bool, size: str, device:
         "torch.lerp": lambda: torch.lerp(uncond, cond, 7.5),
         "torch.add": lambda: torch.add(uncond, cond),  # the same three moves, by PyTorch
     }
-    compare("ops", callables, rounds_for(size), device, op="guidance", J=2, size=size, dtype="float32")
+    moved = dict.fromkeys(callables, 3 * cond.nbytes)
+    compare("ops", callables, rounds_for(size), device, moved, op="guidance", J=2, size=size, dtype="float32")
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize(("size", "device"), CASES)
 def bench_reversible(compare: Callable[..., None], smoke: bool, size: str, dtype: torch.dtype, device: str) -> None:
     (x_prev, x, f), _ = _samples.lincomb_inputs((3, 43) if smoke else SHAPES[size], 3, dtype, device)
     coef = torch.tensor([0.9, 0.05, 0.1], dtype=torch.float64, device=device)
@@ -113,7 +105,10 @@ def bench_reversible(compare: Callable[..., None], smoke: bool, size: str, dtype
         "eager twin of the step": lambda: ops.reversible_step_reference(x_prev, x, f, coef),
         "copies": copies([x_prev, x, f]),
     }
-    compare("ops", callables, rounds_for(size), device, op="reversible_step", J=3, size=size, dtype=str(dtype)[6:])
+    bytes = 4 * x.nbytes + x.numel()  # a code is a byte
+    moved = {"step with codes": bytes, "inverse": bytes, "step without (lincomb)": 4 * x.nbytes}
+    row = {"op": "reversible_step", "J": 3, "size": size, "dtype": str(dtype)[6:]}
+    compare("ops", callables, rounds_for(size), device, moved, **row)
 
 
 @pytest.mark.parametrize("device", DEVICES)

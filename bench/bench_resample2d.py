@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from devices import sizes_on_devices
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,24 +16,14 @@ from gas_engine.ops._samples import draw
 TAPS = [1.0, 3.0, 3.0, 1.0]
 # The larger side: x of the way down, y of the way up.
 SHAPES = {"8x384x64x64": (8, 384, 64, 64), "8x128x32x32": (8, 128, 32, 32), "8x768x8x8": (8, 768, 8, 8)}
+LARGE = {"32x384x64x64": (32, 384, 64, 64)}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run bench/gpu.sh on one"),
-        ],
-    ),
-]
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("way", ["down", "up"])
-@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize(("size", "device"), sizes_on_devices(SHAPES, LARGE))
 @pytest.mark.parametrize("what", ["forward", "forward + backward"])
 def bench_resample2d(
     compare: Callable[..., None],
@@ -44,7 +35,7 @@ def bench_resample2d(
     dtype: torch.dtype,
     device: str,
 ) -> None:
-    B, C, H, W = (2, 3, 8, 6) if smoke else SHAPES[size]
+    B, C, H, W = (2, 3, 8, 6) if smoke else (SHAPES | LARGE)[size]
     up, down = (1, 2) if way == "down" else (2, 1)
     shape = (B, C, H // up, W // up)
     x = draw(torch.Generator().manual_seed(0), shape, dtype, device, True, LAYOUTS[layout])
@@ -69,4 +60,5 @@ def bench_resample2d(
         callables = {name: lambda h=h: h(x.detach()) for name, h in functions.items()}
     else:
         callables = {name: lambda h=h: torch.autograd.grad(h(x), x, g) for name, h in functions.items()}
-    compare("ops", callables, rounds, device, **row)
+    moved = {"native": (x.nbytes + g.nbytes) * (1 if what == "forward" else 2)}
+    compare("ops", callables, rounds, device, moved, **row)

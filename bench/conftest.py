@@ -98,48 +98,114 @@ def bench_record(request: pytest.FixtureRequest, device_info: dict[str, Row]) ->
     return record
 
 
-def timed(function: Callable[[], Any], on: str) -> float:
-    """Seconds of one call; on a device by its own events, so that the host shows only where it limits."""
+def timed(function: Callable[[], Any], calls: int, on: str) -> float:
+    """Seconds a call, of several in a row; a device's own count, so that the host shows only where it limits."""
     if on != "cuda":
         start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) / calls
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    function()
+    for _ in range(calls):
+        function()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
+def captured(function: Callable[[], Any], calls: int) -> Callable[[], None] | None:
+    """Several calls as a CUDA graph, in which no launch waits for the host; None if they cannot be captured."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                function()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
+
+
+@pytest.fixture(scope="session")
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of copying 1 GiB on the device: the yardstick of every kernel here."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    seconds = statistics.median(timed(lambda: target.copy_(source), 4, "cuda") for _ in range(9))
+    return 2 * source.nbytes / seconds
 
 
 @pytest.fixture
-def compare(bench_record: Callable[..., None], benchmark: Any, smoke: bool) -> Callable[..., dict[str, float]]:
-    """compare(topic, {name: callable}, rounds, on, **row): the callables take turns; ratios to the first.
+def compare(
+    request: pytest.FixtureRequest, bench_record: Callable[..., None], benchmark: Any, smoke: bool
+) -> Callable[..., dict[str, float]]:
+    """compare(topic, {name: callable}, rounds, on, moved, **row): the callables take turns; ratios to the first.
+
+    On a device a turn is several calls, and `device_us` and `device_ratio` are those of the captured calls, without the
+    host. `moved` has the bytes that a call must move at least, by name: `of_copy` is how much of a copy's bandwidth they
+    make.
 
     Returns the p20 of each in seconds, which a busy moment disturbs less than the median.
     """
 
-    def run(topic: str, callables: dict[str, Callable[[], Any]], rounds: int = 15, on: str = "cpu", **row: Any) -> Any:
-        rounds = 1 if smoke else rounds
+    def run(
+        topic: str,
+        callables: dict[str, Callable[[], Any]],
+        rounds: int = 15,
+        on: str = "cpu",
+        moved: dict[str, int] | None = None,
+        **row: Any,
+    ) -> Any:
         for function in callables.values():
             function()
-        seconds: dict[str, list[float]] = {name: [] for name in callables}
-        start = time.perf_counter()
-        for done in range(rounds):
-            for name, function in callables.items():
-                seconds[name].append(timed(function, on))
-            if done >= 4 and time.perf_counter() - start > BUDGET:
-                break
-        first, function = next(iter(callables.items()))
-        benchmark.pedantic(function, rounds=len(seconds[first]), warmup_rounds=0)
+        first, calls = next(iter(callables)), 1
+        if on == "cuda" and not smoke:
+            # Turns of some milliseconds: so many calls in a row that the device never waits for an event.
+            calls = max(1, min(50, int(2e-3 / timed(callables[first], 3, on))))
+            rounds = min(rounds, 15)
+        seconds = _turns(callables, 1 if smoke else rounds, calls, on)
+        benchmark.pedantic(callables[first], rounds=len(seconds[first]), warmup_rounds=0)
+        graphs: dict[str, Callable[[], None]] = {}
+        if on == "cuda":
+            found = {name: captured(function, calls) for name, function in callables.items()}
+            graphs = {name: replay for name, replay in found.items() if replay is not None}
+        device_seconds = _turns(graphs, 1 if smoke else 7, 1, on) if first in graphs else {}
         for name, times in seconds.items():
-            p20, p50, p80 = statistics.quantiles(times, n=10)[1::3] if rounds > 1 else times * 3
-            ratio = statistics.median(t / base for t, base in zip(times, seconds[first], strict=True))
-            figures = {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3, "ratio": ratio}
+            p20, p50, p80 = statistics.quantiles(times, n=10)[1::3] if len(times) > 1 else times * 3
+            figures = {
+                "p20_ms": p20 * 1e3,
+                "p50_ms": p50 * 1e3,
+                "p80_ms": p80 * 1e3,
+                "ratio": _ratio(seconds, name, first),
+            }
+            if name in device_seconds:
+                figures["device_us"] = statistics.median(device_seconds[name]) / calls * 1e6
+                figures["device_ratio"] = _ratio(device_seconds, name, first)
+                if moved and name in moved:
+                    bandwidth = moved[name] / figures["device_us"] * 1e6
+                    figures["of_copy"] = bandwidth / request.getfixturevalue("copy_bandwidth")
             bench_record(topic, on, **row, name=name, **{k: float(f"{v:.4g}") for k, v in figures.items()})
         return {name: sorted(times)[len(times) // 5] for name, times in seconds.items()}
 
     return run
+
+
+def _turns(callables: dict[str, Callable[[], Any]], rounds: int, calls: int, on: str) -> dict[str, list[float]]:
+    """Seconds of every turn of each; on a slow or busy machine it ends early, after five rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in callables}
+    start = time.perf_counter()
+    for done in range(rounds):
+        for name, function in callables.items():
+            seconds[name].append(timed(function, calls, on))
+        if done >= 4 and time.perf_counter() - start > BUDGET:
+            break
+    return seconds
+
+
+def _ratio(seconds: dict[str, list[float]], name: str, first: str) -> float:
+    return statistics.median(t / base for t, base in zip(seconds[name], seconds[first], strict=True))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -3,42 +3,6 @@
 namespace gas {
 namespace {
 
-// Count, mean and sum of squared deviations of some numbers: joined without cancellation (Chan, Golub and
-// LeVeque 1979).
-template <class A>
-struct Moments {
-    A count, mean, squares;
-};
-
-template <class A>
-__device__ __forceinline__ void join(Moments<A>& a, const Moments<A>& b) {
-    const A count = a.count + b.count;
-    if (b.count == 0) return;
-    const A delta = b.mean - a.mean, part = b.count / count;
-    a.mean += delta * part;
-    a.squares += b.squares + delta * delta * a.count * part;
-    a.count = count;
-}
-
-// The moments of `lanes` neighbouring threads, in every one of them. Counts up to 2^24 are exact in float,
-// and a larger one is off by a rounding.
-template <class A>
-__device__ __forceinline__ void join_lanes(Moments<A>& m, int lanes) {
-    for (int step = lanes / 2; step > 0; step /= 2) {
-        Moments<A> other = {__shfl_down_sync(kAllLanes, m.count, step),
-                            __shfl_down_sync(kAllLanes, m.mean, step),
-                            __shfl_down_sync(kAllLanes, m.squares, step)};
-        join(m, other);  // lane 0 of the neighbours ends with the whole; what the others hold is not used
-    }
-}
-
-template <class A>
-__device__ __forceinline__ void store_statistics(const GroupNormArgs& args, std::int64_t group,
-                                                 const Moments<A>& m) {
-    static_cast<A*>(args.mean)[group] = m.mean;
-    static_cast<A*>(args.rstd)[group] = A(1) / sqrt(m.squares / m.count + static_cast<A>(args.eps));
-}
-
 // Stage 1, [B, C, N]: the moments of each piece of a group.
 template <class A>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -207,6 +171,7 @@ const char* group_norm_silu_cuda(const GroupNormArgs& args, int device, void* st
     const auto queue = static_cast<cudaStream_t>(stream);
     const bool aligned = aligned16(args.x) && aligned16(args.out);
     const auto launched = [&] { return (status = cudaGetLastError()) == cudaSuccess; };
+    if (group_norm_silu_whole(args, false, queue, status)) return message(status);
     visit_accumulator(args.dtype, [&]<class A>(A) {
         const unsigned groups = blocks_for(args.B * args.G, 1, 1 << 16);
         if (args.channels_last) {

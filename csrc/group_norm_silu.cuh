@@ -25,16 +25,21 @@ __device__ __forceinline__ void store_number(DType dtype, void* p, std::int64_t 
 }
 
 template <class A>
-__device__ __forceinline__ Affine<A> affine_of(const GroupNormArgs& args, std::int64_t b, std::int64_t c) {
-    const std::int64_t group = b * args.G + c / (args.C / args.G);
-    Affine<A> affine;
-    affine.mean = static_cast<const A*>(args.mean)[group];
-    affine.rstd = static_cast<const A*>(args.rstd)[group];
+__device__ __forceinline__ Affine<A> affine_of(const GroupNormArgs& args, std::int64_t b, std::int64_t c,
+                                               A mean, A rstd) {
+    Affine<A> affine{mean, rstd, 0, 0};
     fold(number_at<A>(args.weight_dtype, args.weight, c, 1), number_at<A>(args.bias_dtype, args.bias, c, 0),
          number_at<A>(args.scale_dtype, args.scale, b * args.scale_stride + c, 0),
          number_at<A>(args.shift_dtype, args.shift, b * args.shift_stride + c, 0), affine.gain,
          affine.offset);
     return affine;
+}
+
+template <class A>
+__device__ __forceinline__ Affine<A> affine_of(const GroupNormArgs& args, std::int64_t b, std::int64_t c) {
+    const std::int64_t group = b * args.G + c / (args.C / args.G);
+    return affine_of(args, b, c, static_cast<const A*>(args.mean)[group],
+                     static_cast<const A*>(args.rstd)[group]);
 }
 
 // [B, C, N]: rows of `length` contiguous elements, in `chunks` pieces. `lanes` threads of one warp (a power
@@ -106,5 +111,75 @@ struct Place {
         if (channel >= args.C) pixel = end;
     }
 };
+
+// Count, mean and sum of squared deviations of some numbers: joined without cancellation (Chan, Golub and
+// LeVeque 1979).
+template <class A>
+struct Moments {
+    A count, mean, squares;
+};
+
+template <class A>
+__device__ __forceinline__ void join(Moments<A>& a, const Moments<A>& b) {
+    const A count = a.count + b.count;
+    if (b.count == 0) return;
+    const A delta = b.mean - a.mean, part = b.count / count;
+    a.mean += delta * part;
+    a.squares += b.squares + delta * delta * a.count * part;
+    a.count = count;
+}
+
+// The moments of `lanes` neighbouring threads, in every one of them. Counts up to 2^24 are exact in float,
+// and a larger one is off by a rounding.
+template <class A>
+__device__ __forceinline__ void join_lanes(Moments<A>& m, int lanes) {
+    for (int step = lanes / 2; step > 0; step /= 2) {
+        Moments<A> other = {__shfl_down_sync(kAllLanes, m.count, step),
+                            __shfl_down_sync(kAllLanes, m.mean, step),
+                            __shfl_down_sync(kAllLanes, m.squares, step)};
+        join(m, other);  // lane 0 of the neighbours ends with the whole; what the others hold is not used
+    }
+}
+
+template <class A>
+__device__ __forceinline__ A rstd_of(const GroupNormArgs& args, const Moments<A>& m) {
+    return A(1) / sqrt(m.squares / m.count + static_cast<A>(args.eps));
+}
+
+template <class A>
+__device__ __forceinline__ void store_statistics(const GroupNormArgs& args, std::int64_t group,
+                                                 const Moments<A>& m) {
+    static_cast<A*>(args.mean)[group] = m.mean;
+    static_cast<A*>(args.rstd)[group] = rstd_of(args, m);
+}
+
+template <class A>
+__device__ __forceinline__ void slope_of(Act act, const Affine<A>& affine, A x, A g, A& n, A& dy) {
+    n = normalised(affine, x);
+    dy = g * activate_slope(act, modulated(affine, n));
+}
+
+// Sum over `lanes` neighbouring threads, in lane 0 of them, in a fixed order.
+template <class A>
+__device__ __forceinline__ A sum_lanes(A value, int lanes) {
+    for (int step = lanes / 2; step > 0; step /= 2) value += __shfl_down_sync(kAllLanes, value, step);
+    return value;
+}
+
+// The gradients of scale and shift of one channel, whose gain is returned.
+template <class A>
+__device__ __forceinline__ A store_channel(const GroupNormArgs& args, std::int64_t b, std::int64_t c, A s1,
+                                           A s2) {
+    const A weight = number_at<A>(args.weight_dtype, args.weight, c, 1);
+    const A bias = number_at<A>(args.bias_dtype, args.bias, c, 0);
+    if (args.dshift != nullptr) store_number(args.shift_dtype, args.dshift, b * args.C + c, s1);
+    if (args.dscale != nullptr)
+        store_number(args.scale_dtype, args.dscale, b * args.C + c, weight * s2 + bias * s1);
+    return affine_of<A>(args, b, c).gain;
+}
+
+// Takes groups whole where their sizes suit, in one launch for the whole pass; false where they do not.
+bool group_norm_silu_whole(const GroupNormArgs& args, bool backward, cudaStream_t stream,
+                           cudaError_t& status);
 
 }  // namespace gas

@@ -3,19 +3,6 @@
 namespace gas {
 namespace {
 
-template <class A>
-__device__ __forceinline__ void slope_of(Act act, const Affine<A>& affine, A x, A g, A& n, A& dy) {
-    n = normalised(affine, x);
-    dy = g * activate_slope(act, modulated(affine, n));
-}
-
-// Sum over `lanes` neighbouring threads, in lane 0 of them, in a fixed order.
-template <class A>
-__device__ __forceinline__ A sum_lanes(A value, int lanes) {
-    for (int step = lanes / 2; step > 0; step /= 2) value += __shfl_down_sync(kAllLanes, value, step);
-    return value;
-}
-
 // The workspace: S1 and S2 of every part, then m1 and m2 of every group.
 template <class A>
 __device__ __forceinline__ A* group_means(const GroupNormArgs& args) {
@@ -130,14 +117,9 @@ __global__ void __launch_bounds__(kThreads, 2) group_sums(const __grid_constant_
             s1 = sum_lanes(s1, kWarp);
             s2 = sum_lanes(s2, kWarp);
             if (lane == 0) {
-                const A weight = number_at<A>(args.weight_dtype, args.weight, c, 1);
-                const A bias = number_at<A>(args.bias_dtype, args.bias, c, 0);
-                const A gain = affine_of<A>(args, b, c).gain;
+                const A gain = store_channel(args, b, c, s1, s2);
                 sum1 += gain * s1;
                 sum2 += gain * s2;
-                if (args.dshift != nullptr) store_number(args.shift_dtype, args.dshift, b * args.C + c, s1);
-                if (args.dscale != nullptr)
-                    store_number(args.scale_dtype, args.dscale, b * args.C + c, weight * s2 + bias * s1);
             }
         }
         __syncthreads();  // the last reader is done
@@ -231,6 +213,7 @@ const char* group_norm_silu_backward_cuda(const GroupNormArgs& args, int device,
     const auto queue = static_cast<cudaStream_t>(stream);
     const bool aligned = aligned16(args.x) && aligned16(args.g) && aligned16(args.out);
     const auto launched = [&] { return (status = cudaGetLastError()) == cudaSuccess; };
+    if (group_norm_silu_whole(args, true, queue, status)) return message(status);
     visit_accumulator(args.dtype, [&]<class A>(A) {
         const Pieces rows = pieces_of<A>(args, args.B * args.C, args.N, aligned);
         const Tiles tiles = tiles_of<A>(args, aligned);
