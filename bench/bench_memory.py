@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import DEVICES
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -121,12 +122,14 @@ def bench_peak_of_an_iteration(bench_record: Callable[..., None], benchmark: Any
     )  # fmt: skip
 
 
-def bench_seconds_of_an_iteration(compare: Callable[..., dict[str, float]], smoke: bool) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def bench_seconds_of_an_iteration(compare: Callable[..., dict[str, float]], smoke: bool, device: str) -> None:
     """The CIFAR-10 network, K = 10: lean with all graphs, one graph, blocks, against stock layers with all graphs."""
     torch.manual_seed(0)
-    denoiser = architecture("cifar10").denoiser(small=smoke)
+    denoiser = architecture("cifar10").denoiser(small=smoke).to(device)
     solver = GeneralizedSolver(2 if smoke else 10, denoiser.schedule)
-    x = torch.randn(1 if smoke else 2, *denoiser.shape)  # type: ignore[misc]
+    batch = 1 if smoke else 2 if device == "cpu" else 24
+    x = torch.randn(batch, *denoiser.shape).to(device)  # type: ignore[misc]
 
     def way(execution: Execution, stock: bool = False) -> Callable[[], None]:
         view = execution.view(denoiser)
@@ -147,11 +150,12 @@ def bench_seconds_of_an_iteration(compare: Callable[..., dict[str, float]], smok
         "lean, one graph": way(Execution(lean=True)),
         "lean, one graph, blocks": way(Execution(lean=True, blocks="auto")),
     }
-    compare("memory", ways, 5, "cpu", what="seconds, K = 10")
+    compare("memory", ways, 5, device, what="seconds, K = 10", batch=batch)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("steps", [6, 20])
-def bench_trajectories(compare: Callable[..., dict[str, float]], smoke: bool, steps: int) -> None:
+def bench_trajectories(compare: Callable[..., dict[str, float]], smoke: bool, steps: int, device: str) -> None:
     """What it takes to keep, offload or walk back the states, beside a network that costs nothing."""
     shape = (1, 4, 4) if smoke else (4, 256, 256)
 
@@ -159,7 +163,7 @@ def bench_trajectories(compare: Callable[..., dict[str, float]], smoke: bool, st
         return x * t.to(x.dtype)
 
     denoiser = Denoiser(network, architecture("cifar10").schedule, "data", shape)
-    solver, x = BELMSolver(steps, denoiser.schedule, start="quadratic"), torch.randn(4, *shape)
+    solver, x = BELMSolver(steps, denoiser.schedule, start="quadratic"), torch.randn(4, *shape).to(device)
 
     def way(memory: MemoryPolicy) -> Callable[[], Tensor]:
         return lambda: loss_backward(
@@ -172,4 +176,4 @@ def bench_trajectories(compare: Callable[..., dict[str, float]], smoke: bool, st
         "reversible, codes": way(MemoryPolicy(trajectory="reversible")),
         "reversible, carry": way(MemoryPolicy(trajectory="reversible", carry=True)),
     }
-    compare("memory", ways, 20, "cpu", what=f"trajectory, K = {steps}")
+    compare("memory", ways, 20, device, what=f"trajectory, K = {steps}")

@@ -32,6 +32,7 @@ RECORDS = pytest.StashKey[dict[str, list[Row]]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gas_engine")
     group.addoption("--smoke", action="store_true", help="tiny sizes and one round: only that the benches run")
+    group.addoption("--plans", help="of bench_cards: a JSON file that plans are read from, and added to where missing")
     group.addoption("--save-csv", action="store_true", help="write bench/results/<topic>_<device>_<date>.csv")
 
 
@@ -114,17 +115,13 @@ def timed(function: Callable[[], Any], calls: int, on: str) -> float:
     return begin.elapsed_time(end) / 1e3 / calls
 
 
-def captured(function: Callable[[], Any], calls: int) -> Callable[[], None] | None:
-    """Several calls as a CUDA graph, in which no launch waits for the host; None if they cannot be captured."""
+def captured(function: Callable[[], Any], calls: int) -> Callable[[], None]:
+    """Several calls as a CUDA graph, in which no launch waits for the host."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                function()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
     return graph.replay
 
 
@@ -143,9 +140,9 @@ def compare(
 ) -> Callable[..., dict[str, float]]:
     """compare(topic, {name: callable}, rounds, on, moved, **row): the callables take turns; ratios to the first.
 
-    On a device a turn is several calls, and `device_us` and `device_ratio` are those of the captured calls, without the
-    host. `moved` has the bytes that a call must move at least, by name: `of_copy` is how much of a copy's bandwidth they
-    make.
+    On a device a turn is several calls. With `moved`, the bytes that a call must move at least, by name, calls are also
+    captured: `device_us` and `device_ratio` are theirs, without the host, and `of_copy` is the bandwidth that they make
+    of those bytes, as a part of a copy's.
 
     Returns the p20 of each in seconds, which a busy moment disturbs less than the median.
     """
@@ -168,10 +165,10 @@ def compare(
         seconds = _turns(callables, 1 if smoke else rounds, calls, on)
         benchmark.pedantic(callables[first], rounds=len(seconds[first]), warmup_rounds=0)
         graphs: dict[str, Callable[[], None]] = {}
-        if on == "cuda":
-            found = {name: captured(function, calls) for name, function in callables.items()}
-            graphs = {name: replay for name, replay in found.items() if replay is not None}
-        device_seconds = _turns(graphs, 1 if smoke else 7, 1, on) if first in graphs else {}
+        if on == "cuda" and moved:
+            # Twins wait for the host, and a capture that fails cannot be undone.
+            graphs = {name: captured(f, calls) for name, f in callables.items() if "twin" not in name}
+        device_seconds = _turns(graphs, 1 if smoke else 7, 1, on)
         for name, times in seconds.items():
             p20, p50, p80 = statistics.quantiles(times, n=10)[1::3] if len(times) > 1 else times * 3
             figures = {
@@ -180,10 +177,10 @@ def compare(
                 "p80_ms": p80 * 1e3,
                 "ratio": _ratio(seconds, name, first),
             }
-            if name in device_seconds:
+            if moved and name in device_seconds:
                 figures["device_us"] = statistics.median(device_seconds[name]) / calls * 1e6
                 figures["device_ratio"] = _ratio(device_seconds, name, first)
-                if moved and name in moved:
+                if name in moved:
                     bandwidth = moved[name] / figures["device_us"] * 1e6
                     figures["of_copy"] = bandwidth / request.getfixturevalue("copy_bandwidth")
             bench_record(topic, on, **row, name=name, **{k: float(f"{v:.4g}") for k, v in figures.items()})

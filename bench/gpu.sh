@@ -22,7 +22,7 @@ step() { # step SECONDS NAME COMMAND...
     [ "$code" -eq 0 ] || { echo "== $name failed ($code)"; status=1; }
 }
 
-[ ! -d wheels ] || "$python" -m pip install -q --no-index --find-links wheels diffusers torchao
+[ ! -d wheels ] || "$python" -m pip install -q --no-index --no-deps --no-compile wheels/*.whl
 step 180 build "$python" -m pip install --no-build-isolation --no-deps -e .
 step 60 doctor "$python" -m gas_engine.doctor
 step 300 tests "$python" -m pytest tests -q -m gpu

@@ -25,6 +25,13 @@ def arrays(name: str) -> Arrays:
         return {key: torch.as_tensor(file[key]) for key in file.files if file[key].dtype.kind in "fiu"}
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device cuDNN rounds to TF32 else, and may choose another algorithm for a rebuilt call."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], Arrays]:
     return arrays

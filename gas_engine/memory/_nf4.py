@@ -67,7 +67,7 @@ class NF4(Tensor):
 
     def dequantize(self) -> Tensor:
         """The weight, in its dtype."""
-        values = torch.tensor(VALUES, dtype=self.dtype, device=self.device)
+        values = torch.tensor(VALUES, dtype=self.dtype).to(self.device, non_blocking=True)
         pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], 1)  # of every byte
         out = torch.empty(len(self.codes), 2, dtype=self.dtype, device=self.device)
         for start in range(0, len(out), CHUNK):

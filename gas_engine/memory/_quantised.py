@@ -35,4 +35,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return g @ ctx.weight.dequantize().to(g.dtype), None, None
+        weight = ctx.weight
+        codes, scale = getattr(weight, "qdata", None), getattr(weight, "scale", None)
+        if codes is not None and scale is not None and scale.numel() == len(codes):
+            # A scale for each row: dx = (g s) Q, and no float32 copy of the weight is made on the way.
+            return (g * scale.flatten().to(g.dtype)) @ codes.to(g.dtype), None, None
+        return g @ weight.dequantize().to(g.dtype), None, None

@@ -182,7 +182,8 @@ def quantize_weights(network: nn.Module, device: torch.device | str | None = Non
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
         except ImportError as error:
             raise ValueError(f"int8 weights need torchao ({error}): pip install torchao") from None
-        quantize_(result, Int8WeightOnlyConfig(), filter_fn=lambda module, name: id(module) in chosen)
+        config = Int8WeightOnlyConfig(set_inductor_config=False)  # or it slows every compilation of the process down
+        quantize_(result, config, filter_fn=lambda module, name: id(module) in chosen)
     if device is not None:
         _move(result.modules(), device)
     return result
