@@ -50,5 +50,5 @@ def bench_bias_leaky_relu(
     }
     row = {"op": "bias_leaky_relu", "size": size, "layout": layout, "dtype": str(dtype)[6:], "pass": what}
     bits = x.numel() // 8
-    moved = {"native": 2 * x.nbytes if what == "forward" else 4 * x.nbytes + 2 * bits}  # x, y; g, dx
+    moved = {"native": 2 * x.nbytes if what == "forward" else 4 * x.nbytes + 2 * bits, "stock": 0}  # x, y; g, dx
     compare("ops", callables, rounds, device, moved, **row)

@@ -46,7 +46,11 @@ def bench_lincomb(compare: Callable[..., None], smoke: bool, size: str, dtype: t
         "copies": copies(states),
     }
     state = states[0].nbytes
-    moved = {"native": (J + 1) * state, "native + cast": (J + 1) * state + states[0].numel() * 2}
+    moved = {
+        "native": (J + 1) * state,
+        "native + cast": (J + 1) * state + states[0].numel() * 2,
+        "copies": 2 * J * state,
+    }
     compare("ops", callables, rounds_for(size), device, moved, op="lincomb", J=J, size=size, dtype=str(dtype)[6:])
 
 
@@ -61,7 +65,7 @@ def bench_adjoint_step(compare: Callable[..., None], smoke: bool, size: str, dty
         "eager twin": lambda: ops.adjoint_step_reference(x, f, g, a, b),
         "copies": copies(g),
     }
-    moved = dict.fromkeys(("native", "native, in place"), (J + 4) * x.nbytes)
+    moved = dict.fromkeys(("native", "native, in place"), (J + 4) * x.nbytes) | {"copies": 2 * J * x.nbytes}
     compare("ops", callables, rounds_for(size), device, moved, op="adjoint_step", J=J, size=size, dtype=str(dtype)[6:])
 
 
@@ -100,13 +104,14 @@ def bench_reversible(compare: Callable[..., None], smoke: bool, size: str, dtype
     x_next, codes = ops.reversible_step(x_prev, x, f, coef)
     callables = {
         "step with codes": lambda: ops.reversible_step(x_prev, x, f, coef),
+        "step, escapes not listed": lambda: torch.ops.gas_engine.reversible_step(x_prev, x, f, coef),
         "inverse": lambda: ops.reversible_inverse(x_next, x, f, coef, codes),
         "step without (lincomb)": lambda: ops.lincomb([x_prev, x, f], coef),
         "eager twin of the step": lambda: ops.reversible_step_reference(x_prev, x, f, coef),
         "copies": copies([x_prev, x, f]),
     }
     bytes = 4 * x.nbytes + x.numel()  # a code is a byte
-    moved = {"step with codes": bytes, "inverse": bytes, "step without (lincomb)": 4 * x.nbytes}
+    moved = {"step, escapes not listed": bytes, "step without (lincomb)": 4 * x.nbytes}
     row = {"op": "reversible_step", "J": 3, "size": size, "dtype": str(dtype)[6:]}
     compare("ops", callables, rounds_for(size), device, moved, **row)
 

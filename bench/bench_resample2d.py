@@ -60,5 +60,5 @@ def bench_resample2d(
         callables = {name: lambda h=h: h(x.detach()) for name, h in functions.items()}
     else:
         callables = {name: lambda h=h: torch.autograd.grad(h(x), x, g) for name, h in functions.items()}
-    moved = {"native": (x.nbytes + g.nbytes) * (1 if what == "forward" else 2)}
+    moved = {"native": (x.nbytes + g.nbytes) * (1 if what == "forward" else 2), "grouped convolution": 0}
     compare("ops", callables, rounds, device, moved, **row)

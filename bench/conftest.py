@@ -140,9 +140,9 @@ def compare(
 ) -> Callable[..., dict[str, float]]:
     """compare(topic, {name: callable}, rounds, on, moved, **row): the callables take turns; ratios to the first.
 
-    On a device a turn is several calls. With `moved`, the bytes that a call must move at least, by name, calls are also
-    captured: `device_us` and `device_ratio` are theirs, without the host, and `of_copy` is the bandwidth that they make
-    of those bytes, as a part of a copy's.
+    On a device a turn is several calls. Those that `moved` names are also captured: `device_us` and `device_ratio` are
+    theirs, without the host. `moved` has the bytes that a call must move at least (0: not known), and `of_copy` is the
+    bandwidth that they make, as a part of a copy's.
 
     Returns the p20 of each in seconds, which a busy moment disturbs less than the median.
     """
@@ -165,9 +165,8 @@ def compare(
         seconds = _turns(callables, 1 if smoke else rounds, calls, on)
         benchmark.pedantic(callables[first], rounds=len(seconds[first]), warmup_rounds=0)
         graphs: dict[str, Callable[[], None]] = {}
-        if on == "cuda" and moved:
-            # Twins wait for the host, and a capture that fails cannot be undone.
-            graphs = {name: captured(f, calls) for name, f in callables.items() if "twin" not in name}
+        if on == "cuda" and moved:  # what waits for the host must not be tried: a failed capture cannot be undone
+            graphs = {name: captured(callables[name], calls) for name in moved}
         device_seconds = _turns(graphs, 1 if smoke else 7, 1, on)
         for name, times in seconds.items():
             p20, p50, p80 = statistics.quantiles(times, n=10)[1::3] if len(times) > 1 else times * 3
@@ -179,8 +178,8 @@ def compare(
             }
             if moved and name in device_seconds:
                 figures["device_us"] = statistics.median(device_seconds[name]) / calls * 1e6
-                figures["device_ratio"] = _ratio(device_seconds, name, first)
-                if name in moved:
+                figures["device_ratio"] = _ratio(device_seconds, name, next(iter(moved)))
+                if moved[name]:
                     bandwidth = moved[name] / figures["device_us"] * 1e6
                     figures["of_copy"] = bandwidth / request.getfixturevalue("copy_bandwidth")
             bench_record(topic, on, **row, name=name, **{k: float(f"{v:.4g}") for k, v in figures.items()})

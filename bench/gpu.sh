@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA device, in one run: build, tests, benches with CSV files.
 #   bench/gpu.sh [DIR [STEP...]]    results go to $OUT or DIR (default bench/results); needs torch, pytest, pytest-benchmark
-# Steps: build doctor tests ops memory gas budget cards memcheck racecheck, all unless named. A folder wheels/ with diffusers and
-# torchao, where the machine has no network, is installed first.
+# Steps: build doctor tests ops memory adversarial gas budget cards memcheck racecheck, all unless named. Wheels in wheels/, for a
+# machine without a network, are installed first.
 # Each step has a time limit, and a step that fails does not keep the next from running; the exit status tells.
 set -u
 cd "$(dirname "$0")/.."
@@ -23,16 +23,23 @@ step() { # step SECONDS NAME COMMAND...
 }
 
 [ ! -d wheels ] || "$python" -m pip install -q --no-index --no-deps --no-compile wheels/*.whl
-step 180 build "$python" -m pip install --no-build-isolation --no-deps -e .
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
+export GAS_ENGINE_CUDA=on GAS_ENGINE_CUDA_ARCHS="${GAS_ENGINE_CUDA_ARCHS:-$capability}"
+gpu_tests="tests/ops tests/test_execution.py tests/test_memory_on_a_device.py"
+op_benches="bench/bench_ops.py bench/bench_group_norm_silu.py bench/bench_glu.py bench/bench_bias_leaky_relu.py bench/bench_resample2d.py"
+quiet="-q --benchmark-disable-gc --benchmark-columns=median"
+
+step 180 build "$python" -m pip install -q --no-build-isolation --no-deps -e .
 step 60 doctor "$python" -m gas_engine.doctor
-step 300 tests "$python" -m pytest tests -q -m gpu
-step 300 ops "$python" -m pytest bench -q --benchmark-disable-gc --ignore bench/bench_memory.py --ignore bench/bench_cards.py \
-    --ignore bench/bench_budget.py \
-    --ignore bench/bench_gas.py
-step 300 memory "$python" -m pytest bench/bench_memory.py -q --benchmark-disable-gc
-step 900 gas "$python" -m pytest bench/bench_gas.py -q --benchmark-disable-gc
-step 300 budget "$python" -m pytest bench/bench_budget.py -q
-step 600 cards "$python" -m pytest bench/bench_cards.py -q
+step 240 tests "$python" -m pytest $gpu_tests -q -m gpu -n "${WORKERS:-6}" --dist worksteal
+step 240 ops "$python" -m pytest $op_benches $quiet -m gpu
+step 120 memory "$python" -m pytest bench/bench_memory.py $quiet -k cuda
+step 120 adversarial "$python" -m pytest bench/bench_adversarial.py $quiet -k cuda
+step 400 gas "$python" -m pytest bench/bench_gas.py $quiet
+step 120 budget "$python" -m pytest bench/bench_budget.py -q
+# Plans take a host a minute or more: those of an earlier run are read from the file.
+export PYTORCH_ALLOC_CONF=expandable_segments:True
+step 400 cards "$python" -m pytest bench/bench_cards.py -q --plans "$OUT/plans.json"
 if command -v compute-sanitizer > /dev/null; then
     # The ops' own kernels over every sample; torch's are not ours to check, and the sanitizer takes its time.
     for tool in memcheck racecheck; do

@@ -35,8 +35,23 @@ GAS_HD double decay(double x) { return ::exp(-x); }
 GAS_HD float gaussian(float x) { return ::expf(-0.5f * x * x); }
 GAS_HD double gaussian(double x) { return ::exp(-0.5 * x * x); }
 
+// top / bottom within two units in the last place; zero where bottom is above 2^126
+GAS_HD float quotient(float top, float bottom) {
+#ifdef __CUDA_ARCH__
+    return __fdividef(top, bottom);
+#else
+    return top / bottom;
+#endif
+}
+GAS_HD double quotient(double top, double bottom) { return top / bottom; }
+
+GAS_HD float magnitude(float x) { return fabsf(x); }
+GAS_HD float capped(float x, float most) { return fminf(x, most); }
+
 // Phi(x)
-GAS_HD float normal_cdf(float x, float) { return ::normcdff(x); }
+template <class V>
+GAS_HD V normal_cdf_fit(V x, V e);
+GAS_HD float normal_cdf(float x, float e) { return normal_cdf_fit(x, e); }
 GAS_HD double normal_cdf(double x, double) { return ::normcdf(x); }
 
 #else
@@ -87,6 +102,11 @@ GAS_HD F exp_minus(F a, F tail) {
 }
 
 template <class V>
+GAS_HD V quotient(V top, V bottom) {
+    return top / bottom;
+}
+
+template <class V>
 GAS_HD V magnitude(V x) {
     if constexpr (sizeof(Element<V>) == 4)
         return std::bit_cast<V>(std::bit_cast<Vec<std::uint32_t, kLanesOf<V>>>(x) & 0x7fffffffu);
@@ -131,23 +151,16 @@ GAS_HD V gaussian(V x) {
     }
 }
 
-// Phi(x), given e = e^(-x^2/2). With a = |x|: Phi(-a) = e R(a), and R a rational minimax fit of
-// erfc(a/sqrt(2)) e^(a^2/2) / 2 on [0, 14.5], 5e-8 relative as rounded; all its terms are positive, so
-// nothing cancels.
+template <class V>
+GAS_HD V normal_cdf_fit(V x, V e);
+
+// Phi(x), given e = e^(-x^2/2).
 template <class V>
 GAS_HD V normal_cdf(V x, V e) {
     if constexpr (std::is_arithmetic_v<V>) {
         return normal_cdf(Vec<V, 4>{} + x, Vec<V, 4>{} + e)[0];
     } else if constexpr (std::is_same_v<Element<V>, float>) {
-        const V a = capped(magnitude(x), 14.5f);
-        const V top =
-            (((0.00411629304f * a + 0.0406331234f) * a + 0.183234841f) * a + 0.43829456f) * a + 0.5f;
-        const V bottom =
-            ((((0.0103178965f * a + 0.101858579f) * a + 0.469469815f) * a + 1.20250189f) * a + 1.67447412f) *
-                a +
-            1.0f;
-        const V tail = e * (top / bottom);
-        return x > 0.0f ? 1.0f - tail : tail;
+        return normal_cdf_fit(x, e);
     } else {
         V cdf{};
         for (int k = 0; k < kLanesOf<V>; ++k) cdf[k] = 0.5 * std::erfc(-0.70710678118654752 * x[k]);
@@ -156,6 +169,20 @@ GAS_HD V normal_cdf(V x, V e) {
 }
 
 #endif
+
+// Phi(x) of floats, given e = e^(-x^2/2). With a = |x|: Phi(-a) = e R(a), and R a rational minimax fit of
+// erfc(a/sqrt(2)) e^(a^2/2) / 2 on [0, 14.5], 5e-8 relative as rounded; all its terms are positive, so
+// nothing cancels.
+template <class V>
+GAS_HD V normal_cdf_fit(V x, V e) {
+    const V a = capped(magnitude(x), 14.5f);
+    const V top = (((0.00411629304f * a + 0.0406331234f) * a + 0.183234841f) * a + 0.43829456f) * a + 0.5f;
+    const V bottom =
+        ((((0.0103178965f * a + 0.101858579f) * a + 0.469469815f) * a + 1.20250189f) * a + 1.67447412f) * a +
+        1.0f;
+    const V tail = e * quotient(top, bottom);
+    return x > 0.0f ? 1.0f - tail : tail;
+}
 
 // 2 u, the sigmoid's argument in gelu_tanh, and x (2 u)'. Beyond 32, s is 0 or 1: limited to that, x^3 stays
 // finite.
@@ -195,7 +222,7 @@ GAS_HD void activate_from(Act act, V x, V e, V& value, V& slope) {
         value = x;
         slope = one;
     } else {
-        const V s = one / (one + e),
+        const V s = quotient(one, one + e),
                 rest = x < 0 ? one - s : e * s;  // s(x) and 1 - s(x), where nothing cancels
         value = x * s;
         V bend = x;

@@ -10,29 +10,39 @@ constexpr unsigned kFullMask = 0xffffffffu;
 template <class A>
 inline constexpr int kTile = kThreads * kPerThread<A>;
 
-// Sum both values over a warp in a fixed order; lane 0 ends with the first sum, lane 16 with the second.
-template <class A>
-__device__ __forceinline__ A warp_sums(A first, A second) {
-    first += __shfl_xor_sync(kFullMask, first, 16);
-    second += __shfl_xor_sync(kFullMask, second, 16);
-    A mine = (threadIdx.x & 16) == 0 ? first : second;
+constexpr int kBatch = 4;  // cotangents that are loaded, and whose products are summed, together
+
+// Sums N values over a warp in a fixed order, N a power of two: lanes i 32 / N and on end with the i-th sum.
+// Lanes half a warp apart add up half of the values for each other, then lanes a quarter apart, and so on.
+template <class A, int N>
+__device__ __forceinline__ A warp_sums(A (&v)[N]) {
+    int step = kWarp / 2;
 #pragma unroll
-    for (int step = 8; step > 0; step /= 2) mine += __shfl_xor_sync(kFullMask, mine, step);
-    return mine;
+    for (int half = N / 2; half > 0; half /= 2, step /= 2) {
+        const bool upper = (threadIdx.x & step) != 0;
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+            const A sent = upper ? v[i] : v[half + i], kept = upper ? v[half + i] : v[i];
+            v[i] = kept + __shfl_xor_sync(kFullMask, sent, step);
+        }
+    }
+#pragma unroll
+    for (; step > 0; step /= 2) v[0] += __shfl_xor_sync(kFullMask, v[0], step);
+    return v[0];
 }
 
 template <class A, bool Step>
-__global__ void __launch_bounds__(kThreads)
-    adjoint_kernel(const __grid_constant__ AdjointArgs args, bool aligned) {
-    constexpr int V = kPerThread<A>;
+__global__ void __launch_bounds__(kThreads, 2)
+    adjoint_kernel(const __grid_constant__ AdjointArgs args, bool same, bool aligned) {
+    constexpr int V = kPerThread<A>, kProducts = Step ? 2 * kBatch : kBatch;
     __shared__ A a[kMaxStates], b[kMaxStates];
     __shared__ double sums[kWarps][2 * kMaxStates];
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int J = args.g.count, products = Step ? 2 * J : J;
     for (int i = lane; i < products; i += kWarp) sums[warp][i] = 0;
-    if (Step && threadIdx.x < J) {
-        a[threadIdx.x] = static_cast<A>(args.a[threadIdx.x]);
-        b[threadIdx.x] = static_cast<A>(args.b[threadIdx.x]);
+    if (Step && threadIdx.x < kMaxStates) {
+        a[threadIdx.x] = threadIdx.x < J ? static_cast<A>(args.a[threadIdx.x]) : 0;
+        b[threadIdx.x] = threadIdx.x < J ? static_cast<A>(args.b[threadIdx.x]) : 0;
     }
     __syncthreads();
 
@@ -43,20 +53,22 @@ __global__ void __launch_bounds__(kThreads)
         A x[V], f[V], mu[V] = {}, g_x[V] = {};
         load_as(args.x_dtype, args.x, at, args.n, aligned, x);
         if constexpr (Step) load_as(args.f_dtype, args.f, at, args.n, aligned, f);
-#pragma unroll 2
-        for (int i = 0; i < J; ++i) {
-            A g[V], da = 0, db = 0;
-            load_as(args.g.dtype[i], args.g.at[i], at, args.n, aligned, g);
+        for (int first = 0; first < J; first += kBatch) {
+            A dot[kProducts] = {};  // with x, then with f
+            visit_states<A, kBatch, V>(args.g, first, same, at, args.n, aligned, [&](int i, const A(&g)[V]) {
 #pragma unroll
-            for (int k = 0; k < V; ++k) {
-                if constexpr (Step)
-                    adjoint_term(g[k], x[k], f[k], a[i], b[i], mu[k], g_x[k], da, db);
-                else
-                    dot_term(g[k], x[k], da);
-            }
-            const A sum = warp_sums(da, db);
-            if (lane == 0) sums[warp][i] += static_cast<double>(sum);
-            if (Step && lane == 16) sums[warp][J + i] += static_cast<double>(sum);
+                for (int k = 0; k < V; ++k) {
+                    if constexpr (Step)
+                        adjoint_term(g[k], x[k], f[k], a[first + i], b[first + i], mu[k], g_x[k], dot[i],
+                                     dot[kBatch + i]);
+                    else
+                        dot_term(g[k], x[k], dot[i]);
+                }
+            });
+            const A sum = warp_sums(dot);
+            const int mine = lane / (kWarp / kProducts), i = first + mine % kBatch;
+            if (lane % (kWarp / kProducts) == 0 && i < J)
+                sums[warp][mine / kBatch * J + i] += static_cast<double>(sum);
         }
         if constexpr (Step) {
             store_as(args.f_dtype, args.mu, at, args.n, aligned, mu);
@@ -94,7 +106,7 @@ cudaError_t launch(const AdjointArgs& args, cudaStream_t stream) {
                          aligned16(args.g_x);
     // An empty state still takes one block: it writes the zero sums.
     const unsigned blocks = blocks_for(args.n, kTile<A>, kReductionBlocks);
-    adjoint_kernel<A, Step><<<blocks, kThreads, 0, stream>>>(args, aligned);
+    adjoint_kernel<A, Step><<<blocks, kThreads, 0, stream>>>(args, same_dtype(args.g), aligned);
     const cudaError_t status = cudaGetLastError();
     if (status != cudaSuccess) return status;
     const int J = args.g.count;
@@ -106,8 +118,9 @@ cudaError_t launch(const AdjointArgs& args, cudaStream_t stream) {
 }  // namespace
 
 const char* adjoint_cuda(const AdjointArgs& args, int device, void* stream) {
-    cudaError_t status = begin_on(device);
-    if (status != cudaSuccess) return message(status);
+    const OnDevice here(device);
+    if (here.status != cudaSuccess) return message(here.status);
+    cudaError_t status = cudaSuccess;
     const bool step = args.f != nullptr;
     visit_accumulator(step ? wider(args.x_dtype, args.f_dtype) : args.x_dtype, [&]<class A>(A) {
         const auto queue = static_cast<cudaStream_t>(stream);

@@ -22,12 +22,18 @@ __global__ void __launch_bounds__(kThreads)
         if (bias != nullptr) {
             const std::int64_t plane = at / args.inner;
             std::int64_t c = plane % args.channels, left = args.inner - (at - plane * args.inner);
+            if (left >= kGroup) {  // all in one plane
+                const A one = bias[c];
 #pragma unroll
-            for (int k = 0; k < kGroup; ++k) {
-                v[k] += bias[c];
-                if (--left == 0) {
-                    left = args.inner;
-                    if (++c == args.channels) c = 0;
+                for (int k = 0; k < kGroup; ++k) v[k] += one;
+            } else {
+#pragma unroll
+                for (int k = 0; k < kGroup; ++k) {
+                    v[k] += bias[c];
+                    if (--left == 0) {
+                        left = args.inner;
+                        if (++c == args.channels) c = 0;
+                    }
                 }
             }
         }
@@ -201,8 +207,9 @@ cudaError_t backward(const BiasLeakyReluArgs& args, bool aligned, cudaStream_t s
 
 const char* bias_leaky_relu_cuda(const BiasLeakyReluArgs& args, int device, void* stream) {
     if (args.n == 0) return nullptr;
-    cudaError_t status = begin_on(device);
-    if (status != cudaSuccess) return message(status);
+    const OnDevice here(device);
+    if (here.status != cudaSuccess) return message(here.status);
+    cudaError_t status = cudaSuccess;
     const auto queue = static_cast<cudaStream_t>(stream);
     const bool aligned = aligned16(args.x) && aligned16(args.y);
     visit_accumulator(args.dtype, [&]<class A>(A) {

@@ -15,7 +15,6 @@
 
 namespace gas {
 
-// The order is shared with DTYPES in gas_engine/ops/_native.py.
 enum class DType : std::uint8_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 constexpr int bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }

@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kThreads)
 
 const char* glu_cuda(const GluArgs& args, int device, void* stream) {
     if (args.rows == 0 || args.width == 0) return nullptr;
-    const cudaError_t status = begin_on(device);
-    if (status != cudaSuccess) return message(status);
+    const OnDevice here(device);
+    if (here.status != cudaSuccess) return message(here.status);
     visit(args.dtype, [&]<class T>(T) {
         constexpr int V = kPack<T>;
         const bool aligned = aligned16(args.gate) && aligned16(args.value) && aligned16(args.grad) &&

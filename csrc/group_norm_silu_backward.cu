@@ -208,8 +208,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 const char* group_norm_silu_backward_cuda(const GroupNormArgs& args, int device, void* stream) {
     if (args.B * args.C * args.N == 0) return nullptr;
-    cudaError_t status = begin_on(device);
-    if (status != cudaSuccess) return message(status);
+    const OnDevice here(device);
+    if (here.status != cudaSuccess) return message(here.status);
+    cudaError_t status = cudaSuccess;
     const auto queue = static_cast<cudaStream_t>(stream);
     const bool aligned = aligned16(args.x) && aligned16(args.g) && aligned16(args.out);
     const auto launched = [&] { return (status = cudaGetLastError()) == cudaSuccess; };

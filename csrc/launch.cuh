@@ -19,6 +19,24 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
     T v[V];
 };
 
+// One access for every 16 (or 8) bytes: left to itself, the compiler stores some packs element by element.
+template <class T, int V>
+__device__ __forceinline__ void put(void* p, const Pack<T, V>& pack) {
+    if constexpr (alignof(Pack<T, V>) == 16) {
+        struct Words {
+            uint4 at[sizeof pack / 16];
+        };
+        const auto words = __builtin_bit_cast(Words, pack);
+#pragma unroll
+        for (int k = 0; k < static_cast<int>(sizeof pack / 16); ++k)
+            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(static_cast<uint4*>(p) + k),
+                         "r"(words.at[k].x), "r"(words.at[k].y), "r"(words.at[k].z), "r"(words.at[k].w)
+                         : "memory");
+    } else {
+        *static_cast<Pack<T, V>*>(p) = pack;
+    }
+}
+
 template <class T>
 inline constexpr int kPack = 16 / static_cast<int>(sizeof(T));
 
@@ -41,7 +59,7 @@ template <int V, class T>
 __device__ __forceinline__ void store(T* p, std::int64_t at, std::int64_t n, bool aligned,
                                       const Pack<T, V>& pack) {
     if (aligned && at + V <= n) {
-        *reinterpret_cast<Pack<T, V>*>(p + at) = pack;
+        put(p + at, pack);
         return;
     }
 #pragma unroll
@@ -102,6 +120,55 @@ __device__ __forceinline__ void store_as(DType dtype, void* p, std::int64_t at, 
 template <class A>
 inline constexpr int kPerThread = 32 / static_cast<int>(sizeof(A));
 
+// Calls body(j, values) for B states from the first-th on, with V values of each; past the last there may be
+// zeros. Where all share a dtype (`same`) there is one branch for B states, and their loads are on the way
+// together.
+template <class A, int B, int V, class Body>
+__device__ __forceinline__ void visit_states(const States& states, int first, bool same, std::int64_t at,
+                                             std::int64_t n, bool aligned, Body&& body) {
+    const auto together = [&]<class T>(T) {
+        Pack<T, V> packs[B];
+#pragma unroll
+        for (int b = 0; b < B; ++b) {
+            packs[b] = {};
+            if (first + b < states.count)
+                packs[b] =
+                    *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(states.at[first + b]) + at);
+        }
+#pragma unroll
+        for (int b = 0; b < B; ++b) {  // a branch here would draw the load down to it
+            A values[V];
+#pragma unroll
+            for (int k = 0; k < V; ++k) values[k] = static_cast<A>(widen(packs[b].v[k]));
+            body(b, values);
+        }
+    };
+    if (same && aligned && at + V <= n) {
+        switch (states.dtype[0]) {
+            case DType::f64:
+                return together(double{});
+            case DType::bf16:
+                return together(bf16{});
+            case DType::f16:
+                return together(f16{});
+            default:
+                return together(float{});
+        }
+    }
+#pragma unroll
+    for (int b = 0; b < B; ++b) {
+        if (first + b >= states.count) break;
+        A values[V];
+        load_as(states.dtype[first + b], states.at[first + b], at, n, aligned, values);
+        body(b, values);
+    }
+}
+
+inline bool same_dtype(const States& states) {
+    return std::all_of(states.dtype, states.dtype + states.count,
+                       [&](DType d) { return d == states.dtype[0]; });
+}
+
 inline bool aligned16(const States& states) {
     for (int i = 0; i < states.count; ++i) {
         if (!aligned16(states.at[i])) return false;
@@ -114,12 +181,29 @@ inline unsigned blocks_for(std::int64_t n, std::int64_t tile, std::int64_t most 
     return static_cast<unsigned>(std::clamp<std::int64_t>((n + tile - 1) / tile, 1, most));
 }
 
-// Makes the device current and forgets what an earlier launch of somebody else left behind: the check after
-// ours tells of ours alone.
-inline cudaError_t begin_on(int device) {
-    cudaGetLastError();
-    return cudaSetDevice(device);
-}
+// Makes the device current for as long as it lives, and forgets what an earlier launch of somebody else left
+// behind: the check after ours tells of ours alone.
+class OnDevice {
+  public:
+    explicit OnDevice(int device) {
+        cudaGetLastError();
+        status = cudaGetDevice(&before_);
+        if (status != cudaSuccess || before_ == device) return;
+        status = cudaSetDevice(device);
+        moved_ = status == cudaSuccess;
+    }
+    ~OnDevice() {
+        if (moved_) cudaSetDevice(before_);
+    }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+    cudaError_t status;
+
+  private:
+    int before_ = 0;
+    bool moved_ = false;
+};
 
 // nullptr when all is well, else the driver's words.
 inline const char* message(cudaError_t status) {

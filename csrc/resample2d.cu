@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int k = 0; k < V; ++k) pack.v[k] = narrow<T>(sum[r][k]);
             const std::int64_t at = (plane * im.out_height + top + r) * im.out_width + column;
-            *reinterpret_cast<Pack<T, V>*>(y + at * im.inner + value) = pack;
+            put(y + at * im.inner + value, pack);
         }
     }
 }
@@ -95,8 +95,8 @@ void launch(const Resample2dArgs& args, cudaStream_t stream) {
 
 const char* resample2d_cuda(const Resample2dArgs& args, int device, void* stream) {
     if (args.planes * args.out_height * args.out_width * args.inner == 0) return nullptr;
-    const cudaError_t status = begin_on(device);
-    if (status != cudaSuccess) return message(status);
+    const OnDevice here(device);
+    if (here.status != cudaSuccess) return message(here.status);
     visit(args.dtype, [&]<class T>(T) {
         const auto queue = static_cast<cudaStream_t>(stream);
         const bool packs = args.inner % kPack<T> == 0 && aligned16(args.x) && aligned16(args.y);

@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kThreads)
 
 const char* reversible_cuda(const ReversibleArgs& args, int device, void* stream) {
     if (args.n == 0) return nullptr;
-    const cudaError_t status = begin_on(device);
-    if (status != cudaSuccess) return message(status);
+    const OnDevice here(device);
+    if (here.status != cudaSuccess) return message(here.status);
     const bool aligned = aligned16(args.previous) && aligned16(args.current) && aligned16(args.output) &&
                          aligned16(args.next) && aligned16(args.code);
     visit(args.dtype, [&]<class T>(T) {
