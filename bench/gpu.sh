@@ -17,7 +17,7 @@ step() { # step SECONDS NAME COMMAND...
     shift 2
     [ "$wanted" = "  " ] || [[ "$wanted" == *" $name "* ]] || return 0
     echo "== $name"
-    timeout "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
+    timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
     local code=${PIPESTATUS[0]}
     [ "$code" -eq 0 ] || { echo "== $name failed ($code)"; status=1; }
 }

@@ -14,14 +14,14 @@ template <class A>
 __device__ __forceinline__ A number_at(DType dtype, const void* p, std::int64_t at, A absent) {
     if (p == nullptr) return absent;
     A value[1];
-    load_as<A, 1>(dtype, p, at, at + 1, false, value);
+    load_as(dtype, p, at, at + 1, false, value);
     return value[0];
 }
 
 template <class A>
 __device__ __forceinline__ void store_number(DType dtype, void* p, std::int64_t at, A number) {
     A value[1] = {number};
-    store_as<A, 1>(dtype, p, at, at + 1, false, value);
+    store_as(dtype, p, at, at + 1, false, value);
 }
 
 template <class A>

@@ -68,33 +68,48 @@ __device__ __forceinline__ void store(T* p, std::int64_t at, std::int64_t n, boo
     }
 }
 
-// The same for storage whose type is known at run time, as V values of A. The branch is the same for all
-// threads.
-template <class A, int V>
-__device__ __forceinline__ void load_as(DType dtype, const void* p, std::int64_t at, std::int64_t n,
-                                        bool aligned, A (&values)[V]) {
-    const auto from = [&]<class T>(T) {
-        const auto pack = load<V>(static_cast<const T*>(p), at, n, aligned);
-#pragma unroll
-        for (int k = 0; k < V; ++k) values[k] = static_cast<A>(widen(pack.v[k]));
-    };
-    switch (dtype) {
-        case DType::f64:
-            return from(double{});
-        case DType::bf16:
-            return from(bf16{});
-        case DType::f16:
-            return from(f16{});
-        default:
-            return from(float{});
+constexpr bool narrow_dtype(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
+
+// Elements a thread takes at a time where types are mixed: one 16-byte load of 16-bit elements, two of
+// float, two of double.
+template <class A>
+inline constexpr int kPerThread = 32 / static_cast<int>(sizeof(A));
+
+// Calls body(T{}) with the storage type; Narrow: one of 16 bits. The branch is the same for all threads.
+template <bool Narrow, class Body>
+__device__ __forceinline__ void visit_storage(DType dtype, Body&& body) {
+    if constexpr (Narrow) {
+        dtype == DType::bf16 ? body(bf16{}) : body(f16{});
+    } else {
+        switch (dtype) {
+            case DType::f64:
+                return body(double{});
+            case DType::bf16:
+                return body(bf16{});
+            case DType::f16:
+                return body(f16{});
+            default:
+                return body(float{});
+        }
     }
 }
 
-// Stores, and leaves in `values` what a later load of the stored elements would give.
-template <class A, int V>
+// Load and store as above, for storage whose type is known at run time, as V values of A.
+template <bool Narrow = false, class A, int V>
+__device__ __forceinline__ void load_as(DType dtype, const void* p, std::int64_t at, std::int64_t n,
+                                        bool aligned, A (&values)[V]) {
+    visit_storage<Narrow>(dtype, [&]<class T>(T) {
+        const auto pack = load<V>(static_cast<const T*>(p), at, n, aligned);
+#pragma unroll
+        for (int k = 0; k < V; ++k) values[k] = static_cast<A>(widen(pack.v[k]));
+    });
+}
+
+// Leaves in `values` what a later load of the stored elements would give.
+template <bool Narrow = false, class A, int V>
 __device__ __forceinline__ void store_as(DType dtype, void* p, std::int64_t at, std::int64_t n, bool aligned,
                                          A (&values)[V]) {
-    const auto to = [&]<class T>(T) {
+    visit_storage<Narrow>(dtype, [&]<class T>(T) {
         Pack<T, V> pack;
 #pragma unroll
         for (int k = 0; k < V; ++k) {
@@ -102,64 +117,40 @@ __device__ __forceinline__ void store_as(DType dtype, void* p, std::int64_t at, 
             values[k] = static_cast<A>(widen(pack.v[k]));
         }
         store<V>(static_cast<T*>(p), at, n, aligned, pack);
-    };
-    switch (dtype) {
-        case DType::f64:
-            return to(double{});
-        case DType::bf16:
-            return to(bf16{});
-        case DType::f16:
-            return to(f16{});
-        default:
-            return to(float{});
-    }
+    });
 }
-
-// Elements a thread takes at a time where types are mixed: one 16-byte load of 16-bit elements, two of
-// float, two of double.
-template <class A>
-inline constexpr int kPerThread = 32 / static_cast<int>(sizeof(A));
 
 // Calls body(j, values) for B states from the first-th on, with V values of each; past the last there may be
 // zeros. Where all share a dtype (`same`) there is one branch for B states, and their loads are on the way
 // together.
-template <class A, int B, int V, class Body>
+template <class A, bool Narrow, int B, int V, class Body>
 __device__ __forceinline__ void visit_states(const States& states, int first, bool same, std::int64_t at,
                                              std::int64_t n, bool aligned, Body&& body) {
-    const auto together = [&]<class T>(T) {
-        Pack<T, V> packs[B];
-#pragma unroll
-        for (int b = 0; b < B; ++b) {
-            packs[b] = {};
-            if (first + b < states.count)
-                packs[b] =
-                    *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(states.at[first + b]) + at);
-        }
-#pragma unroll
-        for (int b = 0; b < B; ++b) {  // a branch here would draw the load down to it
-            A values[V];
-#pragma unroll
-            for (int k = 0; k < V; ++k) values[k] = static_cast<A>(widen(packs[b].v[k]));
-            body(b, values);
-        }
-    };
     if (same && aligned && at + V <= n) {
-        switch (states.dtype[0]) {
-            case DType::f64:
-                return together(double{});
-            case DType::bf16:
-                return together(bf16{});
-            case DType::f16:
-                return together(f16{});
-            default:
-                return together(float{});
-        }
+        visit_storage<Narrow>(states.dtype[0], [&]<class T>(T) {
+            Pack<T, V> packs[B];
+#pragma unroll
+            for (int b = 0; b < B; ++b) {
+                packs[b] = {};
+                if (first + b < states.count)
+                    packs[b] = *reinterpret_cast<const Pack<T, V>*>(
+                        static_cast<const T*>(states.at[first + b]) + at);
+            }
+#pragma unroll
+            for (int b = 0; b < B; ++b) {  // a branch here would draw the load down to it
+                A values[V];
+#pragma unroll
+                for (int k = 0; k < V; ++k) values[k] = static_cast<A>(widen(packs[b].v[k]));
+                body(b, values);
+            }
+        });
+        return;
     }
 #pragma unroll
     for (int b = 0; b < B; ++b) {
         if (first + b >= states.count) break;
         A values[V];
-        load_as(states.dtype[first + b], states.at[first + b], at, n, aligned, values);
+        load_as<Narrow>(states.dtype[first + b], states.at[first + b], at, n, aligned, values);
         body(b, values);
     }
 }
