@@ -45,6 +45,25 @@ GAS_HD float quotient(float top, float bottom) {
 }
 GAS_HD double quotient(double top, double bottom) { return top / bottom; }
 
+// For numbers that are stored in 16 bits: the hardware's own functions, within 1e-6 as long as |x| < 20.
+#ifdef __CUDA_ARCH__
+GAS_HD float rough_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+GAS_HD float rough_inverse(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#else
+GAS_HD float rough_exp2(float x) { return ::exp2f(x); }
+GAS_HD float rough_inverse(float x) { return 1.0f / x; }
+#endif
+GAS_HD float rough_decay(float x) { return rough_exp2(-1.44269504f * x); }
+GAS_HD float rough_gaussian(float x) { return rough_exp2(-0.72134752f * x * x); }
+
 GAS_HD float magnitude(float x) { return fabsf(x); }
 GAS_HD float capped(float x, float most) { return fminf(x, most); }
 
@@ -198,19 +217,22 @@ GAS_HD V tanh_argument(V x, V& bend) {
     return x * (kLinear + kCubic * x * x);
 }
 
-// The one exponential of an activation. Where it is infinite, s is zero.
-template <class V>
+// The one exponential of an activation. Where it is infinite, s is zero. Rough: see above, on a device only.
+template <bool Rough = false, class V>
 GAS_HD V exponential(Act act, V x) {
     V bend;
-    if (act == Act::silu) return decay(x);
-    if (act == Act::gelu) return gaussian(x);
-    return act == Act::gelu_tanh ? decay(tanh_argument(x, bend)) : x;
+    if (act == Act::none) return x;
+    if (act == Act::gelu_tanh) x = tanh_argument(x, bend);
+    if constexpr (Rough)
+        return act == Act::gelu ? rough_gaussian(x) : rough_decay(x);
+    else
+        return act == Act::gelu ? gaussian(x) : decay(x);
 }
 
 // act(x) and act'(x), given e = exponential(act, x); the compiler drops what a caller does not use. `act` is
 // the same for all of a tensor, so the branch is always predicted. A loop over several e first, and then over
 // several of these, keeps more of a processor's units busy than one chain from x to act(x) after the other.
-template <class V>
+template <bool Rough = false, class V>
 GAS_HD void activate_from(Act act, V x, V e, V& value, V& slope) {
     using A = Element<V>;
     const V one = V{} + A(1);
@@ -222,8 +244,14 @@ GAS_HD void activate_from(Act act, V x, V e, V& value, V& slope) {
         value = x;
         slope = one;
     } else {
-        const V s = quotient(one, one + e),
-                rest = x < 0 ? one - s : e * s;  // s(x) and 1 - s(x), where nothing cancels
+        V s, rest;  // s(x) and 1 - s(x), where nothing cancels
+        if constexpr (Rough) {
+            s = rough_inverse(one + e);
+            rest = one - s;
+        } else {
+            s = quotient(one, one + e);
+            rest = x < 0 ? one - s : e * s;
+        }
         value = x * s;
         V bend = x;
         if (act == Act::gelu_tanh) tanh_argument(x, bend);
@@ -231,23 +259,44 @@ GAS_HD void activate_from(Act act, V x, V e, V& value, V& slope) {
     }
 }
 
-template <class V>
+template <bool Rough = false, class V>
 GAS_HD void activate_both(Act act, V x, V& value, V& slope) {
-    activate_from(act, x, exponential(act, x), value, slope);
+    activate_from<Rough>(act, x, exponential<Rough>(act, x), value, slope);
 }
 
-template <class V>
+template <bool Rough = false, class V>
 GAS_HD V activate(Act act, V x) {
     V value, slope;
-    activate_both(act, x, value, slope);
+    activate_both<Rough>(act, x, value, slope);
     return value;
 }
 
-template <class V>
+template <bool Rough = false, class V>
 GAS_HD V activate_slope(Act act, V x) {
     V value, slope;
-    activate_both(act, x, value, slope);
+    activate_both<Rough>(act, x, value, slope);
     return slope;
+}
+
+// An activation as a constant.
+template <Act A>
+struct Known {
+    GAS_HD constexpr operator Act() const { return A; }
+};
+
+// Calls body(Known{}): one branch for many values, which then share the processor's units.
+template <class Body>
+GAS_HD void with_act(Act act, Body&& body) {
+    switch (act) {
+        case Act::none:
+            return body(Known<Act::none>{});
+        case Act::silu:
+            return body(Known<Act::silu>{});
+        case Act::gelu:
+            return body(Known<Act::gelu>{});
+        case Act::gelu_tanh:
+            return body(Known<Act::gelu_tanh>{});
+    }
 }
 
 }  // namespace gas

@@ -153,10 +153,10 @@ __device__ __forceinline__ void store_statistics(const GroupNormArgs& args, std:
     static_cast<A*>(args.rstd)[group] = rstd_of(args, m);
 }
 
-template <class A>
+template <bool Rough = false, class A>
 __device__ __forceinline__ void slope_of(Act act, const Affine<A>& affine, A x, A g, A& n, A& dy) {
     n = normalised(affine, x);
-    dy = g * activate_slope(act, modulated(affine, n));
+    dy = g * activate_slope<Rough>(act, modulated(affine, n));
 }
 
 // Sum over `lanes` neighbouring threads, in lane 0 of them, in a fixed order.

@@ -56,22 +56,6 @@ GAS_HD double lane_sum(V v) {
 
 inline constexpr int kTile = 4;  // vectors that go through the arithmetic side by side
 
-// Call body with the activation as a constant: one branch for several vectors, which then share the
-// processor's units.
-template <class Body>
-GAS_HD void with_act(Act act, Body&& body) {
-    switch (act) {
-        case Act::none:
-            return body(std::integral_constant<Act, Act::none>{});
-        case Act::silu:
-            return body(std::integral_constant<Act, Act::silu>{});
-        case Act::gelu:
-            return body(std::integral_constant<Act, Act::gelu>{});
-        case Act::gelu_tanh:
-            return body(std::integral_constant<Act, Act::gelu_tanh>{});
-    }
-}
-
 // U vectors y at once, first all exponentials: see activate_from. They are left in act(y), or in act'(y).
 template <int U, class V>
 GAS_HD void activate_all(Act act, V (&y)[U]) {

@@ -34,20 +34,45 @@ Whole whole_of(const GroupNormArgs& args, bool aligned) {
     return whole;
 }
 
-// V elements of a group, as numbers.
-template <int V, class T, class A>
-__device__ __forceinline__ void read(const void* p, std::int64_t at, bool aligned, A (&values)[V]) {
-    const auto pack = load<V>(static_cast<const T*>(p), at, at + V, aligned);
+// Calls body(at, x, g) for packs of V elements, `step` apart, with their values: of x, and of g if it is
+// there. Two packs are on the way before the first is used, and body may write over what they were read from.
+template <class T, bool Both, class Body>
+__device__ __forceinline__ void for_packs(const GroupNormArgs& args, std::int64_t base, int first, int end,
+                                          int step, bool aligned, Body&& body) {
+    using A = Acc<T>;
+    constexpr int V = kPerThread<A>, U = 2;
+    const T *const x = static_cast<const T*>(args.x) + base, *const g = static_cast<const T*>(args.g) + base;
+    for (int at = first; at < end; at += U * step) {
+        Pack<T, V> packs[2][U];
 #pragma unroll
-    for (int k = 0; k < V; ++k) values[k] = static_cast<A>(widen(pack.v[k]));
+        for (int u = 0; u < U; ++u) {
+            packs[0][u] = {}, packs[1][u] = {};
+            const int here = at + u * step;
+            if (here >= end) continue;
+            packs[0][u] = load<V>(x, here, end, aligned);
+            if constexpr (Both) packs[1][u] = load<V>(g, here, end, aligned);
+        }
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            if (at + u * step >= end) continue;
+            A values[2][V];
+#pragma unroll
+            for (int k = 0; k < V; ++k) {
+                values[0][k] = static_cast<A>(widen(packs[0][u].v[k]));
+                values[1][k] = static_cast<A>(widen(packs[1][u].v[k]));
+            }
+            body(at + u * step, values[0], values[1]);
+        }
+    }
 }
 
 template <int V, class T, class A>
-__device__ __forceinline__ void write(void* p, std::int64_t at, bool aligned, const A (&values)[V]) {
+__device__ __forceinline__ void write(void* p, std::int64_t at, std::int64_t end, bool aligned,
+                                      const A (&values)[V]) {
     Pack<T, V> pack;
 #pragma unroll
     for (int k = 0; k < V; ++k) pack.v[k] = narrow<T>(values[k]);
-    store<V>(static_cast<T*>(p), at, at + V, aligned, pack);
+    store<V>(static_cast<T*>(p), at, end, aligned, pack);
 }
 
 // Calls body(unit, channel, first, end) for each of this warp's units; pixels count from the group's first.
@@ -84,12 +109,8 @@ __global__ void __launch_bounds__(kWholeThreads, sizeof(T) == 8 ? 1 : 2)
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, size = whole.channels * whole.pixels;
     const std::int64_t group = blockIdx.x, base = group * size;
     Moments<A> total = {0, 0, 0};
-#pragma unroll 2
-    for (int at = threadIdx.x * V; at < size; at += blockDim.x * V) {
-        A x[V];
-        read<V, T>(args.x, base + at, whole.aligned, x);
-        join(total, moments_of(x));
-    }
+    for_packs<T, false>(args, base, threadIdx.x * V, size, blockDim.x * V, whole.aligned,
+                        [&](int, const A(&x)[V], const A(&)[V]) { join(total, moments_of(x)); });
     join_lanes(total, kWarp);
     if (lane == 0) shared[warp] = total;
     __syncthreads();
@@ -103,18 +124,19 @@ __global__ void __launch_bounds__(kWholeThreads, sizeof(T) == 8 ? 1 : 2)
     }
     __syncthreads();
     const A mean = shared[0].mean, rstd = rstd_of(args, shared[0]);
-    for_units(whole, [&](int, int channel, int first, int end) {
-        const std::int64_t c = group % args.G * whole.channels + channel;
-        const Affine<A> affine = affine_of(args, group / args.G, c, mean, rstd);
-#pragma unroll 2
-        for (int at = first + lane * V; at < end; at += kWarp * V) {
-            A x[V];
-            read<V, T>(args.x, base + at, whole.aligned, x);
+    with_act(args.act, [&](auto act) {
+        for_units(whole, [&](int, int channel, int first, int end) {
+            const std::int64_t c = group % args.G * whole.channels + channel;
+            const Affine<A> affine = affine_of(args, group / args.G, c, mean, rstd);
+            for_packs<T, false>(args, base, first + lane * V, end, kWarp * V, whole.aligned,
+                                [&](int at, A(&x)[V], const A(&)[V]) {
 #pragma unroll
-            for (int k = 0; k < V; ++k)
-                x[k] = activate(args.act, modulated(affine, normalised(affine, x[k])));
-            write<V, T>(args.out, base + at, whole.aligned, x);
-        }
+                                    for (int k = 0; k < V; ++k)
+                                        x[k] = activate<sizeof(T) == 2>(
+                                            act, modulated(affine, normalised(affine, x[k])));
+                                    write<V, T>(args.out, base + at, base + end, whole.aligned, x);
+                                });
+        });
     });
 }
 
@@ -128,24 +150,24 @@ __global__ void __launch_bounds__(kWholeThreads, sizeof(T) == 8 ? 1 : 2)
     const int lane = threadIdx.x % kWarp;
     const std::int64_t group = blockIdx.x, base = group * whole.channels * whole.pixels;
     const std::int64_t b = group / args.G, channel0 = group % args.G * whole.channels;
-    for_units(whole, [&](int unit, int channel, int first, int end) {
-        const Affine<A> affine = affine_of<A>(args, b, channel0 + channel);
-        A s1 = 0, s2 = 0;
-        for (int at = first + lane * V; at < end; at += kWarp * V) {
-            A x[V], g[V];
-            read<V, T>(args.x, base + at, whole.aligned, x);
-            read<V, T>(args.g, base + at, whole.aligned, g);
+    with_act(args.act, [&](auto act) {
+        for_units(whole, [&](int unit, int channel, int first, int end) {
+            const Affine<A> affine = affine_of<A>(args, b, channel0 + channel);
+            A s1 = 0, s2 = 0;
+            for_packs<T, true>(args, base, first + lane * V, end, kWarp * V, whole.aligned,
+                               [&](int, const A(&x)[V], const A(&g)[V]) {
 #pragma unroll
-            for (int k = 0; k < V; ++k) {
-                A n, dy;
-                slope_of(args.act, affine, x[k], g[k], n, dy);
-                s1 += dy;
-                s2 += dy * n;
-            }
-        }
-        s1 = sum_lanes(s1, kWarp);
-        s2 = sum_lanes(s2, kWarp);
-        if (lane == 0) sums[0][unit] = s1, sums[1][unit] = s2;
+                                   for (int k = 0; k < V; ++k) {
+                                       A n, dy;
+                                       slope_of<sizeof(T) == 2>(act, affine, x[k], g[k], n, dy);
+                                       s1 += dy;
+                                       s2 += dy * n;
+                                   }
+                               });
+            s1 = sum_lanes(s1, kWarp);
+            s2 = sum_lanes(s2, kWarp);
+            if (lane == 0) sums[0][unit] = s1, sums[1][unit] = s2;
+        });
     });
     __syncthreads();
     if (threadIdx.x < kWarp) {
@@ -166,20 +188,20 @@ __global__ void __launch_bounds__(kWholeThreads, sizeof(T) == 8 ? 1 : 2)
     if (args.out == nullptr) return;
     __syncthreads();
     const A m1 = means[0], m2 = means[1];
-    for_units(whole, [&](int, int channel, int first, int end) {
-        const Affine<A> affine = affine_of<A>(args, b, channel0 + channel);
-        for (int at = first + lane * V; at < end; at += kWarp * V) {
-            A x[V], g[V];
-            read<V, T>(args.x, base + at, whole.aligned, x);
-            read<V, T>(args.g, base + at, whole.aligned, g);
+    with_act(args.act, [&](auto act) {
+        for_units(whole, [&](int, int channel, int first, int end) {
+            const Affine<A> affine = affine_of<A>(args, b, channel0 + channel);
+            for_packs<T, true>(args, base, first + lane * V, end, kWarp * V, whole.aligned,
+                               [&](int at, A(&x)[V], const A(&g)[V]) {
 #pragma unroll
-            for (int k = 0; k < V; ++k) {
-                A n, dy;
-                slope_of(args.act, affine, x[k], g[k], n, dy);
-                x[k] = norm_dx(affine, n, dy, m1, m2);
-            }
-            write<V, T>(args.out, base + at, whole.aligned, x);
-        }
+                                   for (int k = 0; k < V; ++k) {
+                                       A n, dy;
+                                       slope_of<sizeof(T) == 2>(act, affine, x[k], g[k], n, dy);
+                                       x[k] = norm_dx(affine, n, dy, m1, m2);
+                                   }
+                                   write<V, T>(args.out, base + at, base + end, whole.aligned, x);
+                               });
+        });
     });
 }
 
