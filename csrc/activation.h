@@ -27,6 +27,11 @@ enum class Act : std::uint8_t { none = 0, silu = 1, gelu = 2, gelu_tanh = 3 };
 template <class V>
 using Element = V;
 
+template <class V>
+GAS_HD V capped(V x, V most) {
+    return x > most ? most : x;
+}
+
 // e^-x
 GAS_HD float decay(float x) { return ::expf(-x); }
 GAS_HD double decay(double x) { return ::exp(-x); }
@@ -65,7 +70,6 @@ GAS_HD float rough_decay(float x) { return rough_exp2(-1.44269504f * x); }
 GAS_HD float rough_gaussian(float x) { return rough_exp2(-0.72134752f * x * x); }
 
 GAS_HD float magnitude(float x) { return fabsf(x); }
-GAS_HD float capped(float x, float most) { return fminf(x, most); }
 
 // Phi(x)
 template <class V>
@@ -90,32 +94,53 @@ using Element = typename ElementOf<V>::type;
 template <class V>
 inline constexpr int kLanesOf = static_cast<int>(sizeof(V) / sizeof(Element<V>));
 
-// e^-(a + tail) for float vectors, |tail| < 1/4, to zero and to infinity: 2^n e^r with r in +-ln(2)/2 (or
-// little more). The polynomial is the minimax fit of (e^r - 1 - r) / r^2 there: 3e-9 relative. A NaN gives
-// some number: callers multiply by the NaN that they came with.
+template <class V>
+GAS_HD V capped(V x, V most) {
+#if defined(__AVX512F__)  // compilers make two instructions of the line below
+    if constexpr (sizeof(V) == 64 && sizeof(Element<V>) == 4)
+        return std::bit_cast<V>(_mm512_min_ps(std::bit_cast<__m512>(most), std::bit_cast<__m512>(x)));
+#endif
+    return x > most ? most : x;
+}
+
+// e^-(a + tail) for float vectors, |tail| < 1/4, to zero and to infinity: 2^n e^r, and r little enough for a
+// polynomial, the minimax fit of (e^r - 1 - r) / r^2: 3e-9 relative. A NaN gives some number: callers
+// multiply by the NaN that they came with.
 template <class F>
 GAS_HD F exp_minus(F a, F tail) {
     using U = Vec<std::uint32_t, kLanesOf<F>>;
-    const auto power = [&](F n) {
-        const F r = -a - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f - tail;  // the first product is exact
-        F p = 0.00138146128f * r + 0.00836871006f;
-        p = p * r + 0.041668389f;
-        p = p * r + 0.166665211f;
-        p = p * r + 0.49999994f;
-        return (p * r + 1.0f) * r + 1.0f;
+    const auto rest = [&](F n) {  // the first product is exact
+        return -a - n * 0x1.62ep-1f - n * 0x1.0bfbe8p-15f - tail;
     };
-#if defined(__AVX512F__)
+#if defined(__AVX512DQ__)
     if constexpr (sizeof(F) == 64) {
-        const __m512 most = _mm512_set1_ps(105.0f);  // beyond the subnormal numbers on either side
-        a = std::bit_cast<F>(_mm512_max_ps(_mm512_min_ps(std::bit_cast<__m512>(a), most), -most));
-        const __m512 n = _mm512_roundscale_ps(std::bit_cast<__m512>(a * -1.44269504f), 0);
-        return std::bit_cast<F>(_mm512_scalef_ps(std::bit_cast<__m512>(power(std::bit_cast<F>(n))), n));
+        // n in sixteenths, whose powers of two are a register's worth of table: |r| < ln(2)/32 needs no more
+        // than two coefficients.
+        alignas(64) static constexpr float kRoots[] = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f,
+                                                       1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
+                                                       1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
+                                                       1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
+        // The smaller magnitude, with the sign of a: 105 is beyond the subnormal numbers on either side.
+        a = std::bit_cast<F>(_mm512_range_ps(std::bit_cast<__m512>(a), _mm512_set1_ps(105.0f), 0b0010));
+        constexpr float kToSixteenths = 0x1.8p19f;  // adding it leaves 16 n in the low bits
+        const F shifted = kToSixteenths - a * 1.44269504f - tail * 1.44269504f;
+        const F n = shifted - kToSixteenths, r = rest(n);
+        const F root =
+            std::bit_cast<F>(_mm512_permutexvar_ps(std::bit_cast<__m512i>(shifted), _mm512_load_ps(kRoots)));
+        const F power = root + root * (((0.16667074f * r + 0.50001687f) * r + 1.0f) * r);
+        return std::bit_cast<F>(  // which rounds n down
+            _mm512_scalef_ps(std::bit_cast<__m512>(power), std::bit_cast<__m512>(n)));
     }
 #endif
     constexpr float kToInteger = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
     const F shifted = kToInteger - a * 1.44269504f;
-    const F e =
-        std::bit_cast<F>(std::bit_cast<U>(power(shifted - kToInteger)) + (std::bit_cast<U>(shifted) << 23));
+    const F r = rest(shifted - kToInteger);
+    F p = 0.00138146128f * r + 0.00836871006f;
+    p = p * r + 0.041668389f;
+    p = p * r + 0.166665211f;
+    p = p * r + 0.49999994f;
+    p = (p * r + 1.0f) * r + 1.0f;
+    const F e = std::bit_cast<F>(std::bit_cast<U>(p) + (std::bit_cast<U>(shifted) << 23));
     const F large = a < -88.0f ? F{} + std::numeric_limits<float>::infinity() : e;
     return a > 87.0f ? F{} : large;
 }
@@ -131,11 +156,6 @@ GAS_HD V magnitude(V x) {
         return std::bit_cast<V>(std::bit_cast<Vec<std::uint32_t, kLanesOf<V>>>(x) & 0x7fffffffu);
     else
         return x < 0 ? -x : x;
-}
-
-template <class V>
-GAS_HD V capped(V x, Element<V> most) {
-    return x > most ? V{} + most : x;
 }
 
 // e^-x. Doubles go lane by lane, as accurate as the system's library: they serve float64 tensors.
@@ -159,7 +179,7 @@ GAS_HD V gaussian(V x) {
         return gaussian(Vec<V, 4>{} + x)[0];
     } else if constexpr (std::is_same_v<Element<V>, float>) {
         using U = Vec<std::uint32_t, kLanesOf<V>>;
-        const V a = capped(magnitude(x), 14.5f);  // where it is zero
+        const V a = capped(magnitude(x), V{} + 14.5f);  // where it is zero
         // a^2 in two parts: rounded to one float, the exponent would be off by up to 50 ulp.
         const V high = std::bit_cast<V>(std::bit_cast<U>(a) & 0xfffff000u);
         return exp_minus(0.5f * high * high, 0.5f * (a - high) * (a + high));
@@ -194,7 +214,7 @@ GAS_HD V normal_cdf(V x, V e) {
 // nothing cancels.
 template <class V>
 GAS_HD V normal_cdf_fit(V x, V e) {
-    const V a = capped(magnitude(x), 14.5f);
+    const V a = capped(magnitude(x), V{} + 14.5f);
     const V top = (((0.00411629304f * a + 0.0406331234f) * a + 0.183234841f) * a + 0.43829456f) * a + 0.5f;
     const V bottom =
         ((((0.0103178965f * a + 0.101858579f) * a + 0.469469815f) * a + 1.20250189f) * a + 1.67447412f) * a +
@@ -244,13 +264,15 @@ GAS_HD void activate_from(Act act, V x, V e, V& value, V& slope) {
         value = x;
         slope = one;
     } else {
-        V s, rest;  // s(x) and 1 - s(x), where nothing cancels
+        // s(x) and 1 - s(x), where nothing cancels. An infinite e leaves s = 0, which the slope is as well.
+        V s, rest;
         if constexpr (Rough) {
             s = rough_inverse(one + e);
             rest = one - s;
         } else {
+            constexpr A kMost = A(sizeof(A) == 4 ? 0x1.fffffep127 : 0x1.fffffffffffffp1023);
             s = quotient(one, one + e);
-            rest = x < 0 ? one - s : e * s;
+            rest = capped(e, V{} + kMost) * s;
         }
         value = x * s;
         V bend = x;

@@ -57,7 +57,7 @@ void store_statistics(const GroupNormArgs& args, std::int64_t group, A mean, A r
 }
 
 // One group of [B, C, N]: contiguous, and in the cache after the first pass.
-template <class T, bool Stream>
+template <Act act, class T, bool Stream>
 void planar(const GroupNormArgs& args, std::int64_t group) {
     using A = Acc<T>;
     constexpr int W = kLanes<T>;
@@ -81,8 +81,8 @@ void planar(const GroupNormArgs& args, std::int64_t group) {
             constexpr bool Full = decltype(full)::value;
             V y[U];
             for (int u = 0; u < U; ++u)
-                y[u] = modulated(affine, normalised(affine, load<Full>(x + at + u * W, N - at)));
-            activate_all(args.act, y);
+                y[u] = modulated(affine, centred(affine, load<Full>(x + at + u * W, N - at)));
+            activate_all(act, y);
             for (int u = 0; u < U; ++u)
                 store_lanes<Full, T, V, W, Full && Stream>(out + at + u * W, y[u], N - at);
         };
@@ -118,7 +118,7 @@ void pixel_sums(const GroupNormArgs& args, const Block<T>& block, std::vector<do
 }
 
 // Whole groups of one sample of [B, N, C]: vectors of channels, three passes over the pixels.
-template <class T>
+template <Act act, class T>
 void interleaved(const GroupNormArgs& args, std::int64_t index) {
     using A = Acc<T>;
     constexpr int W = kLanes<T>;
@@ -158,8 +158,8 @@ void interleaved(const GroupNormArgs& args, std::int64_t index) {
             V y[kTile];
             const std::int64_t at = n * args.C + c, left = block.end - c;
             for (int u = 0; u < kTile; ++u)
-                y[u] = modulated(affine[u], normalised(affine[u], load<Full>(x + at + u * W, left - u * W)));
-            activate_all(args.act, y);
+                y[u] = modulated(affine[u], centred(affine[u], load<Full>(x + at + u * W, left - u * W)));
+            activate_all(act, y);
             for (int u = 0; u < kTile; ++u) store_lanes<Full, T, V, W>(out + at + u * W, y[u], left - u * W);
         }
     });
@@ -170,17 +170,18 @@ void interleaved(const GroupNormArgs& args, std::int64_t index) {
 void group_norm_silu_cpu(const GroupNormArgs& args, int threads) {
     const std::int64_t elements = args.B * args.C * args.N;
     const bool parallel = threads > 1 && elements >= kGroupNormParallelFrom;
-    visit(args.dtype, [&]<class T>(T) {
+    const auto run = [&]<class T, Act act>(T, std::integral_constant<Act, act>) {
         const bool stream = streams(args.out, elements * bytes(args.dtype)) && args.N % kLanes<T> == 0;
         const std::int64_t tasks = args.channels_last ? Block<T>::count(args) : args.B * args.G;
 #pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
         for (std::int64_t task = 0; task < tasks; ++task) {
             if (args.channels_last)
-                interleaved<T>(args, task);
+                interleaved<act, T>(args, task);
             else
-                stream ? planar<T, true>(args, task) : planar<T, false>(args, task);
+                stream ? planar<act, T, true>(args, task) : planar<act, T, false>(args, task);
         }
-    });
+    };
+    visit(args.dtype, [&](auto zero) { with_act(args.act, [&](auto act) { run(zero, act); }); });
 }
 
 }  // namespace gas

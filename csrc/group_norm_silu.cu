@@ -131,8 +131,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             A x[V];
             load_as(args.dtype, args.x, at, end, pieces.aligned, x);
 #pragma unroll
-            for (int k = 0; k < V; ++k)
-                x[k] = activate(args.act, modulated(affine, normalised(affine, x[k])));
+            for (int k = 0; k < V; ++k) x[k] = activate(args.act, modulated(affine, centred(affine, x[k])));
             store_as(args.dtype, args.out, at, end, pieces.aligned, x);
         }
     }
@@ -156,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             load_as(args.dtype, args.x, row + place.channel, row + args.C, tiles.aligned, x);
 #pragma unroll
             for (int k = 0; k < V; ++k)
-                x[k] = activate(args.act, modulated(affine[k], normalised(affine[k], x[k])));
+                x[k] = activate(args.act, modulated(affine[k], centred(affine[k], x[k])));
             store_as(args.dtype, args.out, row + place.channel, row + args.C, tiles.aligned, x);
         }
     }

@@ -154,9 +154,9 @@ __device__ __forceinline__ void store_statistics(const GroupNormArgs& args, std:
 }
 
 template <bool Rough = false, class A>
-__device__ __forceinline__ void slope_of(Act act, const Affine<A>& affine, A x, A g, A& n, A& dy) {
-    n = normalised(affine, x);
-    dy = g * activate_slope<Rough>(act, modulated(affine, n));
+__device__ __forceinline__ void slope_of(Act act, const Affine<A>& affine, A x, A g, A& d, A& dy) {
+    d = centred(affine, x);
+    dy = g * activate_slope<Rough>(act, modulated(affine, d));
 }
 
 // Sum over `lanes` neighbouring threads, in lane 0 of them, in a fixed order.
@@ -166,16 +166,17 @@ __device__ __forceinline__ A sum_lanes(A value, int lanes) {
     return value;
 }
 
-// The gradients of scale and shift of one channel, whose gain is returned.
+// Stores the gradients of scale and shift of one channel, and returns its gain.
 template <class A>
 __device__ __forceinline__ A store_channel(const GroupNormArgs& args, std::int64_t b, std::int64_t c, A s1,
                                            A s2) {
     const A weight = number_at<A>(args.weight_dtype, args.weight, c, 1);
     const A bias = number_at<A>(args.bias_dtype, args.bias, c, 0);
+    const Affine<A> affine = affine_of<A>(args, b, c);
     if (args.dshift != nullptr) store_number(args.shift_dtype, args.dshift, b * args.C + c, s1);
     if (args.dscale != nullptr)
-        store_number(args.scale_dtype, args.dscale, b * args.C + c, weight * s2 + bias * s1);
-    return affine_of<A>(args, b, c).gain;
+        store_number(args.scale_dtype, args.dscale, b * args.C + c, weight * affine.rstd * s2 + bias * s1);
+    return affine.gain;
 }
 
 // Takes groups whole where their sizes suit, in one launch for the whole pass; false where they do not.

@@ -1,13 +1,13 @@
-// out = act(y), y = z (1 + scale) + shift, z = n weight + bias, n = (x - mean_g) rstd_g, and its gradients.
+// out = act(y), y = z (1 + scale) + shift, z = d rstd_g weight + bias, d = x - mean_g, and its gradients.
 //
 // B batch, C channels, G groups, N pixels; x, out and g are [B, C, N], or [B, N, C] with channels_last;
 // weight, bias [C]; scale, shift [B, C], rows `stride` apart; mean, rstd [B, G] in float, or double for
 // double.
 //
-// Folded: y = n gain + offset, gain = weight (1 + scale), offset = bias (1 + scale) + shift. With
-// dy = g act'(y), and S1 = sum dy, S2 = sum dy n over the pixels of a channel:
-//   dshift = S1,  dscale = weight S2 + bias S1,
-//   dx = rstd (dy gain - m1 - n m2),  m1 = sum_c gain S1 / (N C/G),  m2 = sum_c gain S2 / (N C/G).
+// Folded: y = d (rstd gain) + offset, gain = weight (1 + scale), offset = bias (1 + scale) + shift. With
+// dy = g act'(y), and S1 = sum dy, S2 = sum dy d over the pixels of a channel:
+//   dshift = S1,  dscale = weight rstd S2 + bias S1,
+//   dx = rstd (dy gain - m1 - d m2),  m1 = sum_c gain S1 / (N C/G),  m2 = rstd^2 sum_c gain S2 / (N C/G).
 #pragma once
 
 #include <cstdint>
@@ -68,18 +68,18 @@ struct Affine {
 };
 
 template <class V>
-GAS_HD V normalised(const Affine<V>& affine, V x) {
-    return (x - affine.mean) * affine.rstd;
+GAS_HD V centred(const Affine<V>& affine, V x) {
+    return x - affine.mean;
 }
 
 template <class V>
-GAS_HD V modulated(const Affine<V>& affine, V n) {
-    return n * affine.gain + affine.offset;
+GAS_HD V modulated(const Affine<V>& affine, V d) {
+    return d * (affine.rstd * affine.gain) + affine.offset;  // the product is the same for all of a loop
 }
 
 template <class V>
-GAS_HD V norm_dx(const Affine<V>& affine, V n, V dy, V m1, V m2) {
-    return affine.rstd * (dy * affine.gain - m1 - n * m2);
+GAS_HD V norm_dx(const Affine<V>& affine, V d, V dy, V m1, V m2) {
+    return affine.rstd * (dy * affine.gain - m1 - d * m2);
 }
 
 }  // namespace gas

@@ -11,20 +11,22 @@ constexpr std::int64_t kKeptBytes = 128 << 10;
 // Vectors side by side: the registers hold x, g, n, dy and the exponential of no more.
 constexpr int kPair = 2;
 
-// n and dy = g act'(y) of U vectors.
+double square(double rstd) { return rstd * rstd; }
+
+// d and dy = g act'(y) of U vectors.
 template <int U, class V>
-GAS_HD void slopes(Act act, const Affine<V>* affine, const V (&x)[U], const V (&g)[U], V (&n)[U],
+GAS_HD void slopes(Act act, const Affine<V>* affine, const V (&x)[U], const V (&g)[U], V (&d)[U],
                    V (&dy)[U]) {
     for (int u = 0; u < U; ++u) {
-        n[u] = normalised(affine[u], x[u]);
-        dy[u] = modulated(affine[u], n[u]);
+        d[u] = centred(affine[u], x[u]);
+        dy[u] = modulated(affine[u], d[u]);
     }
     activate_slopes(act, dy);
     for (int u = 0; u < U; ++u) dy[u] = g[u] * dy[u];
 }
 
 // One group of [B, C, N].
-template <class T, bool Stream>
+template <Act act, class T, bool Stream>
 void planar(const GroupNormArgs& args, std::int64_t group, bool kept, Acc<T>* dys) {
     using A = Acc<T>;
     constexpr int W = kLanes<T>;
@@ -58,55 +60,55 @@ void planar(const GroupNormArgs& args, std::int64_t group, bool kept, Acc<T>* dy
             V part1[kPair]{}, part2[kPair]{};
             sweep(start, end, [&]<int U>(std::integral_constant<int, U>, auto full, std::int64_t at) {
                 constexpr bool Full = decltype(full)::value;
-                V xs[U], gs[U], n[U], dy[U];  // past the end gs is zero, and so is dy
+                V xs[U], gs[U], d[U], dy[U];  // past the end gs is zero, and so is dy
                 for (int u = 0; u < U; ++u) {
                     xs[u] = load<Full>(x + at + u * W, end - at);
                     gs[u] = load<Full>(g + at + u * W, end - at);
                 }
-                slopes(args.act, affine, xs, gs, n, dy);
+                slopes(act, affine, xs, gs, d, dy);
                 for (int u = 0; u < U; ++u) {
                     part1[u] += dy[u];
-                    part2[u] += dy[u] * n[u];
+                    part2[u] += dy[u] * d[u];
                     if (kept) store_lanes<Full, A, V, W>(dys + at + u * W, dy[u], end - at);
                 }
             });
             s1 += lane_sum(part1[0] + part1[1]);
             s2 += lane_sum(part2[0] + part2[1]);
         }
-        store_channel_sums<A>(args, b, first + c, s1, s2);
+        store_channel_sums(args, b, first + c, rstd, s1, s2);
         sum1 += s1 * gain, sum2 += s2 * gain;
     }
     if (args.out == nullptr) return;
 
-    const V m1 = V{} + static_cast<A>(sum1 / size), m2 = V{} + static_cast<A>(sum2 / size);
+    const V m1 = V{} + static_cast<A>(sum1 / size), m2 = V{} + static_cast<A>(square(rstd) * sum2 / size);
     T* const dx = static_cast<T*>(args.out) + group * size;
     for (std::int64_t c = 0; c < channels; ++c) {
         set_affine(c);
         const std::int64_t end = (c + 1) * N;
         sweep(c * N, end, [&]<int U>(std::integral_constant<int, U>, auto full, std::int64_t at) {
             constexpr bool Full = decltype(full)::value;
-            V xs[U], n[U], dy[U];
+            V xs[U], d[U], dy[U];
             for (int u = 0; u < U; ++u) xs[u] = load<Full>(x + at + u * W, end - at);
             if (kept) {
                 for (int u = 0; u < U; ++u) {
-                    n[u] = normalised(affine[0], xs[u]);
+                    d[u] = centred(affine[0], xs[u]);
                     dy[u] = load<Full>(dys + at + u * W, end - at);
                 }
             } else {
                 V gs[U];
                 for (int u = 0; u < U; ++u) gs[u] = load<Full>(g + at + u * W, end - at);
-                slopes(args.act, affine, xs, gs, n, dy);
+                slopes(act, affine, xs, gs, d, dy);
             }
             for (int u = 0; u < U; ++u)
                 store_lanes<Full, T, V, W, Full && Stream>(dx + at + u * W,
-                                                           norm_dx(affine[0], n[u], dy[u], m1, m2), end - at);
+                                                           norm_dx(affine[0], d[u], dy[u], m1, m2), end - at);
         });
     }
     if constexpr (Stream) stream_fence();
 }
 
 // Whole groups of one sample of [B, N, C].
-template <class T>
+template <Act act, class T>
 void interleaved(const GroupNormArgs& args, std::int64_t index) {
     using A = Acc<T>;
     constexpr int W = kLanes<T>;
@@ -137,15 +139,15 @@ void interleaved(const GroupNormArgs& args, std::int64_t index) {
             V part1[kPair]{}, part2[kPair]{};
             for (std::int64_t pixel = start; pixel < std::min(start + kRun / W, args.N); ++pixel) {
                 const std::int64_t at = pixel * args.C + c, left = block.end - c;
-                V xs[kPair], gs[kPair], n[kPair], dy[kPair];
+                V xs[kPair], gs[kPair], d[kPair], dy[kPair];
                 for (int u = 0; u < kPair; ++u) {
                     xs[u] = load<Full>(x + at + u * W, left - u * W);
                     gs[u] = load<Full>(g + at + u * W, left - u * W);
                 }
-                slopes(args.act, affine, xs, gs, n, dy);
+                slopes(act, affine, xs, gs, d, dy);
                 for (int u = 0; u < kPair; ++u) {
                     part1[u] += dy[u];
-                    part2[u] += dy[u] * n[u];
+                    part2[u] += dy[u] * d[u];
                 }
             }
             for (int u = 0; u < kPair; ++u) {
@@ -157,7 +159,8 @@ void interleaved(const GroupNormArgs& args, std::int64_t index) {
         }
     });
     for (std::int64_t c = block.first; c < block.end; ++c)
-        store_channel_sums<A>(args, block.b, c, s1[c - block.first], s2[c - block.first]);
+        store_channel_sums(args, block.b, c, block.rstd[c - block.first], s1[c - block.first],
+                           s2[c - block.first]);
     if (args.out == nullptr) return;
 
     std::vector<A> m1(s1.size()), m2(s2.size());
@@ -168,7 +171,7 @@ void interleaved(const GroupNormArgs& args, std::int64_t index) {
             sum2 += s2[k] * static_cast<double>(block.gain[k]);
         }
         std::fill_n(m1.begin() + c, channels, static_cast<A>(sum1 / size));
-        std::fill_n(m2.begin() + c, channels, static_cast<A>(sum2 / size));
+        std::fill_n(m2.begin() + c, channels, static_cast<A>(square(block.rstd[c]) * sum2 / size));
     }
     T* const dx = static_cast<T*>(args.out) + offset;
     pairs([&](auto full, std::int64_t c) {
@@ -182,14 +185,14 @@ void interleaved(const GroupNormArgs& args, std::int64_t index) {
         }
         for (std::int64_t pixel = 0; pixel < args.N; ++pixel) {
             const std::int64_t at = pixel * args.C + c, left = block.end - c;
-            V xs[kPair], gs[kPair], n[kPair], dy[kPair];
+            V xs[kPair], gs[kPair], d[kPair], dy[kPair];
             for (int u = 0; u < kPair; ++u) {
                 xs[u] = load<Full>(x + at + u * W, left - u * W);
                 gs[u] = load<Full>(g + at + u * W, left - u * W);
             }
-            slopes(args.act, affine, xs, gs, n, dy);
+            slopes(act, affine, xs, gs, d, dy);
             for (int u = 0; u < kPair; ++u) {
-                const V result = norm_dx(affine[u], n[u], dy[u], mean1[u], mean2[u]);
+                const V result = norm_dx(affine[u], d[u], dy[u], mean1[u], mean2[u]);
                 store_lanes<Full, T, V, W>(dx + at + u * W, result, left - u * W);
             }
         }
@@ -201,7 +204,7 @@ void interleaved(const GroupNormArgs& args, std::int64_t index) {
 void group_norm_silu_backward_cpu(const GroupNormArgs& args, int threads) {
     const std::int64_t elements = args.B * args.C * args.N;
     const bool parallel = threads > 1 && elements >= kGroupNormParallelFrom;
-    visit(args.dtype, [&]<class T>(T) {
+    const auto run = [&]<class T, Act act>(T, std::integral_constant<Act, act>) {
         const bool stream = streams(args.out, elements * bytes(args.dtype)) && args.N % kLanes<T> == 0;
         const std::int64_t tasks = args.channels_last ? Block<T>::count(args) : args.B * args.G;
         const std::int64_t size = args.C / args.G * args.N;
@@ -213,14 +216,15 @@ void group_norm_silu_backward_cpu(const GroupNormArgs& args, int threads) {
 #pragma omp for schedule(static)
             for (std::int64_t task = 0; task < tasks; ++task) {
                 if (args.channels_last)
-                    interleaved<T>(args, task);
+                    interleaved<act, T>(args, task);
                 else if (stream)
-                    planar<T, true>(args, task, kept, dys.data());
+                    planar<act, T, true>(args, task, kept, dys.data());
                 else
-                    planar<T, false>(args, task, kept, dys.data());
+                    planar<act, T, false>(args, task, kept, dys.data());
             }
         }
-    });
+    };
+    visit(args.dtype, [&](auto zero) { with_act(args.act, [&](auto act) { run(zero, act); }); });
 }
 
 }  // namespace gas

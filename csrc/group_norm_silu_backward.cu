@@ -28,10 +28,10 @@ __global__ void __launch_bounds__(kThreads, 2)
                 load_as(args.dtype, args.g, at, end, pieces.aligned, g);  // past the end: zeros
 #pragma unroll
                 for (int k = 0; k < V; ++k) {
-                    A n, dy;
-                    slope_of(args.act, affine, x[k], g[k], n, dy);
+                    A d, dy;
+                    slope_of(args.act, affine, x[k], g[k], d, dy);
                     s1 += dy;
-                    s2 += dy * n;
+                    s2 += dy * d;
                 }
             }
         }
@@ -66,10 +66,10 @@ __global__ void __launch_bounds__(kThreads, 2)
                 load_as(args.dtype, args.g, row + place.channel, row + args.C, tiles.aligned, g);
 #pragma unroll
                 for (int k = 0; k < V; ++k) {
-                    A n, dy;
-                    slope_of(args.act, affine[k], x[k], g[k], n, dy);
+                    A d, dy;
+                    slope_of(args.act, affine[k], x[k], g[k], d, dy);
                     s1[k] += dy;
-                    s2[k] += dy * n;
+                    s2[k] += dy * d;
                 }
             }
         }
@@ -104,6 +104,7 @@ __global__ void __launch_bounds__(kThreads, 2) group_sums(const __grid_constant_
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     for (std::int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
         const std::int64_t b = group / args.G;
+        const A rstd = static_cast<const A*>(args.rstd)[group];
         A sum1 = 0, sum2 = 0;  // of gain S1 and gain S2, over this warp's channels
         for (std::int64_t k = warp; k < channels; k += kBlockWarps) {
             const std::int64_t c = group % args.G * channels + k;
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 2) group_sums(const __grid_constant_
             }
             const A size = static_cast<A>(channels * args.N);
             means[2 * group] = sum1 / size;
-            means[2 * group + 1] = sum2 / size;
+            means[2 * group + 1] = rstd * rstd * (sum2 / size);
         }
     }
 }
@@ -161,9 +162,9 @@ __global__ void __launch_bounds__(kThreads, 2)
             load_as(args.dtype, args.g, at, end, pieces.aligned, g);
 #pragma unroll
             for (int k = 0; k < V; ++k) {
-                A n, dy;
-                slope_of(args.act, affine, x[k], g[k], n, dy);
-                x[k] = norm_dx(affine, n, dy, m1, m2);
+                A d, dy;
+                slope_of(args.act, affine, x[k], g[k], d, dy);
+                x[k] = norm_dx(affine, d, dy, m1, m2);
             }
             store_as(args.dtype, args.out, at, end, pieces.aligned, x);
         }
@@ -195,9 +196,9 @@ __global__ void __launch_bounds__(kThreads, 2)
             load_as(args.dtype, args.g, row + place.channel, row + args.C, tiles.aligned, g);
 #pragma unroll
             for (int k = 0; k < V; ++k) {
-                A n, dy;
-                slope_of(args.act, affine[k], x[k], g[k], n, dy);
-                x[k] = norm_dx(affine[k], n, dy, m1[k], m2[k]);
+                A d, dy;
+                slope_of(args.act, affine[k], x[k], g[k], d, dy);
+                x[k] = norm_dx(affine[k], d, dy, m1[k], m2[k]);
             }
             store_as(args.dtype, args.out, row + place.channel, row + args.C, tiles.aligned, x);
         }

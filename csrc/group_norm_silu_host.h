@@ -29,14 +29,15 @@ void folded(const GroupNormArgs& args, std::int64_t b, std::int64_t c, A& gain, 
 }
 
 template <class A>
-void store_channel_sums(const GroupNormArgs& args, std::int64_t b, std::int64_t c, double s1, double s2) {
+void store_channel_sums(const GroupNormArgs& args, std::int64_t b, std::int64_t c, A rstd, double s1,
+                        double s2) {
     const auto store = [&](DType dtype, void* p, double value) {
         if (p != nullptr)
             store_as<false, false, A, 2>(dtype, p, b * args.C + c, Vec<A, 2>{static_cast<A>(value)}, 1);
     };
     store(args.shift_dtype, args.dshift, s1);
     store(args.scale_dtype, args.dscale,
-          number_at<double>(args.weight_dtype, args.weight, c, 1) * s2 +
+          number_at<double>(args.weight_dtype, args.weight, c, 1) * static_cast<double>(rstd) * s2 +
               number_at<double>(args.bias_dtype, args.bias, c, 0) * s1);
 }
 
@@ -59,24 +60,20 @@ inline constexpr int kTile = 4;  // vectors that go through the arithmetic side 
 // U vectors y at once, first all exponentials: see activate_from. They are left in act(y), or in act'(y).
 template <int U, class V>
 GAS_HD void activate_all(Act act, V (&y)[U]) {
-    with_act(act, [&](auto known) {
-        V e[U], slope;
+    V e[U], slope;
 #pragma GCC unroll 4
-        for (int u = 0; u < U; ++u) e[u] = exponential(known, y[u]);
+    for (int u = 0; u < U; ++u) e[u] = exponential(act, y[u]);
 #pragma GCC unroll 4
-        for (int u = 0; u < U; ++u) activate_from(known, y[u], e[u], y[u], slope);
-    });
+    for (int u = 0; u < U; ++u) activate_from(act, y[u], e[u], y[u], slope);
 }
 
 template <int U, class V>
 GAS_HD void activate_slopes(Act act, V (&y)[U]) {
-    with_act(act, [&](auto known) {
-        V e[U], value;
+    V e[U], value;
 #pragma GCC unroll 4
-        for (int u = 0; u < U; ++u) e[u] = exponential(known, y[u]);
+    for (int u = 0; u < U; ++u) e[u] = exponential(act, y[u]);
 #pragma GCC unroll 4
-        for (int u = 0; u < U; ++u) activate_from(known, y[u], e[u], value, y[u]);
-    });
+    for (int u = 0; u < U; ++u) activate_from(act, y[u], e[u], value, y[u]);
 }
 
 // Channels [first, end) of one sample with channels_last: whole groups, and whole vectors but for the last.

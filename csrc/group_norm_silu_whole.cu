@@ -35,12 +35,12 @@ Whole whole_of(const GroupNormArgs& args, bool aligned) {
 }
 
 // Calls body(at, x, g) for packs of V elements, `step` apart, with their values: of x, and of g if it is
-// there. Two packs are on the way before the first is used, and body may write over what they were read from.
-template <class T, bool Both, class Body>
+// there. U packs are on the way before the first is used, and body may write over what they were read from.
+template <class T, bool Both, int U, class Body>
 __device__ __forceinline__ void for_packs(const GroupNormArgs& args, std::int64_t base, int first, int end,
                                           int step, bool aligned, Body&& body) {
     using A = Acc<T>;
-    constexpr int V = kPerThread<A>, U = 2;
+    constexpr int V = kPerThread<A>;
     const T *const x = static_cast<const T*>(args.x) + base, *const g = static_cast<const T*>(args.g) + base;
     for (int at = first; at < end; at += U * step) {
         Pack<T, V> packs[2][U];
@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kWholeThreads, sizeof(T) == 8 ? 1 : 2)
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, size = whole.channels * whole.pixels;
     const std::int64_t group = blockIdx.x, base = group * size;
     Moments<A> total = {0, 0, 0};
-    for_packs<T, false>(args, base, threadIdx.x * V, size, blockDim.x * V, whole.aligned,
-                        [&](int, const A(&x)[V], const A(&)[V]) { join(total, moments_of(x)); });
+    for_packs<T, false, 2>(args, base, threadIdx.x * V, size, blockDim.x * V, whole.aligned,
+                           [&](int, const A(&x)[V], const A(&)[V]) { join(total, moments_of(x)); });
     join_lanes(total, kWarp);
     if (lane == 0) shared[warp] = total;
     __syncthreads();
@@ -128,14 +128,14 @@ __global__ void __launch_bounds__(kWholeThreads, sizeof(T) == 8 ? 1 : 2)
         for_units(whole, [&](int, int channel, int first, int end) {
             const std::int64_t c = group % args.G * whole.channels + channel;
             const Affine<A> affine = affine_of(args, group / args.G, c, mean, rstd);
-            for_packs<T, false>(args, base, first + lane * V, end, kWarp * V, whole.aligned,
-                                [&](int at, A(&x)[V], const A(&)[V]) {
+            for_packs<T, false, 2>(args, base, first + lane * V, end, kWarp * V, whole.aligned,
+                                   [&](int at, A(&x)[V], const A(&)[V]) {
 #pragma unroll
-                                    for (int k = 0; k < V; ++k)
-                                        x[k] = activate<sizeof(T) == 2>(
-                                            act, modulated(affine, normalised(affine, x[k])));
-                                    write<V, T>(args.out, base + at, base + end, whole.aligned, x);
-                                });
+                                       for (int k = 0; k < V; ++k)
+                                           x[k] = activate<sizeof(T) == 2>(
+                                               act, modulated(affine, centred(affine, x[k])));
+                                       write<V, T>(args.out, base + at, base + end, whole.aligned, x);
+                                   });
         });
     });
 }
@@ -154,16 +154,16 @@ __global__ void __launch_bounds__(kWholeThreads, sizeof(T) == 8 ? 1 : 2)
         for_units(whole, [&](int unit, int channel, int first, int end) {
             const Affine<A> affine = affine_of<A>(args, b, channel0 + channel);
             A s1 = 0, s2 = 0;
-            for_packs<T, true>(args, base, first + lane * V, end, kWarp * V, whole.aligned,
-                               [&](int, const A(&x)[V], const A(&g)[V]) {
+            for_packs<T, true, 1>(args, base, first + lane * V, end, kWarp * V, whole.aligned,
+                                  [&](int, const A(&x)[V], const A(&g)[V]) {
 #pragma unroll
-                                   for (int k = 0; k < V; ++k) {
-                                       A n, dy;
-                                       slope_of<sizeof(T) == 2>(act, affine, x[k], g[k], n, dy);
-                                       s1 += dy;
-                                       s2 += dy * n;
-                                   }
-                               });
+                                      for (int k = 0; k < V; ++k) {
+                                          A d, dy;
+                                          slope_of<sizeof(T) == 2>(act, affine, x[k], g[k], d, dy);
+                                          s1 += dy;
+                                          s2 += dy * d;
+                                      }
+                                  });
             s1 = sum_lanes(s1, kWarp);
             s2 = sum_lanes(s2, kWarp);
             if (lane == 0) sums[0][unit] = s1, sums[1][unit] = s2;
@@ -183,7 +183,8 @@ __global__ void __launch_bounds__(kWholeThreads, sizeof(T) == 8 ? 1 : 2)
         sum1 = sum_lanes(sum1, kWarp);
         sum2 = sum_lanes(sum2, kWarp);
         const A size = static_cast<A>(whole.channels * whole.pixels);
-        if (lane == 0) means[0] = sum1 / size, means[1] = sum2 / size;
+        const A rstd = static_cast<const A*>(args.rstd)[group];
+        if (lane == 0) means[0] = sum1 / size, means[1] = rstd * rstd * (sum2 / size);
     }
     if (args.out == nullptr) return;
     __syncthreads();
@@ -191,16 +192,16 @@ __global__ void __launch_bounds__(kWholeThreads, sizeof(T) == 8 ? 1 : 2)
     with_act(args.act, [&](auto act) {
         for_units(whole, [&](int, int channel, int first, int end) {
             const Affine<A> affine = affine_of<A>(args, b, channel0 + channel);
-            for_packs<T, true>(args, base, first + lane * V, end, kWarp * V, whole.aligned,
-                               [&](int at, A(&x)[V], const A(&g)[V]) {
+            for_packs<T, true, 1>(args, base, first + lane * V, end, kWarp * V, whole.aligned,
+                                  [&](int at, A(&x)[V], const A(&g)[V]) {
 #pragma unroll
-                                   for (int k = 0; k < V; ++k) {
-                                       A n, dy;
-                                       slope_of<sizeof(T) == 2>(act, affine, x[k], g[k], n, dy);
-                                       x[k] = norm_dx(affine, n, dy, m1, m2);
-                                   }
-                                   write<V, T>(args.out, base + at, base + end, whole.aligned, x);
-                               });
+                                      for (int k = 0; k < V; ++k) {
+                                          A d, dy;
+                                          slope_of<sizeof(T) == 2>(act, affine, x[k], g[k], d, dy);
+                                          x[k] = norm_dx(affine, d, dy, m1, m2);
+                                      }
+                                      write<V, T>(args.out, base + at, base + end, whole.aligned, x);
+                                  });
         });
     });
 }

@@ -36,9 +36,8 @@ Wide relative(A got, Wide want, Wide absolute = 0) {
     return std::abs(got - want) / (size * std::numeric_limits<A>::epsilon());
 }
 
-template <class A>
+template <class A, int W>
 void sweep(Wide exp_ulp, Wide gelu_ulp, Wide silu_ulp) {
-    constexpr int W = 4;
     using V = Vec<A, W>;
     Wide worst[8]{};
     const auto take = [&](int at, Wide error) {
@@ -58,7 +57,7 @@ void sweep(Wide exp_ulp, Wide gelu_ulp, Wide silu_ulp) {
             take(at, relative(value[0], exact(act, z), act == Act::gelu_tanh ? 1 : 0));
             take(3 + at, relative(slope[0], exact_slope(act, z), 1));
             CHECK(value[0] == activate(act, V{} + z)[1] && slope[0] == activate_slope(act, V{} + z)[2]);
-            CHECK(value[0] == activate(act, z) && slope[0] == activate_slope(act, z));
+            if constexpr (W == 4) CHECK(value[0] == activate(act, z) && slope[0] == activate_slope(act, z));
         }
     }
     CHECK(worst[0] < exp_ulp);
@@ -87,8 +86,9 @@ void extremes() {
 }  // namespace
 
 void test_activation() {
-    sweep<float>(1.5, 4, 3);
-    sweep<double>(1.5, 200, 3);  // erfc of a rounded argument
+    sweep<float, 4>(1.5, 4, 3);
+    sweep<float, kLanes<float>>(1.5, 4, 3);
+    sweep<double, 4>(1.5, 200, 3);  // erfc of a rounded argument
     extremes<float>();
     extremes<double>();
     // Where e^-a leaves the normal numbers it is zero, and nothing else, for every a beyond.
