@@ -45,41 +45,42 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // Stage 1, [B, N, C]: the moments of each channel over `chunk` pixels.
-template <class A>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     interleaved_moments(const __grid_constant__ GroupNormArgs args, const __grid_constant__ Tiles tiles) {
-    constexpr int V = kChannelPack<A>;
-    __shared__ Moments<A> shared[kThreads];
+    using A = Acc<T>;
+    constexpr int V = kPack<T>;
+    __shared__ A counts[kThreads], means[V][kThreads], deviations[V][kThreads];
     for (std::int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
         const Place<V> place(args, tiles, tile);
         A count = 0, mean[V] = {}, squares[V] = {};
-        for (std::int64_t pixel = place.pixel; pixel < place.end; pixel += place.depth) {
-            const std::int64_t row = (place.b * args.N + pixel) * args.C;
-            A x[V];
-            load_as(args.dtype, args.x, row + place.channel, row + args.C, tiles.aligned, x);
-            count += 1;
-            const A part = A(1) / count;
+        place.template for_pixels<T, false, 4>(args, tiles.aligned,
+                                               [&](std::int64_t, const A(&x)[V], const A(&)[V]) {
+                                                   count += 1;
+                                                   const A part = quotient(A(1), count);
 #pragma unroll
-            for (int k = 0; k < V; ++k) {  // Welford's update
-                const A delta = x[k] - mean[k];
-                mean[k] += delta * part;
-                squares[k] += delta * (x[k] - mean[k]);
-            }
-        }
+                                                   for (int k = 0; k < V; ++k) {  // Welford's update
+                                                       const A delta = x[k] - mean[k];
+                                                       mean[k] += delta * part;
+                                                       squares[k] += delta * (x[k] - mean[k]);
+                                                   }
+                                               });
+        __syncthreads();  // the last reader is done
+        counts[threadIdx.x] = count;
 #pragma unroll
-        for (int k = 0; k < V; ++k) {
-            __syncthreads();  // the last reader is done
-            shared[threadIdx.x] = {count, mean[k], squares[k]};
-            __syncthreads();
-            if (place.row == 0 && place.channel + k < args.C) {
-                Moments<A> total = shared[place.column];
-                for (int row = 1; row < place.depth; ++row)
-                    join(total, shared[row * tiles.columns + place.column]);
-                const std::int64_t at = (place.b * args.chunks + place.chunk) * args.C + place.channel + k;
-                A* const parts = static_cast<A*>(args.workspace) + 2 * at;
-                parts[0] = total.mean;
-                parts[1] = total.squares;
-            }
+        for (int k = 0; k < V; ++k) means[k][threadIdx.x] = mean[k], deviations[k][threadIdx.x] = squares[k];
+        __syncthreads();
+        for (int i = threadIdx.x; i < V * tiles.columns; i += kThreads) {
+            const int column = i / V, k = i % V;
+            const std::int64_t channel = place.first_channel + i;
+            if (channel >= args.C) continue;
+            Moments<A> total = {0, 0, 0};
+            for (int at = column; at < kThreads; at += tiles.columns)
+                join(total, Moments<A>{counts[at], means[k][at], deviations[k][at]});
+            A* const parts = static_cast<A*>(args.workspace) +
+                             2 * ((place.b * args.chunks + place.chunk) * args.C + channel);
+            parts[0] = total.mean;
+            parts[1] = total.squares;
         }
     }
 }
@@ -138,27 +139,26 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // Stage 3, [B, N, C]: a thread keeps its channels.
-template <class A>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     interleaved_apply(const __grid_constant__ GroupNormArgs args, const __grid_constant__ Tiles tiles) {
-    constexpr int V = kChannelPack<A>;
-    for (std::int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-        const Place<V> place(args, tiles, tile);
-        if (place.pixel >= place.end) continue;
-        Affine<A> affine[V];
+    using A = Acc<T>;
+    constexpr int V = kPack<T>;
+    with_act(args.act, [&](auto act) {
+        for (std::int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+            const Place<V> place(args, tiles, tile);
+            if (place.pixel >= place.end) continue;
+            Affine<A> affine[V];
+            affines_of(args, place.b, place.channel, affine);
+            place.template for_pixels<T, false, 4>(
+                args, tiles.aligned, [&](std::int64_t row, A(&x)[V], const A(&)[V]) {
 #pragma unroll
-        for (int k = 0; k < V; ++k)
-            affine[k] = affine_of<A>(args, place.b, min(place.channel + k, args.C - 1));
-        for (std::int64_t pixel = place.pixel; pixel < place.end; pixel += place.depth) {
-            const std::int64_t row = (place.b * args.N + pixel) * args.C;
-            A x[V];
-            load_as(args.dtype, args.x, row + place.channel, row + args.C, tiles.aligned, x);
-#pragma unroll
-            for (int k = 0; k < V; ++k)
-                x[k] = activate(args.act, modulated(affine[k], centred(affine[k], x[k])));
-            store_as(args.dtype, args.out, row + place.channel, row + args.C, tiles.aligned, x);
+                    for (int k = 0; k < V; ++k)
+                        x[k] = activate<sizeof(T) == 2>(act, modulated(affine[k], centred(affine[k], x[k])));
+                    store_values<T>(args.out, row + place.channel, row + args.C, tiles.aligned, x);
+                });
         }
-    }
+    });
 }
 
 }  // namespace
@@ -175,13 +175,17 @@ const char* group_norm_silu_cuda(const GroupNormArgs& args, int device, void* st
     visit_accumulator(args.dtype, [&]<class A>(A) {
         const unsigned groups = blocks_for(args.B * args.G, 1, 1 << 16);
         if (args.channels_last) {
-            const Tiles tiles = tiles_of<A>(args, aligned);
-            const unsigned blocks = blocks_for(tiles.count, 1, 1 << 16);
-            interleaved_moments<A><<<blocks, kThreads, 0, queue>>>(args, tiles);
-            if (!launched()) return;
-            join_moments<A><<<groups, kThreads, 0, queue>>>(args);
-            if (!launched()) return;
-            interleaved_apply<A><<<blocks, kThreads, 0, queue>>>(args, tiles);
+            visit(args.dtype, [&]<class T>(T) {
+                if constexpr (std::is_same_v<Acc<T>, A>) {
+                    const Tiles tiles = tiles_of<T>(args, aligned);
+                    const unsigned blocks = blocks_for(tiles.count, 1, 1 << 16);
+                    interleaved_moments<T><<<blocks, kThreads, 0, queue>>>(args, tiles);
+                    if (!launched()) return;
+                    join_moments<A><<<groups, kThreads, 0, queue>>>(args);
+                    if (!launched()) return;
+                    interleaved_apply<T><<<blocks, kThreads, 0, queue>>>(args, tiles);
+                }
+            });
         } else {
             const Pieces sums = pieces_of<A>(args, args.B * args.G, args.C / args.G * args.N, aligned);
             planar_moments<A><<<blocks_of(sums), kThreads, 0, queue>>>(args, sums);

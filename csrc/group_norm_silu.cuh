@@ -72,18 +72,15 @@ inline unsigned blocks_of(const Pieces& pieces) {
 
 // [B, N, C]: a block takes `columns` packs of V channels of one sample, and `chunk` pixels; its threads are
 // `columns` wide and kThreads / columns pixels deep.
-template <class A>
-inline constexpr int kChannelPack = 16 / static_cast<int>(sizeof(A));
-
 struct Tiles {
     std::int64_t across, count;  // blocks over the channels; in all
     int columns;
     bool aligned;
 };
 
-template <class A>
+template <class T>
 Tiles tiles_of(const GroupNormArgs& args, bool aligned) {
-    constexpr int V = kChannelPack<A>;
+    constexpr int V = kPack<T>;
     int columns = 1;
     while (columns < 64 && columns * V < args.C) columns *= 2;
     const std::int64_t across = (args.C + columns * V - 1) / (columns * V);
@@ -93,8 +90,8 @@ Tiles tiles_of(const GroupNormArgs& args, bool aligned) {
 // Where a thread stands in tile `index`.
 template <int V>
 struct Place {
-    std::int64_t b, chunk, channel, pixel,
-        end;  // its first channel; its pixels are pixel, pixel + depth, ... < end
+    // Its first channel, and the block's; its pixels are pixel, pixel + depth, ... < end.
+    std::int64_t b, chunk, channel, first_channel, pixel, end;
     int column, row, depth;
 
     __device__ Place(const GroupNormArgs& args, const Tiles& tiles, std::int64_t index) {
@@ -104,13 +101,63 @@ struct Place {
         column = threadIdx.x % tiles.columns;
         row = threadIdx.x / tiles.columns;
         depth = kThreads / tiles.columns;
-        channel = (index % tiles.across * tiles.columns + column) * V;
+        first_channel = index % tiles.across * tiles.columns * V;
+        channel = first_channel + column * V;
         pixel = chunk * args.chunk + row;
         end = chunk * args.chunk + args.chunk;
         if (end > args.N) end = args.N;
         if (channel >= args.C) pixel = end;
     }
+
+    // Calls body(offset, x, g) for its pixels, with V values of x, and of g if it is there. U pixels are on
+    // the way before the first is used, and body may write over what they were read from.
+    template <class T, bool Both, int U, class Body>
+    __device__ __forceinline__ void for_pixels(const GroupNormArgs& args, bool aligned, Body&& body) const {
+        using A = Acc<T>;
+        const std::int64_t first = b * args.N * args.C;
+        const T *const x = static_cast<const T*>(args.x) + first, *const g =
+                                                                      static_cast<const T*>(args.g) + first;
+        for (std::int64_t from = pixel; from < end; from += U * depth) {
+            Pack<T, V> packs[2][U];
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+                packs[0][u] = {}, packs[1][u] = {};
+                const std::int64_t here = from + u * depth;
+                if (here >= end) continue;
+                packs[0][u] = load<V>(x, here * args.C + channel, (here + 1) * args.C, aligned);
+                if constexpr (Both)
+                    packs[1][u] = load<V>(g, here * args.C + channel, (here + 1) * args.C, aligned);
+            }
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+                if (from + u * depth >= end) continue;
+                A values[2][V];
+#pragma unroll
+                for (int k = 0; k < V; ++k) {
+                    values[0][k] = static_cast<A>(widen(packs[0][u].v[k]));
+                    values[1][k] = static_cast<A>(widen(packs[1][u].v[k]));
+                }
+                body(first + (from + u * depth) * args.C, values[0], values[1]);
+            }
+        }
+    }
 };
+
+template <class T, int V>
+__device__ __forceinline__ void store_values(void* p, std::int64_t at, std::int64_t end, bool aligned,
+                                             const Acc<T> (&values)[V]) {
+    Pack<T, V> pack;
+#pragma unroll
+    for (int k = 0; k < V; ++k) pack.v[k] = narrow<T>(values[k]);
+    store<V>(static_cast<T*>(p), at, end, aligned, pack);
+}
+
+template <class A, int V>
+__device__ __forceinline__ void affines_of(const GroupNormArgs& args, std::int64_t b, std::int64_t channel,
+                                           Affine<A> (&affine)[V]) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) affine[k] = affine_of<A>(args, b, min(channel + k, args.C - 1));
+}
 
 // Count, mean and sum of squared deviations of some numbers: joined without cancellation (Chan, Golub and
 // LeVeque 1979).

@@ -46,52 +46,48 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // Stage 1, [B, N, C]: S1 and S2 of each channel over `chunk` pixels.
-template <class A>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     interleaved_sums(const __grid_constant__ GroupNormArgs args, const __grid_constant__ Tiles tiles) {
-    constexpr int V = kChannelPack<A>;
-    __shared__ A shared[2][kThreads];
-    for (std::int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-        const Place<V> place(args, tiles, tile);
-        A s1[V] = {}, s2[V] = {};
-        if (place.pixel < place.end) {
-            Affine<A> affine[V];
+    using A = Acc<T>;
+    constexpr int V = kPack<T>;
+    __shared__ A shared[2][V][kThreads];
+    with_act(args.act, [&](auto act) {
+        for (std::int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+            const Place<V> place(args, tiles, tile);
+            A s1[V] = {}, s2[V] = {};
+            if (place.pixel < place.end) {
+                Affine<A> affine[V];
+                affines_of(args, place.b, place.channel, affine);
+                place.template for_pixels<T, true, 2>(
+                    args, tiles.aligned, [&](std::int64_t, const A(&x)[V], const A(&g)[V]) {
 #pragma unroll
-            for (int k = 0; k < V; ++k)
-                affine[k] = affine_of<A>(args, place.b, min(place.channel + k, args.C - 1));
-            for (std::int64_t pixel = place.pixel; pixel < place.end; pixel += place.depth) {
-                const std::int64_t row = (place.b * args.N + pixel) * args.C;
-                A x[V], g[V];
-                load_as(args.dtype, args.x, row + place.channel, row + args.C, tiles.aligned, x);
-                load_as(args.dtype, args.g, row + place.channel, row + args.C, tiles.aligned, g);
-#pragma unroll
-                for (int k = 0; k < V; ++k) {
-                    A d, dy;
-                    slope_of(args.act, affine[k], x[k], g[k], d, dy);
-                    s1[k] += dy;
-                    s2[k] += dy * d;
-                }
+                        for (int k = 0; k < V; ++k) {
+                            A d, dy;
+                            slope_of<sizeof(T) == 2>(act, affine[k], x[k], g[k], d, dy);
+                            s1[k] += dy;
+                            s2[k] += dy * d;
+                        }
+                    });
             }
-        }
-#pragma unroll
-        for (int k = 0; k < V; ++k) {
             __syncthreads();  // the last reader is done
-            shared[0][threadIdx.x] = s1[k];
-            shared[1][threadIdx.x] = s2[k];
+#pragma unroll
+            for (int k = 0; k < V; ++k) shared[0][k][threadIdx.x] = s1[k], shared[1][k][threadIdx.x] = s2[k];
             __syncthreads();
-            if (place.row == 0 && place.channel + k < args.C) {
+            for (int i = threadIdx.x; i < V * tiles.columns; i += kThreads) {
+                const int column = i / V, k = i % V;
+                const std::int64_t channel = place.first_channel + i;
+                if (channel >= args.C) continue;
                 A sum1 = 0, sum2 = 0;
-                for (int row = 0; row < place.depth; ++row) {
-                    sum1 += shared[0][row * tiles.columns + place.column];
-                    sum2 += shared[1][row * tiles.columns + place.column];
-                }
-                const std::int64_t at = (place.b * args.chunks + place.chunk) * args.C + place.channel + k;
-                A* const parts = static_cast<A*>(args.workspace) + 2 * at;
+                for (int at = column; at < kThreads; at += tiles.columns)
+                    sum1 += shared[0][k][at], sum2 += shared[1][k][at];
+                A* const parts = static_cast<A*>(args.workspace) +
+                                 2 * ((place.b * args.chunks + place.chunk) * args.C + channel);
                 parts[0] = sum1;
                 parts[1] = sum2;
             }
         }
-    }
+    });
 }
 
 // Stage 2: one block per group, one warp per channel. Writes dshift = S1 and dscale = weight S2 + bias S1.
@@ -172,37 +168,36 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // Stage 3, [B, N, C].
-template <class A>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     interleaved_dx(const __grid_constant__ GroupNormArgs args, const __grid_constant__ Tiles tiles) {
-    constexpr int V = kChannelPack<A>;
-    for (std::int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-        const Place<V> place(args, tiles, tile);
-        if (place.pixel >= place.end) continue;
-        Affine<A> affine[V];
-        A m1[V], m2[V];
-#pragma unroll
-        for (int k = 0; k < V; ++k) {
-            const std::int64_t c = min(place.channel + k, args.C - 1);
-            const A* const means = group_means<A>(args) + 2 * (place.b * args.G + c / (args.C / args.G));
-            affine[k] = affine_of<A>(args, place.b, c);
-            m1[k] = means[0];
-            m2[k] = means[1];
-        }
-        for (std::int64_t pixel = place.pixel; pixel < place.end; pixel += place.depth) {
-            const std::int64_t row = (place.b * args.N + pixel) * args.C;
-            A x[V], g[V];
-            load_as(args.dtype, args.x, row + place.channel, row + args.C, tiles.aligned, x);
-            load_as(args.dtype, args.g, row + place.channel, row + args.C, tiles.aligned, g);
+    using A = Acc<T>;
+    constexpr int V = kPack<T>;
+    with_act(args.act, [&](auto act) {
+        for (std::int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+            const Place<V> place(args, tiles, tile);
+            if (place.pixel >= place.end) continue;
+            Affine<A> affine[V];
+            affines_of(args, place.b, place.channel, affine);
+            A m1[V], m2[V];
 #pragma unroll
             for (int k = 0; k < V; ++k) {
-                A d, dy;
-                slope_of(args.act, affine[k], x[k], g[k], d, dy);
-                x[k] = norm_dx(affine[k], d, dy, m1[k], m2[k]);
+                const std::int64_t c = min(place.channel + k, args.C - 1);
+                const A* const means = group_means<A>(args) + 2 * (place.b * args.G + c / (args.C / args.G));
+                m1[k] = means[0], m2[k] = means[1];
             }
-            store_as(args.dtype, args.out, row + place.channel, row + args.C, tiles.aligned, x);
+            place.template for_pixels<T, true, 2>(
+                args, tiles.aligned, [&](std::int64_t row, A(&x)[V], const A(&g)[V]) {
+#pragma unroll
+                    for (int k = 0; k < V; ++k) {
+                        A d, dy;
+                        slope_of<sizeof(T) == 2>(act, affine[k], x[k], g[k], d, dy);
+                        x[k] = norm_dx(affine[k], d, dy, m1[k], m2[k]);
+                    }
+                    store_values<T>(args.out, row + place.channel, row + args.C, tiles.aligned, x);
+                });
         }
-    }
+    });
 }
 
 }  // namespace
@@ -217,20 +212,27 @@ const char* group_norm_silu_backward_cuda(const GroupNormArgs& args, int device,
     const auto launched = [&] { return (status = cudaGetLastError()) == cudaSuccess; };
     if (group_norm_silu_whole(args, true, queue, status)) return message(status);
     visit_accumulator(args.dtype, [&]<class A>(A) {
-        const Pieces rows = pieces_of<A>(args, args.B * args.C, args.N, aligned);
-        const Tiles tiles = tiles_of<A>(args, aligned);
-        const unsigned blocks = args.channels_last ? blocks_for(tiles.count, 1, 1 << 16) : blocks_of(rows);
-        if (args.channels_last)
-            interleaved_sums<A><<<blocks, kThreads, 0, queue>>>(args, tiles);
-        else
-            planar_sums<A><<<blocks, kThreads, 0, queue>>>(args, rows);
-        if (!launched()) return;
-        group_sums<A><<<blocks_for(args.B * args.G, 1, 1 << 16), kThreads, 0, queue>>>(args);
-        if (!launched() || args.out == nullptr) return;
-        if (args.channels_last)
-            interleaved_dx<A><<<blocks, kThreads, 0, queue>>>(args, tiles);
-        else
-            planar_dx<A><<<blocks, kThreads, 0, queue>>>(args, rows);
+        const unsigned groups = blocks_for(args.B * args.G, 1, 1 << 16);
+        if (args.channels_last) {
+            visit(args.dtype, [&]<class T>(T) {
+                if constexpr (std::is_same_v<Acc<T>, A>) {
+                    const Tiles tiles = tiles_of<T>(args, aligned);
+                    const unsigned blocks = blocks_for(tiles.count, 1, 1 << 16);
+                    interleaved_sums<T><<<blocks, kThreads, 0, queue>>>(args, tiles);
+                    if (!launched()) return;
+                    group_sums<A><<<groups, kThreads, 0, queue>>>(args);
+                    if (!launched() || args.out == nullptr) return;
+                    interleaved_dx<T><<<blocks, kThreads, 0, queue>>>(args, tiles);
+                }
+            });
+        } else {
+            const Pieces rows = pieces_of<A>(args, args.B * args.C, args.N, aligned);
+            planar_sums<A><<<blocks_of(rows), kThreads, 0, queue>>>(args, rows);
+            if (!launched()) return;
+            group_sums<A><<<groups, kThreads, 0, queue>>>(args);
+            if (!launched() || args.out == nullptr) return;
+            planar_dx<A><<<blocks_of(rows), kThreads, 0, queue>>>(args, rows);
+        }
         launched();
     });
     return message(status);

@@ -66,15 +66,6 @@ __device__ __forceinline__ void for_packs(const GroupNormArgs& args, std::int64_
     }
 }
 
-template <int V, class T, class A>
-__device__ __forceinline__ void write(void* p, std::int64_t at, std::int64_t end, bool aligned,
-                                      const A (&values)[V]) {
-    Pack<T, V> pack;
-#pragma unroll
-    for (int k = 0; k < V; ++k) pack.v[k] = narrow<T>(values[k]);
-    store<V>(static_cast<T*>(p), at, end, aligned, pack);
-}
-
 // Calls body(unit, channel, first, end) for each of this warp's units; pixels count from the group's first.
 template <class Body>
 __device__ __forceinline__ void for_units(const Whole& whole, Body&& body) {
@@ -134,7 +125,7 @@ __global__ void __launch_bounds__(kWholeThreads, sizeof(T) == 8 ? 1 : 2)
                                        for (int k = 0; k < V; ++k)
                                            x[k] = activate<sizeof(T) == 2>(
                                                act, modulated(affine, centred(affine, x[k])));
-                                       write<V, T>(args.out, base + at, base + end, whole.aligned, x);
+                                       store_values<T>(args.out, base + at, base + end, whole.aligned, x);
                                    });
         });
     });
@@ -200,7 +191,7 @@ __global__ void __launch_bounds__(kWholeThreads, sizeof(T) == 8 ? 1 : 2)
                                           slope_of<sizeof(T) == 2>(act, affine, x[k], g[k], d, dy);
                                           x[k] = norm_dx(affine, d, dy, m1, m2);
                                       }
-                                      write<V, T>(args.out, base + at, base + end, whole.aligned, x);
+                                      store_values<T>(args.out, base + at, base + end, whole.aligned, x);
                                   });
         });
     });

@@ -48,10 +48,14 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _chunks(B: int, C: int, N: int, G: int, last: bool, backward: bool) -> tuple[int, int, int]:
+def _chunks(B: int, C: int, N: int, G: int, itemsize: int, last: bool, backward: bool) -> tuple[int, int, int]:
     """How the CUDA kernels split their sums, by sizes alone: (length of a chunk, chunks, sums in all)."""
-    if last:  # over pixels, for each channel
-        length = 64 if N * B * C < 2**24 else 256
+    if last:  # over pixels, for each channel; see Tiles in group_norm_silu.cuh
+        pack = 16 // itemsize
+        columns = min(64, 1 << (-(-C // pack) - 1).bit_length())
+        depth, tiles = 256 // columns, B * -(-C // (columns * pack))
+        # A few hundred blocks, whose threads have some pixels each.
+        length = max(4 * depth, -(-N * tiles // (512 * depth)) * depth)
         chunks = -(-N // length)
         return length, chunks, B * C * chunks
     span, rows = (N, B * C) if backward else (N * (C // G), B * G)  # over a channel, or over a group
@@ -82,7 +86,7 @@ def _launch(
     weight, bias, scale, shift = [t if t is None else _rows(t) for t in small]
     workspace, length, chunks = None, 0, 0  # the host path needs none
     if x.is_cuda:
-        length, chunks, sums = _chunks(B, C, N, num_groups, last, way == "backward")
+        length, chunks, sums = _chunks(B, C, N, num_groups, x.element_size(), last, way == "backward")
         workspace = x.new_empty(2 * (sums + B * num_groups), dtype=accumulation_dtype(x.dtype))
     _KERNELS[way](
         x,
