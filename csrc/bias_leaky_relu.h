@@ -36,7 +36,7 @@ struct BiasLeakyReluArgs {
 };
 
 // First-stage sums per channel, at most, of the device path.
-inline constexpr int kBiasSplits = 64;
+inline constexpr int kBiasSplits = 256;
 
 void bias_leaky_relu_cpu(const BiasLeakyReluArgs& args, int threads);
 
