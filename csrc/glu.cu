@@ -10,7 +10,7 @@ inline constexpr int kGluPack = sizeof(T) == 8 ? 1 : kPack<T>;
 
 // One pack of one row at a time; `small` when 32 bits hold every index of a pack.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3)
     glu_kernel(const __grid_constant__ GluArgs args, std::int64_t per_row, bool small, bool aligned) {
     using A = Acc<T>;
     constexpr int V = kGluPack<T>;
@@ -28,17 +28,10 @@ __global__ void __launch_bounds__(kThreads)
         const auto out = [&](void* p, std::int64_t row_stride, const Pack<T, V>& values) {
             store<V>(static_cast<T*>(p) + row * row_stride, at, args.width, aligned, values);
         };
-        // A branch for a pack; doubles, whose functions are long, have one for each number.
-        const auto with_known = [](Act act, auto&& body) {
-            if constexpr (std::is_same_v<T, double>)
-                body(act);
-            else
-                with_act(act, body);
-        };
         const auto gate = in(args.gate, args.gate_stride), value = in(args.value, args.value_stride);
         if (args.grad == nullptr) {
             Pack<T, V> result;
-            with_known(args.act, [&](auto act) {
+            with_act(args.act, [&](auto act) {
 #pragma unroll
                 for (int k = 0; k < V; ++k)
                     result.v[k] = narrow<T>(static_cast<A>(widen(value.v[k])) *
@@ -49,7 +42,7 @@ __global__ void __launch_bounds__(kThreads)
         }
         const auto grad = in(args.grad, args.width);
         Pack<T, V> d_gate, d_value;
-        with_known(args.act, [&](auto act) {
+        with_act(args.act, [&](auto act) {
 #pragma unroll
             for (int k = 0; k < V; ++k) {
                 A y, slope;

@@ -75,6 +75,94 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+// The same for the filters that are used most: down by two (P = 1) with N taps, two or four; or up by two (P
+// = 2) with two taps a phase, the second phase one row further on. A thread streams down a column: rows of x
+// come two (or one) at a time, are filtered along once, and complete the outputs that end there.
+constexpr int kStream = 8;  // outputs of a thread, one below the other
+
+template <class T, int V, int P, int N>
+__global__ void __launch_bounds__(kThreads, V > 1 ? 2 : 4)
+    resample2d_stream(const T* __restrict__ x, T* __restrict__ y, const __grid_constant__ Phases<Acc<T>> f,
+                      const __grid_constant__ Image im) {
+    using A = Acc<T>;
+    constexpr int kStep = P == 1 ? 2 : 1, kPairs = kStream / P + (P == 1 ? N / 2 - 1 : 2);
+    // A 64-bit division costs as much as the memory access it finds: here 32 bits hold every index.
+    const auto over = [](std::int64_t a, std::int64_t b) {
+        return std::int64_t{static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b)};
+    };
+    const std::int64_t groups = im.inner / V, all = im.planes * im.strips * im.out_width * groups;
+    for (std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; i < all;
+         i += std::int64_t{gridDim.x} * kThreads) {
+        const std::int64_t pixel = over(i, groups), strip = over(pixel, im.out_width);
+        const std::int64_t plane = over(strip, im.strips), value = (i - pixel * groups) * V;
+        const int column = static_cast<int>(pixel - strip * im.out_width);
+        const int top = static_cast<int>(strip - plane * im.strips) * kStream;
+        const int phase = column % P, left = column / P * kStep + f.first[phase];
+        const int base = top / P * kStep + f.first[0];
+        A taps[N];
+        bool inside[N];
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            taps[j] = P == 2 && phase == 1 ? f.taps[1][j] : f.taps[0][j];
+            inside[j] = left + j >= 0 && left + j < im.width;
+        }
+        const std::int64_t pitch = im.width * im.inner;
+        const T* from = x + ((plane * im.height + base) * im.width + left) * im.inner + value;
+        T* const to = y + ((plane * im.out_height + top) * im.out_width + column) * im.inner + value;
+        const auto emit = [&](int row, const A(&sum)[V]) {
+            if (row < 0 || row >= kStream || top + row >= im.out_height) return;
+            Pack<T, V> pack;
+#pragma unroll
+            for (int k = 0; k < V; ++k) pack.v[k] = narrow<T>(sum[k]);
+            put(to + row * (im.out_width * im.inner), pack);
+        };
+        A before[V] = {};  // what is not complete yet (down), or the row before (up)
+#pragma unroll 1
+        for (int pair = 0; pair < kPairs; ++pair, from += kStep * pitch) {
+            Pack<T, V> packs[kStep][N];
+#pragma unroll
+            for (int h = 0; h < kStep; ++h) {
+                const int row = base + pair * kStep + h;
+#pragma unroll
+                for (int j = 0; j < N; ++j) {
+                    packs[h][j] = {};
+                    if (row >= 0 && row < im.height && inside[j])
+                        packs[h][j] = *reinterpret_cast<const Pack<T, V>*>(from + h * pitch + j * im.inner);
+                }
+            }
+            A along[kStep][V] = {};
+#pragma unroll
+            for (int h = 0; h < kStep; ++h) {
+#pragma unroll
+                for (int j = 0; j < N; ++j) {
+#pragma unroll
+                    for (int k = 0; k < V; ++k)
+                        along[h][k] += taps[j] * static_cast<A>(widen(packs[h][j].v[k]));
+                }
+            }
+            A one[V], two[V];
+#pragma unroll
+            for (int k = 0; k < V; ++k) {
+                if constexpr (P == 1) {
+                    const A last = f.taps[0][N - 2] * along[0][k] + f.taps[0][N - 1] * along[1][k];
+                    one[k] = before[k] + last;
+                    if constexpr (N == 4) before[k] = f.taps[0][0] * along[0][k] + f.taps[0][1] * along[1][k];
+                } else {
+                    one[k] = f.taps[0][0] * before[k] + f.taps[0][1] * along[0][k];
+                    two[k] = f.taps[1][0] * before[k] + f.taps[1][1] * along[0][k];
+                    before[k] = along[0][k];
+                }
+            }
+            if constexpr (P == 1) {
+                emit(pair - (N / 2 - 1), one);
+            } else {
+                emit(2 * pair - 2, one);
+                emit(2 * pair - 3, two);
+            }
+        }
+    }
+}
+
 template <class T, int V>
 void launch(const Resample2dArgs& args, cudaStream_t stream) {
     const Phases<Acc<T>> f = phases_of<Acc<T>>(args);
@@ -85,10 +173,20 @@ void launch(const Resample2dArgs& args, cudaStream_t stream) {
         im.low = std::min(im.low, first);
         im.high = std::max(im.high, first + f.count[s]);
     }
-    const unsigned blocks =
-        blocks_for(args.planes * strips * args.out_width * (args.inner / V), kThreads, std::int64_t{1} << 16);
-    resample2d_kernel<T, V>
-        <<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(args.x), static_cast<T*>(args.y), f, im);
+    const auto run = [&](auto kernel) {
+        const unsigned blocks = blocks_for(args.planes * im.strips * args.out_width * (args.inner / V),
+                                           kThreads, std::int64_t{1} << 16);
+        kernel<<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(args.x), static_cast<T*>(args.y), f,
+                                                im);
+    };
+    const std::int64_t most = args.planes * std::max(args.out_height, args.height) *
+                              std::max(args.out_width, args.width) * args.inner;
+    const bool down = f.phases == 1 && f.step == 2 && (args.count == 4 || args.count == 2);
+    const bool up = f.phases == 2 && args.count == 4 && f.first[1] == f.first[0] + 1;
+    if (most >= std::int64_t{1} << 31 || !(down || up)) return run(resample2d_kernel<T, V>);
+    im.strips = (args.out_height + kStream - 1) / kStream;
+    if (up) return run(resample2d_stream<T, V, 2, 2>);
+    args.count == 4 ? run(resample2d_stream<T, V, 1, 4>) : run(resample2d_stream<T, V, 1, 2>);
 }
 
 }  // namespace
