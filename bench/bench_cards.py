@@ -11,6 +11,7 @@ import functools
 import gc
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -121,7 +122,6 @@ def capped(gib: int) -> Iterator[None]:
     if not CUDA:
         yield
         return
-    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(gib * GIB / torch.cuda.get_device_properties(0).total_memory)
     torch.cuda.reset_peak_memory_stats()
@@ -227,8 +227,9 @@ def bench_card(
         try:
             rows = measured(entry, smoke, {kind: execution for kind, (_, execution) in chosen.items()}, weights, gib)
         except Exception as error:  # told below, when nothing of it is held any more
-            failure = f"{type(error).__name__}: {error}"
-            rows = {kind: {"measured_gib": "", "notes": failure.splitlines()[0]} for kind in chosen}
+            failure = traceback.format_exc()
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            rows = {kind: {"measured_gib": "", "notes": said} for kind in chosen}
     for kind, (size, execution) in chosen.items():
         bench_record(
             "cards", "cuda" if CUDA else "cpu", name=entry.title, kind=kind, card_gib=gib, weights=weights,

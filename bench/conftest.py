@@ -157,17 +157,17 @@ def compare(
     ) -> Any:
         for function in callables.values():
             function()
-        first, calls = next(iter(callables)), 1
+        first, calls = next(iter(callables)), dict.fromkeys(callables, 1)
         if on == "cuda" and not smoke:
-            # Turns of some milliseconds: so many calls in a row that the device never waits for an event.
-            calls = max(1, min(50, int(2e-3 / timed(callables[first], 3, on))))
-            rounds = min(rounds, 15)
+            # Turns of about a millisecond: so many calls in a row that the device never waits for an event.
+            calls = {name: max(1, min(50, int(1e-3 / timed(f, 2, on)))) for name, f in callables.items()}
+            rounds = min(rounds, 7)
         seconds = _turns(callables, 1 if smoke else rounds, calls, on)
         benchmark.pedantic(callables[first], rounds=len(seconds[first]), warmup_rounds=0)
         graphs: dict[str, Callable[[], None]] = {}
         if on == "cuda" and moved:  # what waits for the host must not be tried: a failed capture cannot be undone
-            graphs = {name: captured(callables[name], calls) for name in moved}
-        device_seconds = _turns(graphs, 1 if smoke else 7, 1, on)
+            graphs = {name: captured(callables[name], calls[name]) for name in moved}
+        device_seconds = _turns(graphs, 1 if smoke else 7, dict.fromkeys(graphs, 1), on)
         for name, times in seconds.items():
             p20, p50, p80 = statistics.quantiles(times, n=10)[1::3] if len(times) > 1 else times * 3
             figures = {
@@ -177,8 +177,9 @@ def compare(
                 "ratio": _ratio(seconds, name, first),
             }
             if moved and name in device_seconds:
-                figures["device_us"] = statistics.median(device_seconds[name]) / calls * 1e6
-                figures["device_ratio"] = _ratio(device_seconds, name, next(iter(moved)))
+                each = {n: [t / calls[n] for t in times] for n, times in device_seconds.items()}
+                figures["device_us"] = statistics.median(each[name]) * 1e6
+                figures["device_ratio"] = _ratio(each, name, next(iter(moved)))
                 if moved[name]:
                     bandwidth = moved[name] / figures["device_us"] * 1e6
                     figures["of_copy"] = bandwidth / request.getfixturevalue("copy_bandwidth")
@@ -188,13 +189,15 @@ def compare(
     return run
 
 
-def _turns(callables: dict[str, Callable[[], Any]], rounds: int, calls: int, on: str) -> dict[str, list[float]]:
-    """Seconds of every turn of each; on a slow or busy machine it ends early, after five rounds."""
+def _turns(
+    callables: dict[str, Callable[..., Any]], rounds: int, calls: dict[str, int], on: str
+) -> dict[str, list[float]]:
+    """Seconds a call of every turn of each; on a slow or busy machine it ends early, after five rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in callables}
     start = time.perf_counter()
     for done in range(rounds):
         for name, function in callables.items():
-            seconds[name].append(timed(function, calls, on))
+            seconds[name].append(timed(function, calls[name], on))
         if done >= 4 and time.perf_counter() - start > BUDGET:
             break
     return seconds

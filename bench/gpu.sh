@@ -38,7 +38,6 @@ step 120 adversarial "$python" -m pytest bench/bench_adversarial.py $quiet -k cu
 step 400 gas "$python" -m pytest bench/bench_gas.py $quiet
 step 120 budget "$python" -m pytest bench/bench_budget.py -q
 # Plans take a host a minute or more: those of an earlier run are read from the file.
-export PYTORCH_ALLOC_CONF=expandable_segments:True
 step 400 cards "$python" -m pytest bench/bench_cards.py -q --plans "$OUT/plans.json"
 if command -v compute-sanitizer > /dev/null; then
     # The ops' own kernels over every sample; torch's are not ours to check, and the sanitizer takes its time.
