@@ -204,7 +204,7 @@ void interleaved(const GroupNormArgs& args, std::int64_t index) {
 void group_norm_silu_backward_cpu(const GroupNormArgs& args, int threads) {
     const std::int64_t elements = args.B * args.C * args.N;
     const bool parallel = threads > 1 && elements >= kGroupNormParallelFrom;
-    const auto run = [&]<class T, Act act>(T, std::integral_constant<Act, act>) {
+    const auto run = [&]<class T, Act act>(T, Known<act>) {
         const bool stream = streams(args.out, elements * bytes(args.dtype)) && args.N % kLanes<T> == 0;
         const std::int64_t tasks = args.channels_last ? Block<T>::count(args) : args.B * args.G;
         const std::int64_t size = args.C / args.G * args.N;
