@@ -7,16 +7,10 @@ namespace {
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kFullMask = 0xffffffffu;
 
-// Cotangents of 16 bits that are on the way together; on the oldest cards their sums leave no registers for
-// more.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int kNarrowBatch = 4;
-#else
-constexpr int kNarrowBatch = 8;
-#endif
-
 template <class A>
 inline constexpr int kTile = kThreads * kPerThread<A>;
+
+constexpr int kBatch = 4;  // cotangents that are loaded, and whose products are summed, together
 
 // Sums N values over a warp in a fixed order, N a power of two: lanes i 32 / N and on end with the i-th sum.
 // Lanes half a warp apart add up half of the values for each other, then lanes a quarter apart, and so on.
@@ -37,13 +31,10 @@ __device__ __forceinline__ A warp_sums(A (&v)[N]) {
     return v[0];
 }
 
-template <class A, bool Step, bool Narrow>
+template <class A, bool Step>
 __global__ void __launch_bounds__(kThreads, 2)
     adjoint_kernel(const __grid_constant__ AdjointArgs args, bool same, bool aligned) {
-    // Cotangents that are loaded, and whose products are summed, together: as many bytes of 16-bit ones are
-    // on the way as of float.
-    constexpr int V = kPerThread<A>, kBatch = Narrow ? kNarrowBatch : 4,
-                  kProducts = Step ? 2 * kBatch : kBatch;
+    constexpr int V = kPerThread<A>, kProducts = Step ? 2 * kBatch : kBatch;
     __shared__ A a[kMaxStates], b[kMaxStates];
     __shared__ double sums[kWarps][2 * kMaxStates];
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -60,11 +51,11 @@ __global__ void __launch_bounds__(kThreads, 2)
          tile += std::int64_t{gridDim.x} * kTile<A>) {
         const std::int64_t at = tile + threadIdx.x * V;
         A x[V], f[V], mu[V] = {}, g_x[V] = {};
-        load_as<Narrow>(args.x_dtype, args.x, at, args.n, aligned, x);
-        if constexpr (Step) load_as<Narrow>(args.f_dtype, args.f, at, args.n, aligned, f);
+        load_as(args.x_dtype, args.x, at, args.n, aligned, x);
+        if constexpr (Step) load_as(args.f_dtype, args.f, at, args.n, aligned, f);
         for (int first = 0; first < J; first += kBatch) {
             A dot[kProducts] = {};  // with x, then with f
-            visit_states<A, Narrow, kBatch, V>(
+            visit_states<A, false, kBatch, V>(
                 args.g, first, same, at, args.n, aligned, [&](int i, const A(&g)[V]) {
 #pragma unroll
                     for (int k = 0; k < V; ++k) {
@@ -81,8 +72,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                 sums[warp][mine / kBatch * J + i] += static_cast<double>(sum);
         }
         if constexpr (Step) {
-            store_as<Narrow>(args.f_dtype, args.mu, at, args.n, aligned, mu);
-            store_as<Narrow>(args.x_dtype, args.g_x, at, args.n, aligned, g_x);
+            store_as(args.f_dtype, args.mu, at, args.n, aligned, mu);
+            store_as(args.x_dtype, args.g_x, at, args.n, aligned, g_x);
         }
     }
     __syncthreads();
@@ -116,11 +107,7 @@ cudaError_t launch(const AdjointArgs& args, cudaStream_t stream) {
                          aligned16(args.g_x);
     // An empty state still takes one block: it writes the zero sums.
     const unsigned blocks = blocks_for(args.n, kTile<A>, kReductionBlocks);
-    const bool same = same_dtype(args.g), narrow = same && narrow_dtype(args.g.dtype[0]) &&
-                                                   narrow_dtype(args.x_dtype) &&
-                                                   (!Step || narrow_dtype(args.f_dtype));
-    const auto kernel = narrow ? adjoint_kernel<float, Step, true> : adjoint_kernel<A, Step, false>;
-    kernel<<<blocks, kThreads, 0, stream>>>(args, same, aligned);
+    adjoint_kernel<A, Step><<<blocks, kThreads, 0, stream>>>(args, same_dtype(args.g), aligned);
     const cudaError_t status = cudaGetLastError();
     if (status != cudaSuccess) return status;
     const int J = args.g.count;

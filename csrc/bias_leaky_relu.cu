@@ -38,47 +38,31 @@ __device__ __forceinline__ void add_bias(const BiasLeakyReluArgs& args, const A*
 }
 
 // Forward and masked forward: a thread takes eight elements and their byte at a time, a warp 32 bytes side by
-// side, and two of both are on the way.
+// side.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads)
     elementwise_kernel(const __grid_constant__ BiasLeakyReluArgs args, bool aligned) {
     using A = Acc<T>;
-    constexpr int U = 2;
-    constexpr std::int64_t kStep = kThreads * kGroup;
     const A* const __restrict__ bias = static_cast<const A*>(args.bias);
     const bool aligned_bias = aligned && reinterpret_cast<std::uintptr_t>(bias) % 16 == 0;
     const A slope = static_cast<A>(args.slope);
-    const T* const x = static_cast<const T*>(args.x);
-    for (std::int64_t from = std::int64_t{blockIdx.x} * U * kStep + threadIdx.x * kGroup; from < args.n;
-         from += std::int64_t{gridDim.x} * U * kStep) {
-        Pack<T, kGroup> packs[U];
-        unsigned signs[U];
+    const std::int64_t stride = std::int64_t{gridDim.x} * kThreads * kGroup;
+    for (std::int64_t at = (std::int64_t{blockIdx.x} * kThreads + threadIdx.x) * kGroup; at < args.n;
+         at += stride) {
+        auto pack = load<kGroup>(static_cast<const T*>(args.x), at, args.n, aligned);
+        unsigned signs = 0;
+        if (!args.packs) signs = args.bits[at / kGroup];
+        A v[kGroup];
 #pragma unroll
-        for (int u = 0; u < U; ++u) {
-            const std::int64_t at = from + u * kStep;
-            packs[u] = {}, signs[u] = 0;
-            if (at >= args.n) continue;
-            packs[u] = load<kGroup>(x, at, args.n, aligned);
-            if (!args.packs) signs[u] = args.bits[at / kGroup];
+        for (int k = 0; k < kGroup; ++k) v[k] = static_cast<A>(widen(pack.v[k]));
+        if (bias != nullptr) add_bias(args, bias, at, aligned_bias, v);
+#pragma unroll
+        for (int k = 0; k < kGroup; ++k) {
+            if (args.packs) signs |= static_cast<unsigned>(v[k] > 0 && at + k < args.n) << k;
+            pack.v[k] = narrow<T>(leaky(v[k], slope, (signs >> k & 1u) != 0));
         }
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-            const std::int64_t at = from + u * kStep;
-            if (at >= args.n) continue;
-            A v[kGroup];
-#pragma unroll
-            for (int k = 0; k < kGroup; ++k) v[k] = static_cast<A>(widen(packs[u].v[k]));
-            if (bias != nullptr) add_bias(args, bias, at, aligned_bias, v);
-            Pack<T, kGroup> result;
-#pragma unroll
-            for (int k = 0; k < kGroup; ++k) {
-                if (args.packs) signs[u] |= static_cast<unsigned>(v[k] > 0 && at + k < args.n) << k;
-                result.v[k] = narrow<T>(leaky(v[k], slope, (signs[u] >> k & 1u) != 0));
-            }
-            store<kGroup>(static_cast<T*>(args.y), at, args.n, aligned, result);
-            if (args.packs && args.bits != nullptr)
-                args.bits[at / kGroup] = static_cast<std::uint8_t>(signs[u]);
-        }
+        store<kGroup>(static_cast<T*>(args.y), at, args.n, aligned, pack);
+        if (args.packs && args.bits != nullptr) args.bits[at / kGroup] = static_cast<std::uint8_t>(signs);
     }
 }
 
@@ -271,7 +255,7 @@ const char* bias_leaky_relu_cuda(const BiasLeakyReluArgs& args, int device, void
     const bool aligned = aligned16(args.x) && aligned16(args.y);
     visit(args.dtype, [&]<class T>(T) {
         if (args.dbias == nullptr) {
-            const unsigned blocks = blocks_for(args.n, 2 * kThreads * kGroup);
+            const unsigned blocks = blocks_for(args.n, kThreads * kGroup);
             elementwise_kernel<T><<<blocks, kThreads, 0, queue>>>(args, aligned);
             status = cudaGetLastError();
         } else if ((args.inner > 1 ? args.inner : args.channels) % kGroup == 0) {

@@ -10,11 +10,10 @@ inline constexpr int kGluPack = sizeof(T) == 8 ? 1 : kPack<T>;
 
 // One pack of one row at a time; `small` when 32 bits hold every index of a pack.
 template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3)
+__global__ void __launch_bounds__(kThreads)
     glu_kernel(const __grid_constant__ GluArgs args, std::int64_t per_row, bool small, bool aligned) {
     using A = Acc<T>;
     constexpr int V = kGluPack<T>;
-    constexpr bool kRough = sizeof(T) == 2;
     const std::int64_t packs = args.rows * per_row, stride = std::int64_t{gridDim.x} * kThreads;
     for (std::int64_t pack = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; pack < packs;
          pack += stride) {
@@ -31,27 +30,23 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3)
         const auto gate = in(args.gate, args.gate_stride), value = in(args.value, args.value_stride);
         if (args.grad == nullptr) {
             Pack<T, V> result;
-            with_act(args.act, [&](auto act) {
 #pragma unroll
-                for (int k = 0; k < V; ++k)
-                    result.v[k] = narrow<T>(static_cast<A>(widen(value.v[k])) *
-                                            activate<kRough>(act, static_cast<A>(widen(gate.v[k]))));
-            });
+            for (int k = 0; k < V; ++k)
+                result.v[k] = narrow<T>(static_cast<A>(widen(value.v[k])) *
+                                        activate(args.act, static_cast<A>(widen(gate.v[k]))));
             out(args.out, args.width, result);
             continue;
         }
         const auto grad = in(args.grad, args.width);
         Pack<T, V> d_gate, d_value;
-        with_act(args.act, [&](auto act) {
 #pragma unroll
-            for (int k = 0; k < V; ++k) {
-                A y, slope;
-                activate_both<kRough>(act, static_cast<A>(widen(gate.v[k])), y, slope);
-                const A g = widen(grad.v[k]);
-                d_value.v[k] = narrow<T>(g * y);
-                d_gate.v[k] = narrow<T>(g * static_cast<A>(widen(value.v[k])) * slope);
-            }
-        });
+        for (int k = 0; k < V; ++k) {
+            A y, slope;
+            activate_both(args.act, static_cast<A>(widen(gate.v[k])), y, slope);
+            const A g = widen(grad.v[k]);
+            d_value.v[k] = narrow<T>(g * y);
+            d_gate.v[k] = narrow<T>(g * static_cast<A>(widen(value.v[k])) * slope);
+        }
         out(args.d_gate, args.d_gate_stride, d_gate);
         out(args.d_value, args.d_value_stride, d_value);
     }

@@ -43,7 +43,9 @@ __global__ void __launch_bounds__(kThreads)
     const std::int64_t stride = std::int64_t{gridDim.x} * kThreads * V;
     for (std::int64_t at = (std::int64_t{blockIdx.x} * kThreads + threadIdx.x) * V; at < args.n;
          at += stride) {
-        const auto currents = load<V>(static_cast<const T*>(args.current), at, args.n, aligned);
+        A current[V], output[V];
+        load_as(args.dtype, args.current, at, args.n, aligned, current);
+        load_as(args.output_dtype, args.output, at, args.n, aligned, output);
         T* const previous_at = static_cast<T*>(args.previous);
         T* const next_at = static_cast<T*>(args.next);
         Pack<T, V> previous, next;
@@ -54,17 +56,15 @@ __global__ void __launch_bounds__(kThreads)
         } else {
             previous = load<V>(previous_at, at, args.n, aligned);
         }
-        A output[V];  // the last to be sent for: its type is known at run time, so it is waited for
-        load_as(args.output_dtype, args.output, at, args.n, aligned, output);
 #pragma unroll
         for (int k = 0; k < V; ++k) {
-            const A current = widen(currents.v[k]);
             if (!args.inverse) {
-                const A sum = reversible_next(static_cast<A>(widen(previous.v[k])), current, output[k], coef);
+                const A sum =
+                    reversible_next(static_cast<A>(widen(previous.v[k])), current[k], output[k], coef);
                 next.v[k] = narrow<T>(sum);
             }
             const A back =
-                reversible_previous(static_cast<A>(widen(next.v[k])), current, output[k], coef, inverse);
+                reversible_previous(static_cast<A>(widen(next.v[k])), current[k], output[k], coef, inverse);
             const auto guess = static_cast<Unsigned>(ordered_of(narrow<T>(back)));
             if (args.inverse) {
                 const auto truth = guess + static_cast<Unsigned>(static_cast<Lane<T>>(code.v[k]));
