@@ -16,7 +16,7 @@ inline constexpr std::int64_t kRun = 4096;  // elements summed in float before t
 inline constexpr std::int64_t kGroupNormParallelFrom = 16384;  // elements that are worth waking the threads
 
 template <class A>
-A number_at(DType dtype, const void* p, std::int64_t at, A absent) {
+GAS_HD A number_at(DType dtype, const void* p, std::int64_t at, A absent) {
     if (p == nullptr) return absent;
     return load_as<false, A, 2>(dtype, p, at, 1)[0];
 }
@@ -32,13 +32,13 @@ template <class A>
 void store_channel_sums(const GroupNormArgs& args, std::int64_t b, std::int64_t c, A rstd, double s1,
                         double s2) {
     const auto store = [&](DType dtype, void* p, double value) {
-        if (p != nullptr)
-            store_as<false, false, A, 2>(dtype, p, b * args.C + c, Vec<A, 2>{static_cast<A>(value)}, 1);
+        store_as<false, false, A, 2>(dtype, p, b * args.C + c, Vec<A, 2>{static_cast<A>(value)}, 1);
     };
-    store(args.shift_dtype, args.dshift, s1);
-    store(args.scale_dtype, args.dscale,
-          number_at<double>(args.weight_dtype, args.weight, c, 1) * static_cast<double>(rstd) * s2 +
-              number_at<double>(args.bias_dtype, args.bias, c, 0) * s1);
+    if (args.dshift != nullptr) store(args.shift_dtype, args.dshift, s1);
+    if (args.dscale != nullptr)
+        store(args.scale_dtype, args.dscale,
+              number_at<double>(args.weight_dtype, args.weight, c, 1) * static_cast<double>(rstd) * s2 +
+                  number_at<double>(args.bias_dtype, args.bias, c, 0) * s1);
 }
 
 // All lanes, added in pairs.
