@@ -201,6 +201,9 @@ GAS_HD V exponential(Act act, V x) {
     return act == Act::gelu_tanh ? decay(tanh_argument(x, bend)) : x;
 }
 
+template <class A>
+inline constexpr A kLargest = std::numeric_limits<A>::max();
+
 // act(x) and act'(x), given e = exponential(act, x); the compiler drops what a caller does not use. `act` is
 // the same for all of a tensor, so the branch is always predicted. A loop over several e first, and then over
 // several of these, keeps more of a processor's units busy than one chain from x to act(x) after the other.
@@ -217,7 +220,7 @@ GAS_HD void activate_from(Act act, V x, V e, V& value, V& slope) {
         slope = one;
     } else {
         // s(x) and 1 - s(x), where nothing cancels. An infinite e leaves s = 0, which the slope is as well.
-        const V s = one / (one + e), rest = capped(e, V{} + std::numeric_limits<A>::max()) * s;
+        const V s = one / (one + e), rest = capped(e, V{} + kLargest<A>) * s;
         value = x * s;
         V bend = x;
         if (act == Act::gelu_tanh) tanh_argument(x, bend);
