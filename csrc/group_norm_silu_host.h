@@ -57,18 +57,23 @@ GAS_HD double lane_sum(V v) {
 
 inline constexpr int kTile = 4;  // vectors that go through the arithmetic side by side
 
-// Call body with the activation as a constant, outside of all loops: their registers hold its numbers.
-template <class Body>
-GAS_HD void with_act(Act act, Body&& body) {
-    switch (act) {
-        case Act::none:
-            return body(std::integral_constant<Act, Act::none>{});
-        case Act::silu:
-            return body(std::integral_constant<Act, Act::silu>{});
-        case Act::gelu:
-            return body(std::integral_constant<Act, Act::gelu>{});
-        case Act::gelu_tanh:
-            return body(std::integral_constant<Act, Act::gelu_tanh>{});
+// Call body with the activation, outside of all loops. It is a constant, so that their registers hold its
+// numbers, but for double, where the library's exponentials are all the time.
+template <class T, class Body>
+void with_act(T, Act act, Body&& body) {
+    if constexpr (std::is_same_v<T, double>) {
+        body(act);
+    } else {
+        switch (act) {
+            case Act::none:
+                return body(std::integral_constant<Act, Act::none>{});
+            case Act::silu:
+                return body(std::integral_constant<Act, Act::silu>{});
+            case Act::gelu:
+                return body(std::integral_constant<Act, Act::gelu>{});
+            case Act::gelu_tanh:
+                return body(std::integral_constant<Act, Act::gelu_tanh>{});
+        }
     }
 }
 
