@@ -249,6 +249,9 @@ GAS_HD V exponential(Act act, V x) {
         return act == Act::gelu ? gaussian(x) : decay(x);
 }
 
+template <class A>
+inline constexpr A kLargest = std::numeric_limits<A>::max();
+
 // act(x) and act'(x), given e = exponential(act, x); the compiler drops what a caller does not use. `act` is
 // the same for all of a tensor, so the branch is always predicted. A loop over several e first, and then over
 // several of these, keeps more of a processor's units busy than one chain from x to act(x) after the other.
@@ -270,9 +273,8 @@ GAS_HD void activate_from(Act act, V x, V e, V& value, V& slope) {
             s = rough_inverse(one + e);
             rest = one - s;
         } else {
-            constexpr A kMost = A(sizeof(A) == 4 ? 0x1.fffffep127 : 0x1.fffffffffffffp1023);
             s = quotient(one, one + e);
-            rest = capped(e, V{} + kMost) * s;
+            rest = capped(e, V{} + kLargest<A>) * s;
         }
         value = x * s;
         V bend = x;

@@ -1,6 +1,8 @@
 #include "bias_leaky_relu.h"
 
 #include <algorithm>
+#include <cstring>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -17,7 +19,8 @@ constexpr std::int64_t kRunRows = 64;   // the same where channels lie side by s
 constexpr std::int64_t kColumns = 4096;
 constexpr std::int64_t kParallelFrom = 32768;
 
-// The biases of consecutive blocks of 64 elements, as 64 values each.
+// The biases of consecutive blocks of 64 elements, as 64 values each. Each thread has its own: a table that
+// another core has just written costs more to read than to make.
 template <class A>
 class Biases {
   public:
@@ -31,9 +34,11 @@ class Biases {
         if (inner_ >= kBlock) return;
         // Channels change within a block: one period of biases, and as much again as a block may overrun.
         period_ = channels_ * inner_;
-        table_.resize(period_ + kBlock);
-        for (std::int64_t c = 0, k = 0; c < channels_; ++c) {
-            for (std::int64_t r = 0; r < inner_; ++r) table_[k++] = bias_[c];
+        table_ = std::make_unique_for_overwrite<A[]>(static_cast<std::size_t>(period_ + kBlock));
+        for (std::int64_t c = 0, k = 0; c < channels_; ++c, k += inner_) {
+            constexpr int W = kLanes<A>;
+            const auto lanes = Vec<A, W>{} + bias_[c];  // what it writes too far, the next channel overwrites
+            for (std::int64_t r = 0; r < inner_; r += W) std::memcpy(&table_[k + r], &lanes, sizeof lanes);
         }
         for (std::int64_t k = period_; k < period_ + kBlock; ++k) table_[k] = table_[k - period_];
     }
@@ -52,7 +57,7 @@ class Biases {
 
         const A* next() {
             if (all_.period_ > 0) {
-                const A* biases = all_.table_.data() + position_;
+                const A* biases = &all_.table_[position_];
                 position_ += kBlock;
                 if (position_ >= all_.period_) position_ %= all_.period_;
                 return biases;
@@ -82,7 +87,7 @@ class Biases {
     static constexpr A kNothing = A(-0.0);
     const A* bias_;
     std::int64_t channels_, inner_, period_ = 0;
-    std::vector<A> table_;
+    std::unique_ptr<A[]> table_;
 };
 
 struct Nothing {
@@ -121,23 +126,26 @@ void elementwise(const BiasLeakyReluArgs& args, int threads) {
     const auto x = static_cast<const T*>(args.x);
     const auto y = static_cast<T*>(args.y);
     const A slope = static_cast<A>(args.slope);
-    const Biases<A> biases(args);
     const std::int64_t bytes = (args.n + 7) / 8, chunks = (args.n + kChunk - 1) / kChunk;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && args.n >= kParallelFrom)
-    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-        std::int64_t at = chunk * kChunk;
-        const std::int64_t end = std::min(at + kChunk, args.n);
-        typename Biases<A>::Walk walk(biases, at);
-        for (; at < end; at += kBlock) {
-            const std::int64_t count = std::min(end - at, kBlock);
-            const std::uint64_t word = Packs ? 0 : load_bits(args.bits, bytes, at);
-            const A* bias = walk.next();
-            const std::uint64_t signs =
-                count == kBlock ? block<true, Stream, Packs>(x + at, bias, slope, y + at, word, count)
-                                : block<false, Stream, Packs>(x + at, bias, slope, y + at, word, count);
-            if (Packs && args.bits != nullptr) store_bits(args.bits, at / 8, signs, count);
+#pragma omp parallel num_threads(threads) if (threads > 1 && args.n >= kParallelFrom)
+    {
+        const Biases<A> biases(args);
+#pragma omp for schedule(static)
+        for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+            std::int64_t at = chunk * kChunk;
+            const std::int64_t end = std::min(at + kChunk, args.n);
+            typename Biases<A>::Walk walk(biases, at);
+            for (; at < end; at += kBlock) {
+                const std::int64_t count = std::min(end - at, kBlock);
+                const std::uint64_t word = Packs ? 0 : load_bits(args.bits, bytes, at);
+                const A* bias = walk.next();
+                const std::uint64_t signs =
+                    count == kBlock ? block<true, Stream, Packs>(x + at, bias, slope, y + at, word, count)
+                                    : block<false, Stream, Packs>(x + at, bias, slope, y + at, word, count);
+                if (Packs && args.bits != nullptr) store_bits(args.bits, at / 8, signs, count);
+            }
+            if constexpr (Stream) stream_fence();
         }
-        if constexpr (Stream) stream_fence();
     }
 }
 

@@ -54,19 +54,9 @@ void glu(const GluArgs& args, int threads) {
 
 void glu_cpu(const GluArgs& args, int threads) {
     visit(args.dtype, [&]<class T>(T) {
-        const auto with = [&]<Act act>(Known<act>) {
+        with_act(args.act, [&]<Act act>(Known<act>) {
             args.grad != nullptr ? glu<act, true, T>(args, threads) : glu<act, false, T>(args, threads);
-        };
-        switch (args.act) {
-            case Act::none:
-                return with(Known<Act::none>{});
-            case Act::silu:
-                return with(Known<Act::silu>{});
-            case Act::gelu:
-                return with(Known<Act::gelu>{});
-            case Act::gelu_tanh:
-                return with(Known<Act::gelu_tanh>{});
-        }
+        });
     });
 }
 

@@ -57,8 +57,8 @@ void store_statistics(const GroupNormArgs& args, std::int64_t group, A mean, A r
 }
 
 // One group of [B, C, N]: contiguous, and in the cache after the first pass.
-template <Act act, class T, bool Stream>
-void planar(const GroupNormArgs& args, std::int64_t group) {
+template <class T, bool Stream, class Choice>
+void planar(Choice act, const GroupNormArgs& args, std::int64_t group) {
     using A = Acc<T>;
     constexpr int W = kLanes<T>;
     using V = Vec<A, W>;
@@ -118,8 +118,8 @@ void pixel_sums(const GroupNormArgs& args, const Block<T>& block, std::vector<do
 }
 
 // Whole groups of one sample of [B, N, C]: vectors of channels, three passes over the pixels.
-template <Act act, class T>
-void interleaved(const GroupNormArgs& args, std::int64_t index) {
+template <class T, class Choice>
+void interleaved(Choice act, const GroupNormArgs& args, std::int64_t index) {
     using A = Acc<T>;
     constexpr int W = kLanes<T>;
     using V = Vec<A, W>;
@@ -170,18 +170,18 @@ void interleaved(const GroupNormArgs& args, std::int64_t index) {
 void group_norm_silu_cpu(const GroupNormArgs& args, int threads) {
     const std::int64_t elements = args.B * args.C * args.N;
     const bool parallel = threads > 1 && elements >= kGroupNormParallelFrom;
-    const auto run = [&]<class T, Act act>(T, Known<act>) {
+    const auto run = [&]<class T>(T, auto act) {
         const bool stream = streams(args.out, elements * bytes(args.dtype)) && args.N % kLanes<T> == 0;
         const std::int64_t tasks = args.channels_last ? Block<T>::count(args) : args.B * args.G;
 #pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
         for (std::int64_t task = 0; task < tasks; ++task) {
             if (args.channels_last)
-                interleaved<act, T>(args, task);
+                interleaved<T>(act, args, task);
             else
-                stream ? planar<act, T, true>(args, task) : planar<act, T, false>(args, task);
+                stream ? planar<T, true>(act, args, task) : planar<T, false>(act, args, task);
         }
     };
-    visit(args.dtype, [&](auto zero) { with_act(args.act, [&](auto act) { run(zero, act); }); });
+    visit(args.dtype, [&](auto zero) { with_act(zero, args.act, [&](auto act) { run(zero, act); }); });
 }
 
 }  // namespace gas

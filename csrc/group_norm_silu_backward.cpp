@@ -26,8 +26,8 @@ GAS_HD void slopes(Act act, const Affine<V>* affine, const V (&x)[U], const V (&
 }
 
 // One group of [B, C, N].
-template <Act act, class T, bool Stream>
-void planar(const GroupNormArgs& args, std::int64_t group, bool kept, Acc<T>* dys) {
+template <class T, bool Stream, class Choice>
+void planar(Choice act, const GroupNormArgs& args, std::int64_t group, bool kept, Acc<T>* dys) {
     using A = Acc<T>;
     constexpr int W = kLanes<T>;
     using V = Vec<A, W>;
@@ -108,8 +108,8 @@ void planar(const GroupNormArgs& args, std::int64_t group, bool kept, Acc<T>* dy
 }
 
 // Whole groups of one sample of [B, N, C].
-template <Act act, class T>
-void interleaved(const GroupNormArgs& args, std::int64_t index) {
+template <class T, class Choice>
+void interleaved(Choice act, const GroupNormArgs& args, std::int64_t index) {
     using A = Acc<T>;
     constexpr int W = kLanes<T>;
     using V = Vec<A, W>;
@@ -204,7 +204,7 @@ void interleaved(const GroupNormArgs& args, std::int64_t index) {
 void group_norm_silu_backward_cpu(const GroupNormArgs& args, int threads) {
     const std::int64_t elements = args.B * args.C * args.N;
     const bool parallel = threads > 1 && elements >= kGroupNormParallelFrom;
-    const auto run = [&]<class T, Act act>(T, Known<act>) {
+    const auto run = [&]<class T>(T, auto act) {
         const bool stream = streams(args.out, elements * bytes(args.dtype)) && args.N % kLanes<T> == 0;
         const std::int64_t tasks = args.channels_last ? Block<T>::count(args) : args.B * args.G;
         const std::int64_t size = args.C / args.G * args.N;
@@ -216,15 +216,15 @@ void group_norm_silu_backward_cpu(const GroupNormArgs& args, int threads) {
 #pragma omp for schedule(static)
             for (std::int64_t task = 0; task < tasks; ++task) {
                 if (args.channels_last)
-                    interleaved<act, T>(args, task);
+                    interleaved<T>(act, args, task);
                 else if (stream)
-                    planar<act, T, true>(args, task, kept, dys.data());
+                    planar<T, true>(act, args, task, kept, dys.data());
                 else
-                    planar<act, T, false>(args, task, kept, dys.data());
+                    planar<T, false>(act, args, task, kept, dys.data());
             }
         }
     };
-    visit(args.dtype, [&](auto zero) { with_act(args.act, [&](auto act) { run(zero, act); }); });
+    visit(args.dtype, [&](auto zero) { with_act(zero, args.act, [&](auto act) { run(zero, act); }); });
 }
 
 }  // namespace gas

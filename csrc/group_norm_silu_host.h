@@ -16,7 +16,7 @@ inline constexpr std::int64_t kRun = 4096;  // elements summed in float before t
 inline constexpr std::int64_t kGroupNormParallelFrom = 16384;  // elements that are worth waking the threads
 
 template <class A>
-A number_at(DType dtype, const void* p, std::int64_t at, A absent) {
+GAS_HD A number_at(DType dtype, const void* p, std::int64_t at, A absent) {
     if (p == nullptr) return absent;
     return load_as<false, A, 2>(dtype, p, at, 1)[0];
 }
@@ -32,13 +32,13 @@ template <class A>
 void store_channel_sums(const GroupNormArgs& args, std::int64_t b, std::int64_t c, A rstd, double s1,
                         double s2) {
     const auto store = [&](DType dtype, void* p, double value) {
-        if (p != nullptr)
-            store_as<false, false, A, 2>(dtype, p, b * args.C + c, Vec<A, 2>{static_cast<A>(value)}, 1);
+        store_as<false, false, A, 2>(dtype, p, b * args.C + c, Vec<A, 2>{static_cast<A>(value)}, 1);
     };
-    store(args.shift_dtype, args.dshift, s1);
-    store(args.scale_dtype, args.dscale,
-          number_at<double>(args.weight_dtype, args.weight, c, 1) * static_cast<double>(rstd) * s2 +
-              number_at<double>(args.bias_dtype, args.bias, c, 0) * s1);
+    if (args.dshift != nullptr) store(args.shift_dtype, args.dshift, s1);
+    if (args.dscale != nullptr)
+        store(args.scale_dtype, args.dscale,
+              number_at<double>(args.weight_dtype, args.weight, c, 1) * static_cast<double>(rstd) * s2 +
+                  number_at<double>(args.bias_dtype, args.bias, c, 0) * s1);
 }
 
 // All lanes, added in pairs.
@@ -56,6 +56,16 @@ GAS_HD double lane_sum(V v) {
 }
 
 inline constexpr int kTile = 4;  // vectors that go through the arithmetic side by side
+
+// Calls body with the activation, outside of all loops. It is a constant, so that their registers hold its
+// numbers, but for double, where the library's exponentials are all the time.
+template <class T, class Body>
+void with_act(T, Act act, Body&& body) {
+    if constexpr (std::is_same_v<T, double>)
+        body(act);
+    else
+        with_act(act, body);
+}
 
 // U vectors y at once, first all exponentials: see activate_from. They are left in act(y), or in act'(y).
 template <int U, class V>
