@@ -34,6 +34,9 @@ class Config(PlacedModelOptions):
     degree: int | None = None
     """Of a range of K, that of the polynomials in K that its tables are: low shares much between K; the largest K less
     one, at most 12, unless given."""
+    guidance_degree: int | None = None
+    """Of a range of guidance, that of the polynomials in its logarithm: 3 unless given; 0 for a solver that is the same
+    at every scale, as all students but gs of full order are."""
     loss: str = "l1"
     """Distance to the teacher's samples: l1, l2, huber, lpips, lpips-alex, lpips-squeeze, or 'lpips + 0.1 * l1'."""
     loss_chunk: int | None = None

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from .._cli import InputError
+from ..conditioning import Range
 from ..denoiser import Denoiser
+from ..guidance import parse_guidance
 from ..solvers import FAMILIES, GRIDS, AnyStepsSolver, LearnedTimes, load_solver
+from ..solvers.any_steps import GUIDANCE_DEGREE
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -30,11 +33,34 @@ def steps_range(config: Config) -> range:
     return found
 
 
+def guidance_range(config: Config) -> Range | None:
+    """The scales of --guidance that the student's tables are functions of; None where they are the same for all."""
+    scale = parse_guidance(config.guidance) if config.guidance else None
+    asked = config.guidance_degree
+    if asked is not None and not isinstance(scale, tuple):
+        raise InputError(f"--guidance-degree {asked} is of a range, such as --guidance 2:9; leave it out")
+    able = _of_full_order(config) and steps_range(config)[0] > 1
+    if asked and not able:
+        raise InputError(
+            f"--guidance-degree {asked} is of --student gs of two steps or more, without --order and --form; leave it out"
+        )
+    return scale if isinstance(scale, tuple) and able and asked != 0 else None
+
+
+def guidance_degree(config: Config) -> int:
+    """That of the polynomials in the scale of guidance."""
+    return GUIDANCE_DEGREE if config.guidance_degree is None else config.guidance_degree
+
+
+def _of_full_order(config: Config) -> bool:
+    return config.student == "gs" and config.order is None and config.form in (None, "theory")
+
+
 def new_solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> LearnedTimes:
     """The student before its first update."""
     counts = steps_range(config)
     steps = counts[-1]
-    if len(counts) > 1:
+    if len(counts) > 1 or guidance_range(config) is not None:
         return _begun(config, denoiser, _any_steps(config, denoiser, recipe, counts))
     if config.degree is not None:
         raise InputError(f"--degree {config.degree} is of a range of K, such as --steps 4-10; leave it out")
@@ -58,8 +84,9 @@ def new_solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> LearnedTim
 
 
 def _any_steps(config: Config, denoiser: Denoiser, recipe: Recipe, counts: range) -> AnyStepsSolver:
-    """The student of a range of K before its first update."""
-    if config.student != "gs" or config.order is not None or config.form not in (None, "theory"):
+    """The student of a range of K, of guidance scales, or of both, before its first update."""
+    guidance = guidance_range(config)
+    if not _of_full_order(config):
         raise InputError(
             f"--steps {config.steps} is of --student gs without --order and --form; give one K, or leave those out"
         )
@@ -67,9 +94,14 @@ def _any_steps(config: Config, denoiser: Denoiser, recipe: Recipe, counts: range
         raise InputError(
             f"--start-grid {recipe.start_grid} has the times of one K, and --steps {config.steps} needs those of each; "
             f"give {', '.join(GRIDS)}"
+            if len(counts) > 1
+            else f"--start-grid {recipe.start_grid} has times of one scale, and --guidance {config.guidance} is a range; "
+            f"give {', '.join(GRIDS)}, or --guidance-degree 0"
         )
-    base = config.base or "dpmpp3m"
-    return AnyStepsSolver(counts, denoiser.schedule, config.t_eps, recipe.start_grid, base, config.degree)
+    return AnyStepsSolver(
+        counts, denoiser.schedule, config.t_eps, recipe.start_grid, config.base or "dpmpp3m", config.degree,
+        guidance, guidance_degree(config),
+    )  # fmt: skip
 
 
 def _begun(config: Config, denoiser: Denoiser, new: LearnedTimes) -> LearnedTimes:
