@@ -8,6 +8,8 @@ from claims import below, moves_less, within
 from experiment import Claim, Experiment, Setting, evaluate, plan, sample, teacher, train
 from jobs import ROOT
 
+from gas_engine.solvers.any_steps import GUIDANCE_DEGREE
+
 FD = ("l1", "rmse", "fd_data", "fd_teacher")
 FULL = (*FD, "precision", "recall", "coverage", "diversity", "detail")
 STUDENTS: dict[str, tuple[str, ...]] = {
@@ -18,6 +20,7 @@ STUDENTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 BASES = ("euler", "dpmpp2m", "dpmpp3m", "ipndm4", "deis3", "unipc3")
 ANY = (4, 5, 6, 7, 8, 9, 10)
+GUIDANCE = ("1.5", "2", "3", "5", "7.5")
 # Gigabytes of an iteration, arXiv 2510.17699, table 15: (GS, GAS) by K.
 PAPER_GB = {
     ("cifar10", 24): {4: (17, 19), 6: (23, 25), 8: (28, 30), 10: (34, 35)},
@@ -31,7 +34,8 @@ def questions(setting: Setting) -> list[Experiment]:
         f"{label}, K = {k}": train(setting, f"{slug(label)}-k{k}", "--steps", str(k), *words)
         for label, words in STUDENTS.items() for k in setting.steps
     }  # fmt: skip
-    found = [_main(setting, main), *_read_from_main(), _any_steps(setting), _kinds(setting, main)]
+    found = [_main(setting, main), *_read_from_main(), _any_steps(setting)]
+    found += [*(_guidance(setting) if setting.model == "digits" else []), _kinds(setting, main)]
     found += [_samples(setting, main), _schedule(main), _pictures(setting, main), _spectrum(setting, main, found[0])]
     found += [_memory(setting, main), *(_photos(setting, main) if setting.model == "digits" else [])]
     found += [_bases(setting, main), *_longer(setting)]
@@ -194,6 +198,39 @@ def _any_steps(setting: Setting) -> Experiment:
                       within(0.1, "one for all K", "each its own")),),
         note=f"The one solver had {updates} updates, of one K each, the others {setting.long} each.",
     )  # fmt: skip
+
+
+def _guidance(digits: Setting) -> list[Experiment]:
+    """One solver for a range of guidance scales, on the embedded model that can be guided."""
+    k = str(digits.steps[1] if len(digits.steps) > 1 else digits.steps[0])
+
+    def at(scale: str) -> Setting:  # each scale has teacher samples of its own
+        runs = digits.runs / f"guidance-{scale.replace(':', '-')}"
+        return dataclasses.replace(digits, model="digits-guided", options=("--guidance", scale), runs=runs)
+
+    every, updates = at(f"{GUIDANCE[0]}:{GUIDANCE[-1]}"), (GUIDANCE_DEGREE + 1) * digits.long
+    one = train(every, f"gs-range-k{k}", "--steps", k, updates=updates)
+    same = train(every, f"gs-same-k{k}", "--steps", k, "--guidance-degree", "0", updates=digits.long)
+    runs, measured = {"one for all scales": one, "the same at every scale": same}, []
+    for scale in GUIDANCE:
+        own = train(at(scale), f"gs-g{scale}-k{k}", "--steps", k, updates=digits.long)
+        runs[f"each its own, guidance {scale}"] = own
+        measured.append(evaluate(at(scale), "evaluation-guidance", [one, same, own], "classical", steps=k))
+    return [
+        Experiment(
+            "guidance", "One solver for a range of guidance scales",
+            f"Tables that are cubic in the logarithm of the scale, K = {k}, against a solver that is the same at every "
+            "scale, solvers trained for each, and the classical ones, each beside the teacher of that scale.",
+            learned=runs, evaluations=tuple(measured), table=("l1", "fd_teacher"), over="guidance",
+            claims=(
+                Claim("At each scale the one solver is within 10 % of the separately trained ones.",
+                      within(0.1, "one for all scales", "each its own", over="guidance")),
+                Claim("It is nearer than a solver that is the same at every scale, and than every classical solver.",
+                      below("one for all scales", ("the same at every scale",), over="guidance", kind="classical")),
+            ),
+            note=f"The one solver had {updates} updates, of one scale each, the others {digits.long} each.",
+        )
+    ]  # fmt: skip
 
 
 def _schedule(main: dict) -> Experiment:

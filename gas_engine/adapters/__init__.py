@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from .photos import load_photos
 
 __all__ = ["load_denoiser", "load_digits", "load_edm", "load_factory", "load_photos"]
 
-EMBEDDED = {**{name: partial(load_digits, name) for name in DIGITS}, "photos": load_photos}
+EMBEDDED: dict[str, Callable[[], Denoiser]] = {name: partial(load_digits, name) for name in DIGITS}
+EMBEDDED["photos"] = load_photos
 
 
 def load_denoiser(
@@ -63,6 +65,6 @@ def load_denoiser(
     if ":" in name:
         return load_factory(name)
     raise ValueError(
-        f"unknown model {name!r}: give 'digits', 'digits-guided' or 'photos', a .pkl or .safetensors of an EDM network, an LDM .ckpt, a "
-        "diffusers directory or Hub id, or 'module:factory' for a function that returns a gas_engine.Denoiser"
+        f"unknown model {name!r}: give {', '.join(map(repr, EMBEDDED))}, a .pkl or .safetensors of an EDM network, an "
+        "LDM .ckpt, a diffusers directory or Hub id, or 'module:factory' for a function that returns a gas_engine.Denoiser"
     )

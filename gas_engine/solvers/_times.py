@@ -89,6 +89,10 @@ class LearnedTimes(nn.Module):
         """Names of the parameters that update ``step`` (from 0) moves; the others wait, with their moments."""
         return [name for name, _ in self.named_parameters()]
 
+    def span(self, steps: int, guidance: float | None) -> Tensor | None:
+        """Orthonormal directions of its parameters [n, k] that hold all gradients of one K and scale; None: all."""
+        return None
+
     def config(self) -> dict[str, Any]:
         """What a solver file says, beside the parameters, to build the solver again."""
         schedule = self.schedule.config()

@@ -79,8 +79,8 @@ class AnyStepsSolver(LearnedTimes):
         self._guidance, self.guidance_degree = guidance, guidance_degree
         self.facts: dict[str, Any] = {}
         for name in TABLES:
-            shape = self._polynomials(name, steps[0]).shape[1:]
-            shape = shape if guidance is None else (*shape, guidance_degree + 1)
+            count = self._polynomials(name, steps[0]).shape[1]
+            shape = (count,) if guidance is None else (count, guidance_degree + 1)
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=torch.float64)))
         self.at(steps[0])  # refuses a start or a base that no K has
 
@@ -130,17 +130,24 @@ class AnyStepsSolver(LearnedTimes):
             solver.facts["guidance"] = float(guidance)
         return solver
 
+    def span(self, steps: int, guidance: float | None) -> Tensor:
+        shares = self._shares(guidance)
+        rows = [self._polynomials(name, steps) for name in TABLES]
+        if shares is not None:
+            rows = [(row[:, :, None] * shares).flatten(1) for row in rows]
+        return torch.block_diag(*(torch.linalg.qr(row.T)[0] for row in rows))
+
     def tableau(self, prediction: str = "data") -> Tableau:
-        """That of the largest K."""
-        return self.at(self.steps).tableau(prediction)
+        """That of the largest K, in the middle of the scales."""
+        return self.at().tableau(prediction)
 
     def times(self) -> Tensor:
-        """Those of the largest K."""
-        return self.at(self.steps).times()
+        """Those of the largest K, in the middle of the scales."""
+        return self.at().times()
 
     def told_times(self, times: Tensor | None = None) -> Tensor:
-        """Those of the largest K."""
-        return self.at(self.steps).told_times(times)
+        """Those of the largest K, in the middle of the scales."""
+        return self.at().told_times(times)
 
     def _shares(self, guidance: float | None) -> Tensor | None:
         """What each w_qr has in w_q at a scale, [R]; in the middle of the range where none is given."""
@@ -151,7 +158,9 @@ class AnyStepsSolver(LearnedTimes):
         low, high = map(math.log1p, self._guidance)
         place = torch.tensor((low + high) / 2 if guidance is None else math.log1p(guidance), dtype=torch.float64)
         orders = torch.arange(self.guidance_degree + 1, dtype=torch.float64)
-        return ((2 * orders + 1) / len(orders)).sqrt() * torch.special.legendre_polynomial_p(_unit(place, low, high), orders)
+        return ((2 * orders + 1) / len(orders)).sqrt() * torch.special.legendre_polynomial_p(
+            _unit(place, low, high), orders
+        )
 
     def _polynomials(self, name: str, steps: int) -> Tensor:
         low, high, less = self._range[0], self._range[-1], int(name == "theta")

@@ -100,9 +100,7 @@ def measure(trainer: Trainer, directory: RunDirectory, config: Config, selection
     """
     found = [
         comparison.distance(trainer.denoiser, solver, selection, "", batch=config.sample_batch, group=trainer.group)
-        for solver in (
-            comparison.solver_for(trainer.average, k, trainer.denoiser) for k in trainer.average.steps_range
-        )
+        for solver in (comparison.solver_for(trainer.average, k, trainer.denoiser) for k in trainer.average.steps_range)
     ]
     trainer.notices += trainer.watch.samples(found[-1].samples, selection.teacher.cpu())
     distance = comparison.mean_l1(found)

@@ -77,7 +77,7 @@ class Config(PlacedModelOptions):
     cuda_graphs: bool = False
     """Replay its calls as CUDA graphs in updates, for small networks."""
     recipe: Literal["auto", "quick", "paper"] = "auto"
-    """auto is quick for digits and paper for everything else."""
+    """auto is quick for digits, guided or not, and paper for everything else."""
     iterations: int | None = None
     """Updates; the recipe's unless given."""
     batch: int | None = None

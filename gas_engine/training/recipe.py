@@ -56,7 +56,9 @@ class Recipe:
         rate, longer = self.rate / cycle**0.5 if self.optimizer == "adam" else self.rate, cycle * orders
         return replace(self, iterations=self.iterations * longer, rate=rate, ema=self.ema ** (1 / longer))
 
-    def optimizer_of(self, parameters: Iterable[Tensor], cycle: int = 1, turns: int | None = None) -> torch.optim.Optimizer:
+    def optimizer_of(
+        self, parameters: Iterable[Tensor], cycle: int = 1, turns: int | None = None
+    ) -> torch.optim.Optimizer:
         """The optimiser; Adam's moments reach back over as many cycles of K as else over updates, SOAP has one set for
         each of ``turns``, which are the cycle unless given."""
         found = OPTIMIZERS[self.optimizer](parameters, lr=self.rate)

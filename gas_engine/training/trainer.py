@@ -119,8 +119,10 @@ class Trainer:
             return loss
         self.skipped_in_a_row = 0
         with phase("optimiser"):
+            turn = self.turns.at(self.step - 1)
+            span = self.solver.span(turn.steps, turn.guidance)
             for group in self.optimizer.param_groups:
-                group.update(lr=self.rate_at(self.step - 1), turn=self.turns.at(self.step - 1).index)
+                group.update(lr=self.rate_at(self.step - 1), turn=turn.index, span=span)
             self.optimizer.step()
             decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
