@@ -66,5 +66,6 @@ def load_denoiser(
         return load_factory(name)
     raise ValueError(
         f"unknown model {name!r}: give {', '.join(map(repr, EMBEDDED))}, a .pkl or .safetensors of an EDM network, an "
-        "LDM .ckpt, a diffusers directory or Hub id, or 'module:factory' for a function that returns a gas_engine.Denoiser"
+        "LDM .ckpt, a diffusers directory or Hub id, or 'module:factory' for a function that returns a "
+        "gas_engine.Denoiser"
     )

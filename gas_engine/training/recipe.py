@@ -47,8 +47,8 @@ class Recipe:
         return self.rate * (1 - step / steps) if self.rate_schedule == "linear" else self.rate
 
     def over(self, cycle: int, orders: int = 1) -> Recipe:
-        """The recipe of a solver that is updated for ``cycle`` K in turn, or whose tables have ``orders`` polynomials in
-        the scale of guidance: as many updates for each, averaged alike.
+        """The recipe of a solver that is updated for ``cycle`` K in turn, or whose tables have ``orders`` polynomials
+        in the scale of guidance: as many updates for each, averaged alike.
 
         Adam, which sees all K with the same moments, divides a gradient that comes once in a cycle by sqrt(1 / cycle)
         of itself, so its rate falls by that. SOAP has moments for each K.

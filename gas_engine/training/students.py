@@ -42,7 +42,8 @@ def guidance_range(config: Config) -> Range | None:
     able = _of_full_order(config) and steps_range(config)[0] > 1
     if asked and not able:
         raise InputError(
-            f"--guidance-degree {asked} is of --student gs of two steps or more, without --order and --form; leave it out"
+            f"--guidance-degree {asked} is of --student gs of two steps or more without --order and --form; leave it "
+            "out"
         )
     return scale if isinstance(scale, tuple) and able and asked != 0 else None
 
@@ -60,10 +61,10 @@ def new_solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> LearnedTim
     """The student before its first update."""
     counts = steps_range(config)
     steps = counts[-1]
+    if len(counts) == 1 and config.degree is not None:
+        raise InputError(f"--degree {config.degree} is of a range of K, such as --steps 4-10; leave it out")
     if len(counts) > 1 or guidance_range(config) is not None:
         return _begun(config, denoiser, _any_steps(config, denoiser, recipe, counts))
-    if config.degree is not None:
-        raise InputError(f"--degree {config.degree} is of a range of K, such as --steps 4-10; leave it out")
     start: str | Tensor = recipe.start_grid
     if recipe.start_grid not in GRIDS:
         try:
@@ -91,12 +92,10 @@ def _any_steps(config: Config, denoiser: Denoiser, recipe: Recipe, counts: range
             f"--steps {config.steps} is of --student gs without --order and --form; give one K, or leave those out"
         )
     if recipe.start_grid not in GRIDS:
+        of, option = ("K", f"--steps {config.steps}") if len(counts) > 1 else ("scale", f"--guidance {config.guidance}")
         raise InputError(
-            f"--start-grid {recipe.start_grid} has the times of one K, and --steps {config.steps} needs those of each; "
+            f"--start-grid {recipe.start_grid} has the times of one {of}, and {option} needs those of each; "
             f"give {', '.join(GRIDS)}"
-            if len(counts) > 1
-            else f"--start-grid {recipe.start_grid} has times of one scale, and --guidance {config.guidance} is a range; "
-            f"give {', '.join(GRIDS)}, or --guidance-degree 0"
         )
     return AnyStepsSolver(
         counts, denoiser.schedule, config.t_eps, recipe.start_grid, config.base or "dpmpp3m", config.degree,
