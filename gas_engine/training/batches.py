@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..conditioning import Conditioning, moved, scale_of
+from ..conditioning import Conditioning, moved
 from ..denoiser import Denoiser, seeded
 from ..distributed import Group
 from .adversary import FRESH
@@ -40,18 +40,14 @@ class Batches:
         self, denoiser: Denoiser, seeds: list[int], targets: Tensor, stored: tuple[Tensor, Any] | None, size: int,
         seed: int, device: torch.device, group: Group, turns: Turns,
     ) -> None:  # fmt: skip
-        self.turns, self._rows = turns, dict[float | None, list[int]]()
-        for scale in turns.scales:
-            alike = (scale in (None, scale_of(denoiser.guidance, seed)) for seed in seeds)
-            self._rows[scale] = [row for row, mine in enumerate(alike) if mine]
         self.denoiser, self.seeds, self.targets, self.stored = denoiser, seeds, targets, stored
-        self.size, self.seed, self.device, self.group = size, seed, device, group
+        self.size, self.seed, self.device, self.group, self.turns = size, seed, device, group, turns
         self._orders: dict[float | None, tuple[int, list[int]]] = {}
 
     def rows(self, step: int) -> list[int]:
         """Rows of the teacher set in the batch of update ``step``: shuffled epochs, wrapped at their ends."""
         turn = self.turns.at(step)
-        mine = self._rows[turn.guidance]
+        mine = self.turns.rows[turn.guidance]
         picked: list[int] = []
         for position in range(turn.visit * self.size, (turn.visit + 1) * self.size):
             epoch, index = divmod(position, len(mine))
@@ -62,7 +58,7 @@ class Batches:
         """The rows of a scale as an epoch shuffles them."""
         if scale not in self._orders or self._orders[scale][0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._orders[scale] = epoch, torch.randperm(len(self._rows[scale]), generator=generator).tolist()
+            self._orders[scale] = epoch, torch.randperm(len(self.turns.rows[scale]), generator=generator).tolist()
         return self._orders[scale][1]
 
     def at(self, step: int) -> Batch:

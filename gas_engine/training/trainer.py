@@ -63,8 +63,8 @@ class Trainer:
         self.denoiser, self.solver, self.average = denoiser, solver, deepcopy(solver).requires_grad_(False)
         self.loss, self.recipe, self.seed, self.group = loss, recipe, seed, group
         self.device = device or torch.device("cpu")
-        scales = {None if solver.guidance_range is None else scale_of(denoiser.guidance, seed) for seed in seeds}
-        self.turns = Turns(solver.steps_range, sorted(scales), seed)  # type: ignore[type-var]  # None alone, or numbers
+        told = [None if solver.guidance_range is None else scale_of(denoiser.guidance, n) for n in seeds]
+        self.turns = Turns(solver.steps_range, told, seed)
         self.batches = Batches(denoiser, seeds, targets, stored, recipe.batch, seed, self.device, group, self.turns)
         self.adversary, self.watch = adversary, Watch(solver.times())
         self.means = Means() if adversary is None else adversary.means

@@ -23,11 +23,16 @@ class Turn:
 
 
 class Turns:
-    """Each K with each scale once in a cycle, whose order follows from ``seed`` and the cycle's number alone."""
+    """Each K with each scale once in a cycle, whose order follows from ``seed`` and the cycle's number alone.
 
-    def __init__(self, steps: Sequence[int], scales: Sequence[float | None] = (None,), seed: int = 0) -> None:
-        self.steps, self.scales, self.seed = steps, scales, seed
-        self._every = [*product(steps, scales)]
+    ``told``: the scale of each row of the teacher set, None where the solver is the same at all; ``rows``: of a scale.
+    """
+
+    def __init__(self, steps: Sequence[int], told: Sequence[float | None], seed: int = 0) -> None:
+        self.steps, self.seed, self.rows = steps, seed, dict[float | None, list[int]]()
+        for row, scale in enumerate(told):
+            self.rows.setdefault(scale, []).append(row)
+        self._every = [*product(steps, sorted(self.rows, key=lambda scale: scale or 0.0))]
 
     def __len__(self) -> int:
         return len(self._every)
