@@ -8,7 +8,7 @@ from claims import below, moves_less, within
 from experiment import Claim, Experiment, Setting, evaluate, plan, sample, teacher, train
 from jobs import ROOT
 
-from gas_engine.solvers.any_steps import GUIDANCE_DEGREE
+from gas_engine.conditioning import SCALES
 
 FD = ("l1", "rmse", "fd_data", "fd_teacher")
 FULL = (*FD, "precision", "recall", "coverage", "diversity", "detail")
@@ -208,9 +208,9 @@ def _guidance(digits: Setting) -> list[Experiment]:
         runs = digits.runs / f"guidance-{scale.replace(':', '-')}"
         return dataclasses.replace(digits, model="digits-guided", options=("--guidance", scale), runs=runs)
 
-    every, updates = at(f"{GUIDANCE[0]}:{GUIDANCE[-1]}"), (GUIDANCE_DEGREE + 1) * digits.long
+    every, updates = at(f"{GUIDANCE[0]}:{GUIDANCE[-1]}"), SCALES * digits.long
     one = train(every, f"gs-range-k{k}", "--steps", k, updates=updates)
-    same = train(every, f"gs-same-k{k}", "--steps", k, "--guidance-degree", "0", updates=digits.long)
+    same = train(every, f"gs-same-k{k}", "--steps", k, "--same-at-every-scale", updates=digits.long)
     runs, measured = {"one for all scales": one, "the same at every scale": same}, []
     for scale in GUIDANCE:
         own = train(at(scale), f"gs-g{scale}-k{k}", "--steps", k, updates=digits.long)
@@ -219,8 +219,8 @@ def _guidance(digits: Setting) -> list[Experiment]:
     return [
         Experiment(
             "guidance", "One solver for a range of guidance scales",
-            f"Tables that are cubic in the logarithm of the scale, K = {k}, against a solver that is the same at every "
-            "scale, solvers trained for each, and the classical ones, each beside the teacher of that scale.",
+            f"Tables that are quadratic in the logarithm of the scale, K = {k}, against a solver that is the same at "
+            "every scale, solvers trained for each, and the classical ones, each beside the teacher of that scale.",
             learned=runs, evaluations=tuple(measured), table=("l1", "fd_teacher"), over="guidance",
             claims=(
                 Claim("At each scale the one solver is within 10 % of the separately trained ones.",

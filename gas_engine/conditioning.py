@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from torch.utils._pytree import tree_map
 
 Range = tuple[float, float]
-SCALES = 8  # of a range of guidance: enough for a solver's polynomials in it, and few enough for batches of one scale
+SCALES = 3  # of a range of guidance: a solver's tables are learned at each and interpolated between
 
 
 class Conditioning:
@@ -85,16 +85,22 @@ class WithGuidance(Conditioning):
 
 
 def scale_of(scale: float | Range, seed: int) -> float:
-    """The guidance scale of a seed: that of all, or one of eight of a range, even in log(1 + scale) and with its ends.
+    """The guidance scale of a seed: that of all, or one of the ``nodes`` of a range.
 
-    Seeds 8n to 8n + 7 have each once, in an order drawn for them.
+    Seeds 3n to 3n + 2 have each of three once, in an order drawn for them.
     """
     if not isinstance(scale, tuple):
         return float(scale)
-    low, high = scale
     block, place = divmod(int(seed), SCALES)
-    share = int(torch.randperm(SCALES, generator=torch.Generator().manual_seed(~block))[place]) / (SCALES - 1)
-    return min(max(math.expm1((1 - share) * math.log1p(low) + share * math.log1p(high)), low), high)
+    return nodes(scale)[int(torch.randperm(SCALES, generator=torch.Generator().manual_seed(~block))[place])]
+
+
+def nodes(scales: Range, count: int = SCALES) -> list[float]:
+    """Scales of a range that polynomials in log(1 + scale) are determined at: its ends and, between, the extrema of
+    Chebyshev's polynomial of degree ``count - 1``."""
+    low, high = map(math.log1p, scales)
+    places = (0.5 - 0.5 * math.cos(math.pi * j / (count - 1)) for j in range(1, count - 1))
+    return [scales[0], *(math.expm1(low + place * (high - low)) for place in places), scales[1]]
 
 
 def scales(scale: float | Range, seeds: Sequence[int]) -> Tensor:

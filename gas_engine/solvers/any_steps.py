@@ -1,7 +1,7 @@
 """One parameter set for a range of K, of guidance scales, or of both: the Generalized Solver with tables that are
 polynomials in K, position and lag, and in the logarithm of the scale.
 
-Shape legend: K steps; position n / (K-1) of a step n; lag 0 is the newest evaluation; P terms, R of the scale.
+Shape legend: K steps; position n / (K-1) of a step n; lag 0 is the newest evaluation; P terms, S scales.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conditioning import SCALES, Range
+from ..conditioning import SCALES, Range, nodes
 from ..schedule import Schedule
 from ..tableau import Tableau
 from ._times import MAX_STEPS, LearnedTimes
 from .generalized import GeneralizedSolver
 
 MAX_DEGREE = 12  # beyond it a solver has thousands of numbers
-GUIDANCE_DEGREE = 3
+MAX_SCALES = 8
 
 
 class AnyStepsSolver(LearnedTimes):
@@ -37,18 +37,17 @@ class AnyStepsSolver(LearnedTimes):
     it is low, tables vary slowly with K; at the largest K less one there are as many polynomials as points, every K can
     have any table, and one file costs none of them accuracy. Unless given it is that, at most 12.
 
-    With a range of ``guidance`` scales g each w_q is a polynomial of its own, of degree ``guidance_degree``, in
-    s = log(1 + g) taken to [-1, 1]::
+    With a range of ``guidance`` scales g each w_q is a polynomial in s = log(1 + g), by Lagrange's formula through
+    ``scales`` of them, g_j, which are the ends of the range and Chebyshev points between::
 
-        w_q(g) = sum_r w_qr sqrt((2r+1) / R) P_r(s)
+        w_q(g) = sum_j w_qj prod_{i != j} (s - s_i) / (s_j - s_i)
 
-    with Legendre's P_r, orthogonal over the range, and factors for which a step of w moves the tables of a scale as far
-    as one of w_q alone, in the mean over the range.
+    Each g_j can have any tables, and no update of one moves those of another.
 
     ``at(steps, guidance)`` is the solver of one K and one scale, differentiable in w. What knows of one alone
     (``steps``, ``times``, ``tableau``) sees the largest K and the middle of the scales. Parameters, float64 on the CPU:
-    w of ``theta``, ``xi``, ``phi_a``, ``phi_c``, [P] or [P, R]; 511 numbers for K = 4 to 10, 212 for K = 6 over a range
-    of guidance. Raises ValueError for K beyond 2..32, a degree beyond 0..12, or of guidance beyond 0..7.
+    w of ``theta``, ``xi``, ``phi_a``, ``phi_c``, [P] or [P, S]; 511 numbers for K = 4 to 10, 159 for K = 6 over a range
+    of guidance. Raises ValueError for K beyond 2..32, a degree beyond 0..12, or scales beyond 2..8.
 
         solver = AnyStepsSolver(range(4, 11), denoiser.schedule)
         x = rollout(denoiser, noise, solver.at(6).tableau(denoiser.prediction))
@@ -62,7 +61,7 @@ class AnyStepsSolver(LearnedTimes):
     def __init__(
         self, steps: range, schedule: Schedule, t_eps: float = 1e-3, start: str = "uniform",
         base: str = "dpmpp3m", degree: int | None = None, guidance: Range | None = None,
-        guidance_degree: int = GUIDANCE_DEGREE,
+        scales: int = SCALES,
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         if len(steps) == 0 or steps.step != 1 or not 2 <= steps[0] <= steps[-1] <= MAX_STEPS:
@@ -70,17 +69,17 @@ class AnyStepsSolver(LearnedTimes):
         degree = min(steps[-1] - 1, MAX_DEGREE) if degree is None else degree
         if not 0 <= degree <= MAX_DEGREE:
             raise ValueError(f"degree must be between 0 and {MAX_DEGREE}, got {degree}")
-        if not 0 <= guidance_degree < SCALES:
-            raise ValueError(f"the degree of guidance must be between 0 and {SCALES - 1}, got {guidance_degree}")
+        if not 2 <= scales <= MAX_SCALES:
+            raise ValueError(f"the scales of a range must be between 2 and {MAX_SCALES}, got {scales}")
         if guidance is not None and not 0 <= guidance[0] < guidance[1] < math.inf:
             raise ValueError(f"a range of guidance must rise from 0 or more, got {guidance}")
         self._range, self.steps, self.schedule, self.t_eps = steps, steps[-1], schedule, float(t_eps)
         self.start, self.base, self.degree = start, base, degree
-        self._guidance, self.guidance_degree = guidance, guidance_degree
+        self._guidance, self.scales = guidance, scales
         self.facts: dict[str, Any] = {}
         for name in TABLES:
             count = self._polynomials(name, steps[0]).shape[1]
-            shape = (count,) if guidance is None else (count, guidance_degree + 1)
+            shape = (count,) if guidance is None else (count, scales)
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=torch.float64)))
         self.at(steps[0])  # refuses a start or a base that no K has
 
@@ -95,16 +94,16 @@ class AnyStepsSolver(LearnedTimes):
     def config(self) -> dict[str, Any]:
         found = super().config() | {"steps": [self._range[0], self._range[-1]]}
         if self._guidance is not None:
-            found |= {"guidance": [*self._guidance], "guidance_degree": self.guidance_degree}
+            found |= {"guidance": [*self._guidance], "guidance_scales": self.scales}
         return found
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> AnyStepsSolver:
         (low, high), schedule = config["steps"], Schedule.from_config(config["schedule"])
         given = {name: config[name] for name in cls.settings}
-        if "guidance_degree" in config:  # without it, guidance is but what the solver was trained at
+        if "guidance_scales" in config:  # without it, guidance is but what the solver was trained at
             first, last = map(float, config["guidance"])
-            given |= {"guidance": (first, last), "guidance_degree": config["guidance_degree"]}
+            given |= {"guidance": (first, last), "scales": config["guidance_scales"]}
         return cls(range(low, high + 1), schedule, config["t_eps"], **given)
 
     def at(self, steps: int | None = None, guidance: float | None = None) -> LearnedTimes:
@@ -150,17 +149,18 @@ class AnyStepsSolver(LearnedTimes):
         return self.at().told_times(times)
 
     def _shares(self, guidance: float | None) -> Tensor | None:
-        """What each w_qr has in w_q at a scale, [R]; in the middle of the range where none is given."""
+        """What each w_qj has in w_q at a scale, [S]; in the middle of the range where none is given."""
         if self._guidance is None:
             return None
         if guidance is not None:
             self.check_guidance(guidance)
-        low, high = map(math.log1p, self._guidance)
-        place = torch.tensor((low + high) / 2 if guidance is None else math.log1p(guidance), dtype=torch.float64)
-        orders = torch.arange(self.guidance_degree + 1, dtype=torch.float64)
-        return ((2 * orders + 1) / len(orders)).sqrt() * torch.special.legendre_polynomial_p(
-            _unit(place, low, high), orders
+        places = torch.tensor(nodes(self._guidance, self.scales), dtype=torch.float64).log1p()
+        place = (
+            (places[0] + places[-1]) / 2 if guidance is None else torch.tensor(guidance, dtype=torch.float64).log1p()
         )
+        own = torch.eye(len(places), dtype=torch.bool)
+        factors = (place - places) / (places[:, None] - places).masked_fill(own, 1.0)
+        return factors.masked_fill(own, 1.0).prod(1)
 
     def _polynomials(self, name: str, steps: int) -> Tensor:
         low, high, less = self._range[0], self._range[-1], int(name == "theta")
@@ -169,7 +169,7 @@ class AnyStepsSolver(LearnedTimes):
 
     def extra_repr(self) -> str:
         low, high = self._range[0], self._range[-1]
-        told = "" if self._guidance is None else f"guidance={self._guidance}, guidance_degree={self.guidance_degree}, "
+        told = "" if self._guidance is None else f"guidance={self._guidance}, scales={self.scales}, "
         return f"steps={low}-{high}, degree={self.degree}, {told}schedule={self.schedule}, t_eps={self.t_eps}"
 
 

@@ -34,9 +34,8 @@ class Config(PlacedModelOptions):
     degree: int | None = None
     """Of a range of K, that of the polynomials in K that its tables are: low shares much between K; the largest K less
     one, at most 12, unless given."""
-    guidance_degree: int | None = None
-    """Of a range of guidance, that of the polynomials in its logarithm: 3 unless given; 0 for a solver that is the same
-    at every scale, as all students but gs of full order are."""
+    same_at_every_scale: bool = False
+    """Of a range of guidance: learn one tableau for all its scales, as students but gs of full order do anyway."""
     loss: str = "l1"
     """Distance to the teacher's samples: l1, l2, huber, lpips, lpips-alex, lpips-squeeze, or 'lpips + 0.1 * l1'."""
     loss_chunk: int | None = None

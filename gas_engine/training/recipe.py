@@ -46,25 +46,22 @@ class Recipe:
             return self.rate * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         return self.rate * (1 - step / steps) if self.rate_schedule == "linear" else self.rate
 
-    def over(self, cycle: int, orders: int = 1) -> Recipe:
-        """The recipe of a solver that is updated for ``cycle`` K in turn, or whose tables have ``orders`` polynomials
-        in the scale of guidance: as many updates for each, averaged alike.
+    def over(self, cycle: int) -> Recipe:
+        """The recipe of a solver that is updated for ``cycle`` K and scales in turn: as many updates for each, averaged
+        alike.
 
-        Adam, which sees all K with the same moments, divides a gradient that comes once in a cycle by sqrt(1 / cycle)
-        of itself, so its rate falls by that. SOAP has moments for each K.
+        Adam, which sees all of them with the same moments, divides a gradient that comes once in a cycle by
+        sqrt(1 / cycle) of itself, so its rate falls by that. SOAP has moments for each.
         """
-        rate, longer = self.rate / cycle**0.5 if self.optimizer == "adam" else self.rate, cycle * orders
-        return replace(self, iterations=self.iterations * longer, rate=rate, ema=self.ema ** (1 / longer))
+        rate = self.rate / cycle**0.5 if self.optimizer == "adam" else self.rate
+        return replace(self, iterations=self.iterations * cycle, rate=rate, ema=self.ema ** (1 / cycle))
 
-    def optimizer_of(
-        self, parameters: Iterable[Tensor], cycle: int = 1, turns: int | None = None
-    ) -> torch.optim.Optimizer:
-        """The optimiser; Adam's moments reach back over as many cycles of K as else over updates, SOAP has one set for
-        each of ``turns``, which are the cycle unless given."""
+    def optimizer_of(self, parameters: Iterable[Tensor], cycle: int = 1) -> torch.optim.Optimizer:
+        """The optimiser; Adam's moments reach back over as many cycles as else over updates."""
         found = OPTIMIZERS[self.optimizer](parameters, lr=self.rate)
         for group in found.param_groups:
             if "turns" in group:
-                group["turns"] = turns or cycle
+                group["turns"] = cycle
             else:
                 group["betas"] = tuple(beta ** (1 / cycle) for beta in group["betas"])
         return found

@@ -16,7 +16,7 @@ from .. import comparison
 from .._cli import InputError, console, progress
 from ..adapters.digits import DIGITS
 from ..adapters.r3gan import load_r3gan
-from ..conditioning import moved
+from ..conditioning import SCALES, moved
 from ..denoiser import Denoiser, seeded
 from ..distributed import ALONE, Group
 from ..execution import BLOCKS, Execution
@@ -30,7 +30,7 @@ from ..teacher import teacher_samples
 from ..units import parse_bytes, show_bytes
 from .adversary import Adversary
 from .recipe import RECIPES, Recipe
-from .students import guidance_degree, guidance_range, steps_range
+from .students import guidance_range, steps_range
 
 if TYPE_CHECKING:
     from .options import Config
@@ -51,8 +51,8 @@ def recipe_name(config: Config) -> str:
 
 def recipe(config: Config) -> Recipe:
     """The recipe by its name, for every K of several and a range of guidance, and what was given instead."""
-    orders = 1 if guidance_range(config) is None else 1 + guidance_degree(config)
-    named = RECIPES[recipe_name(config)].over(len(steps_range(config)), orders)
+    scales = 1 if guidance_range(config) is None else SCALES
+    named = RECIPES[recipe_name(config)].over(len(steps_range(config)) * scales)
     given = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(Recipe)}
     found = dataclasses.replace(named, **{k: v for k, v in given.items() if v is not None})
     if found.iterations < 1 or found.batch < 1 or not 0 < found.rate < math.inf or not 0 <= found.ema < 1:

@@ -14,7 +14,6 @@ from ..conditioning import Range
 from ..denoiser import Denoiser
 from ..guidance import parse_guidance
 from ..solvers import FAMILIES, GRIDS, AnyStepsSolver, LearnedTimes, load_solver
-from ..solvers.any_steps import GUIDANCE_DEGREE
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -36,21 +35,12 @@ def steps_range(config: Config) -> range:
 def guidance_range(config: Config) -> Range | None:
     """The scales of --guidance that the student's tables are functions of; None where they are the same for all."""
     scale = parse_guidance(config.guidance) if config.guidance else None
-    asked = config.guidance_degree
-    if asked is not None and not isinstance(scale, tuple):
-        raise InputError(f"--guidance-degree {asked} is of a range, such as --guidance 2:9; leave it out")
+    if not isinstance(scale, tuple):
+        if config.same_at_every_scale:
+            raise InputError("--same-at-every-scale is of a range, such as --guidance 2:9; leave it out")
+        return None
     able = _of_full_order(config) and steps_range(config)[0] > 1
-    if asked and not able:
-        raise InputError(
-            f"--guidance-degree {asked} is of --student gs of two steps or more without --order and --form; leave it "
-            "out"
-        )
-    return scale if isinstance(scale, tuple) and able and asked != 0 else None
-
-
-def guidance_degree(config: Config) -> int:
-    """That of the polynomials in the scale of guidance."""
-    return GUIDANCE_DEGREE if config.guidance_degree is None else config.guidance_degree
+    return scale if able and not config.same_at_every_scale else None
 
 
 def _of_full_order(config: Config) -> bool:
@@ -86,7 +76,6 @@ def new_solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> LearnedTim
 
 def _any_steps(config: Config, denoiser: Denoiser, recipe: Recipe, counts: range) -> AnyStepsSolver:
     """The student of a range of K, of guidance scales, or of both, before its first update."""
-    guidance = guidance_range(config)
     if not _of_full_order(config):
         raise InputError(
             f"--steps {config.steps} is of --student gs without --order and --form; give one K, or leave those out"
@@ -99,7 +88,7 @@ def _any_steps(config: Config, denoiser: Denoiser, recipe: Recipe, counts: range
         )
     return AnyStepsSolver(
         counts, denoiser.schedule, config.t_eps, recipe.start_grid, config.base or "dpmpp3m", config.degree,
-        guidance, guidance_degree(config),
+        guidance_range(config),
     )  # fmt: skip
 
 

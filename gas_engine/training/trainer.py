@@ -73,7 +73,7 @@ class Trainer:
         self.execution, self._view, self._asked = execution, execution.view(denoiser), str(execution)
         self.cheaper = execution.cheaper(denoiser, group.most(recipe.batch))  # what to try when memory runs out
         self.notices: list[str] = []
-        self.optimizer = recipe.optimizer_of(solver.parameters(), len(solver.steps_range), len(self.turns))
+        self.optimizer = recipe.optimizer_of(solver.parameters(), len(self.turns))
         self.best = Best()
         self.step, self.skipped, self.skipped_in_a_row, self.rollbacks = 0, 0, 0, 0
 
