@@ -219,7 +219,7 @@ def _guidance(digits: Setting) -> list[Experiment]:
     return [
         Experiment(
             "guidance", "One solver for a range of guidance scales",
-            f"Tables that are quadratic in the logarithm of the scale, K = {k}, against a solver that is the same at "
+            f"Tables that are quadratic in log(1 + scale), K = {k}, against a solver that is the same at "
             "every scale, solvers trained for each, and the classical ones, each beside the teacher of that scale.",
             learned=runs, evaluations=tuple(measured), table=("l1", "fd_teacher"), over="guidance",
             claims=(
