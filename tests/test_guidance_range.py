@@ -259,6 +259,7 @@ def test_a_run_of_a_range_is_used_at_a_scale_and_resumes(small, no_pictures, tmp
     out = tmp_path / "run"
     few = ["--iterations", "12", "--save-every", "6", "--evaluate-every", "6", "--log-every", "6", "--guidance", "2:9"]
     train.main(words(out, *few))
+    assert "--guidance 4.47723 --solver" in " ".join(capsys.readouterr().out.split())
     file, table = out / "solver.safetensors", (out / "comparison.csv").read_text()
     written, best = file.read_bytes(), (out / "best.safetensors").read_bytes()
     for path in (out / "checkpoints" / "step-000012").iterdir():

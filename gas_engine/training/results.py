@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import comparison, pictures, reporting
 from .._cli import console, progress
+from ..conditioning import nodes
 from ..denoiser import Denoiser
 from ..files import write_text
 from ..metrics import judge_of
@@ -95,6 +96,8 @@ def finish(
         comparison.as_rich(rows, f"distance to the {config.teacher.steps}-evaluation teacher at K = {config.steps}")
     )
     used = f"--solver {directory.solver}" + ("" if len(students) == 1 else f" --steps {student.steps}")
+    if student.guidance_range is not None:
+        config = dataclasses.replace(config, guidance=f"{nodes(student.guidance_range)[1]:g}")  # one to begin with
     console.print(
         f"solver    {directory.solver} ({directory.solver.stat().st_size / 1024:.1f} kB)\n"
         f"pictures  {directory.path}/comparison.png  schedule.png  tableau.png  history.png\n"
