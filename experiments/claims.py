@@ -35,13 +35,13 @@ def below(first: str, others: Sequence[str] = (), metric: str = "l1", over: str 
     return check
 
 
-def within(share: float, first: str, other: str, metric: str = "l1") -> Check:
-    """``first`` is at most ``1 + share`` times ``other`` at every K that both have."""
+def within(share: float, first: str, other: str, metric: str = "l1", over: str = "steps") -> Check:
+    """``first`` is at most ``1 + share`` times ``other`` wherever both are."""
 
     def check(rows: Sequence[Row]) -> tuple[bool, str] | None:
-        mine, theirs = at(rows, first, metric), at(rows, other, metric)
-        ratios = {k: mine[k] / theirs[k] for k in mine if k in theirs}
-        said = ", ".join(f"{ratio:.2f} (K = {k})" for k, ratio in sorted(ratios.items(), key=lambda item: int(item[0])))
+        mine, theirs = at(rows, first, metric, over), at(rows, other, metric, over)
+        ratios = {where: mine[where] / theirs[where] for where in sorted(mine, key=float) if where in theirs}
+        said = ", ".join(f"{ratio:.2f} ({_place(over, where)})" for where, ratio in ratios.items())
         return (max(ratios.values()) <= 1 + share, f"ratio {said}") if ratios else None
 
     return check

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from jobs import Job
 
+from gas_engine.adapters import EMBEDDED
+
 Row = dict[str, str]  # a line of a CSV file
 SELECTION = ("--selection", "16", "--held-out", "16", "--evaluation", "student")
 QUIET = ("--logger", "none", "--sample-every", "1000000", "--evaluate-every", "0")
@@ -98,7 +100,7 @@ def train(setting: Setting, name: str, *words: str, updates: int | None = None, 
     """A run of the quick recipe with this many updates, without a comparison of its own: evaluate makes that."""
     made = teacher(setting)
     recipe = () if {"--recipe", "--config"} & {*setting.options} else ("--recipe", "quick")
-    memory = ("--checkpoint-every", "0") if setting.model in ("digits", "photos") else ()
+    memory = ("--checkpoint-every", "0") if setting.model in EMBEDDED else ()
     seeds = () if "--train-seeds" in words else ("--train-seeds", setting.train_seeds)
     return Job(
         "train",

@@ -10,7 +10,7 @@ import torch
 from experiment import Experiment, Row
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
-from tables import TITLES
+from tables import TITLES, rank
 
 from gas_engine.files import atomic
 from gas_engine.pictures import image_rows, plt
@@ -41,10 +41,7 @@ def _lines(axis: Axes, rows: Sequence[Row], metric: str, column: str) -> None:
     labels = list(dict.fromkeys(row["label"] for row in rows if row["kind"] != "teacher"))
     learned = {row["label"] for row in rows if row["kind"] == "learned"}
     colors = plt.get_cmap("tab10")
-    places: list[str] = sorted(
-        {row[column] for row in rows if row.get(column) and row["kind"] != "teacher"},
-        key=lambda v: (0, int(v), "") if v.isdigit() else (1, 0, v),
-    )
+    places = sorted({row[column] for row in rows if row.get(column) and row["kind"] != "teacher"}, key=rank)
     worst = max((float(r[metric]) for r in rows if r["label"] in learned and r.get(metric)), default=1.0)
     worst = 10 * worst  # what is above it is off every scale, as Heun is at few evaluations
     for index, label in enumerate(labels):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from claims import below, moves_less, within
+from claims import below, moves_less
 from experiment import Claim, Experiment, Setting, evaluate, plan, sample, teacher, train
 from jobs import ROOT
+from ranges import any_steps, guidance
 
 FD = ("l1", "rmse", "fd_data", "fd_teacher")
 FULL = (*FD, "precision", "recall", "coverage", "diversity", "detail")
@@ -17,7 +18,6 @@ STUDENTS: dict[str, tuple[str, ...]] = {
     "GS in the linear form": ("--form", "linear"),
 }  # fmt: skip
 BASES = ("euler", "dpmpp2m", "dpmpp3m", "ipndm4", "deis3", "unipc3")
-ANY = (4, 5, 6, 7, 8, 9, 10)
 # Gigabytes of an iteration, arXiv 2510.17699, table 15: (GS, GAS) by K.
 PAPER_GB = {
     ("cifar10", 24): {4: (17, 19), 6: (23, 25), 8: (28, 30), 10: (34, 35)},
@@ -31,7 +31,8 @@ def questions(setting: Setting) -> list[Experiment]:
         f"{label}, K = {k}": train(setting, f"{slug(label)}-k{k}", "--steps", str(k), *words)
         for label, words in STUDENTS.items() for k in setting.steps
     }  # fmt: skip
-    found = [_main(setting, main), *_read_from_main(), _any_steps(setting), _kinds(setting, main)]
+    found = [_main(setting, main), *_read_from_main(), any_steps(setting)]
+    found += [*(guidance(setting) if setting.model == "digits" else []), _kinds(setting, main)]
     found += [_samples(setting, main), _schedule(main), _pictures(setting, main), _spectrum(setting, main, found[0])]
     found += [_memory(setting, main), *(_photos(setting, main) if setting.model == "digits" else [])]
     found += [_bases(setting, main), *_longer(setting)]
@@ -175,24 +176,6 @@ def _bases(setting: Setting, main: dict) -> Experiment:
                       below("dpmpp3m", [base for base in BASES if base != "dpmpp3m"]),
                       "It is in FD to the teacher. From the worst base to the best, L1 falls by a sixth: after these "
                       "short runs GS hangs little on its base."),),
-    )  # fmt: skip
-
-
-def _any_steps(setting: Setting) -> Experiment:
-    every = ANY if len(setting.steps) > 1 else setting.steps
-    updates = len(ANY) * setting.long
-    runs = {"one for all K": train(setting, "any", "--steps", f"{ANY[0]}-{ANY[-1]}", updates=updates)}
-    for k in every:
-        runs[f"each its own, K = {k}"] = train(setting, f"gs-long-k{k}", "--steps", str(k), updates=setting.long)
-    steps = ",".join(map(str, every))
-    return Experiment(
-        "any-steps", "One solver for every K",
-        "An open question of the paper: a single parameter set for a range of K, against solvers trained for each.",
-        learned=runs, evaluations=(evaluate(setting, "evaluation-any-steps", [*runs.values()], steps=steps),),
-        table=("l1",), over="steps",
-        claims=(Claim("At each K the one solver is within 10 % of the separately trained ones.",
-                      within(0.1, "one for all K", "each its own")),),
-        note=f"The one solver had {updates} updates, of one K each, the others {setting.long} each.",
     )  # fmt: skip
 
 

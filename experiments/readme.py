@@ -12,7 +12,7 @@ from pathlib import Path
 
 from experiment import Row
 from jobs import ROOT
-from tables import markdown, read
+from tables import markdown, rank, read
 
 RESULTS = ROOT / "experiments" / "results"
 BELM = ROOT / "bench" / "results" / "digits_belm_amd-epyc_2026-11-21.csv"  # reversible runs of the same length
@@ -96,16 +96,39 @@ def gas(results: Path) -> str:
 
 def any_steps(results: Path) -> str:
     """One solver for every K beside those trained for each."""
-    rows = read(results / "any-steps.csv")
-    found = {(row["label"], int(row["steps"])): float(row["l1"]) for row in rows if row["kind"] == "learned"}
     names = {"one for all K": "one file for all K", "each its own": "a solver trained for each"}
-    steps = sorted({k for _, k in found if all((label, k) in found for label in names)})
-    if not steps:
+    return _beside(read(results / "any-steps.csv"), names, "steps", "K = ")
+
+
+def guidance(results: Path) -> str:
+    """One solver for a range of guidance beside those trained for each scale, one for all, and the best classical."""
+    rows = read(results / "guidance.csv")
+    best: dict[str, Row] = {}
+    for row in rows:
+        here = best.get(row.get("guidance", ""), row)
+        if row["kind"] == "classical" and float(row["l1"]) <= float(here["l1"]):
+            best[row["guidance"]] = row
+    rows += [row | {"label": "classical", "kind": "learned"} for row in best.values()]
+    names = {
+        "one for all scales": "one file for all scales",
+        "each its own": "a solver trained for each",
+        "the same at every scale": "one that is the same at every scale",
+        "classical": "best classical",
+    }
+    return _beside(rows, names, "guidance", "g = ")
+
+
+def _beside(rows: Sequence[Row], names: dict[str, str], column: str, head: str) -> str:
+    """L1 of labels, called by ``names``, over a column, and the ratio of the first to the second."""
+    found = {(row["label"], row[column]): float(row["l1"]) for row in rows if row["kind"] == "learned"}
+    places = sorted({v for _, v in found if all((label, v) in found for label in names)}, key=rank)
+    if not places:
         return ""
-    lines = [["L1 to the teacher", *(f"K = {k}" for k in steps)]]
-    lines += [[name, *(f"{found[label, k]:.4f}" for k in steps)] for label, name in names.items()]
-    ratio = {k: found["one for all K", k] / found["each its own", k] for k in steps}
-    return markdown([*lines, ["ratio", *(f"{ratio[k]:.2f}" for k in steps)]])
+    lines = [["L1 to the teacher", *(f"{head}{v}" for v in places)]]
+    lines += [[name, *(f"{found[label, v]:.4f}" for v in places)] for label, name in names.items()]
+    first, second = [*names][:2]
+    ratio = ["ratio of the first two" if len(names) > 2 else "ratio"]
+    return markdown([*lines, [*ratio, *(f"{found[first, v] / found[second, v]:.2f}" for v in places)]])
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
@@ -114,6 +137,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "belm": belm,
     "gas": gas,
     "any": any_steps,
+    "guidance": guidance,
 }
 
 

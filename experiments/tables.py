@@ -20,7 +20,7 @@ TITLES = {
 }  # fmt: skip
 LESS = ("l1", "rmse", "fd_data", "fd_teacher", "kid_data", "lpips", "seconds")  # the smallest is the best
 FORMS = {"l1": ".4f", "rmse": ".4f", "psnr": ".1f", "detail": ".3f", "precision": ".3f", "recall": ".3f"}
-AT = re.compile(r", (?:K = \d+|\d+ samples)$")
+AT = re.compile(r", (?:K = \d+|\d+ samples|guidance [\d.]+)$")
 
 
 def collect(experiment: Experiment, results: Path) -> list[Row]:
@@ -38,6 +38,7 @@ def evaluated(experiment: Experiment, results: Path) -> list[Row]:
             label, run = _run_of(found["solver"], experiment.learned)
             kind = "learned" if run else "teacher" if found["solver"] == "teacher" else "classical"
             row = {"label": label or found["solver"], "kind": kind} | found
+            row |= {"guidance": _word(job, "--guidance")} if "--guidance" in job.words else {}
             rows.append(row | (_training(run) if run else {}) | {"evaluated_by": job.command})
     return [{name: value for name, value in row.items() if value != ""} for row in rows]
 
@@ -182,6 +183,12 @@ def number(value: str | float, metric: str) -> str:
     return format(float(value), FORMS.get(metric, ".3g"))
 
 
+def rank(value: str) -> tuple[bool, float, str]:
+    """Numbers in their order, then words."""
+    numeric = value.replace(".", "", 1).isdigit()
+    return not numeric, float(value) if numeric else 0.0, value
+
+
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """A table whose first line is its head and whose first column is names."""
     head, *body = lines
@@ -192,7 +199,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 def over(rows: Sequence[Row], metric: str, column: str) -> str:
     """A line per label, a column per value of ``column``, the smallest of each bold; classical ones sorted below."""
     rows = [row for row in rows if row.get(metric) and row.get(column) and row.get("kind") != "teacher"]
-    values = sorted({row[column] for row in rows}, key=lambda v: (0, int(v), "") if v.isdigit() else (1, 0, v))
+    values = sorted({row[column] for row in rows}, key=rank)
     found: dict[str, Row] = {}
     for row in rows:
         found.setdefault(row["label"], {})[row[column]] = row[metric]

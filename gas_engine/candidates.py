@@ -149,6 +149,10 @@ def _file(word: str, denoiser: Denoiser) -> tuple[LearnedTimes, Path]:
     solver = load_solver(path, denoiser.schedule, published, denoiser.name, told)
     if (solver.schedule.kind == "flow") != (denoiser.schedule.kind == "flow"):
         raise InputError(f"{path} is a solver for {solver.schedule}, and {denoiser.name} runs on {denoiser.schedule}")
+    try:
+        solver.check_guidance(told)
+    except ValueError as error:
+        raise InputError(f"{path} is {error}") from None
     return solver, path
 
 
@@ -160,8 +164,12 @@ def _said(solver: LearnedTimes) -> str:
 def _learned(solver: LearnedTimes, name: str, denoiser: Denoiser) -> Callable[[int], Candidate]:
     @torch.no_grad()
     def at(steps: int) -> Candidate:
-        setting = f"{solver.family}, {_said(solver)}" if len(solver.steps_range) > 1 else solver.family
-        return Candidate(name, setting, steps, solver.at(steps).tableau(denoiser.prediction))
+        several = [_said(solver)] if len(solver.steps_range) > 1 else []
+        several += ["guidance {:g} to {:g}".format(*solver.guidance_range)] if solver.guidance_range else []
+        told = denoiser.facts().get("guidance", 1.0)
+        return Candidate(
+            name, ", ".join([solver.family, *several]), steps, solver.at(steps, told).tableau(denoiser.prediction)
+        )
 
     return at
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,16 +13,18 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from .conditioning import moved, take
+from .conditioning import moved, scale_of, take
 from .denoiser import Denoiser, seeded
 from .distributed import ALONE, Group
 from .metrics import Judge
 from .rollout import rollout
 from .schedule import Schedule
+from .solvers import LearnedTimes
 from .solvers.grids import GRIDS
 from .solvers.named import FAMILIES, named_solver
 from .tableau import Tableau
 
+ByScale = Callable[[float], Tableau]
 T_EPS = (1e-3, 1e-4)
 VARIANTS = sum(map(len, FAMILIES.values()))
 
@@ -31,13 +33,14 @@ VARIANTS = sum(map(len, FAMILIES.values()))
 class Samples:
     """Seeds with their noise, conditions and teacher samples, [N, *shape], on one device.
 
-    ``judge``: takes Frechet distances, where there are features for it.
+    ``judge``: takes Frechet distances, where there are features for it. ``scales``: of guidance, of each sample.
     """
 
     noise: Tensor
     cond: Any
     teacher: Tensor
     judge: Judge | None = None
+    scales: Sequence[float] = ()
 
     @classmethod
     def of(
@@ -45,7 +48,20 @@ class Samples:
         judge: Judge | None = None,
     ) -> Samples:  # fmt: skip
         noise, cond = seeded(denoiser, list(seeds))
-        return cls(noise.to(device), moved(cond, device), teacher.to(device), judge)
+        scales = [scale_of(denoiser.guidance, seed) for seed in seeds]
+        return cls(noise.to(device), moved(cond, device), teacher.to(device), judge, scales)
+
+    def run(self, denoiser: Denoiser, solver: Tableau | ByScale, rows: slice) -> Tensor:
+        """A solver's samples of some rows, on the CPU; of one that hangs on the guidance, scale by scale."""
+        if isinstance(solver, Tableau):
+            return rollout(denoiser, self.noise[rows], solver, take(self.cond, rows, len(self.noise))).cpu()
+        every = range(len(self.noise))[rows]
+        found = torch.empty(len(every), *self.noise.shape[1:])
+        for scale in {self.scales[n]: None for n in every}:
+            some = [n for n in every if self.scales[n] == scale]
+            cond = take(self.cond, some, len(self.noise))
+            found[[n - every[0] for n in some]] = rollout(denoiser, self.noise[some], solver(scale), cond).cpu()
+        return found
 
 
 @dataclass(frozen=True)
@@ -65,16 +81,22 @@ class Distance:
         return 20 * float((2 / torch.tensor(self.rmse, dtype=torch.float64)).log10())  # of 0, inf and nan as well
 
 
+def solver_for(solver: LearnedTimes, steps: int, denoiser: Denoiser) -> Tableau | ByScale:
+    """The tableau of a learned solver at K for the model, or, where its guidance is a range, that of each scale."""
+    if solver.guidance_range is None or not isinstance(denoiser.guidance, tuple):
+        return solver.at(steps, denoiser.guidance).tableau(denoiser.prediction)  # type: ignore[arg-type]
+    return lambda scale: solver.at(steps, scale).tableau(denoiser.prediction)
+
+
 @torch.no_grad()
 def distance(
-    denoiser: Denoiser, tableau: Tableau, data: Samples, name: str, setting: str = "", batch: int = 128,
+    denoiser: Denoiser, solver: Tableau | ByScale, data: Samples, name: str, setting: str = "", batch: int = 128,
     group: Group = ALONE,
 ) -> Distance:  # fmt: skip
     """Run one solver on the data's noise, batch by batch on the processes of ``group``; its distance to the teacher."""
 
     def run(start: int) -> Tensor:
-        part = slice(start, start + batch)
-        return rollout(denoiser, data.noise[part], tableau, take(data.cond, part, len(data.noise))).cpu()
+        return data.run(denoiser, solver, slice(start, start + batch))
 
     samples = torch.cat(group.map(run, range(0, len(data.noise), batch)))
     error = (samples - data.teacher.cpu()).double()

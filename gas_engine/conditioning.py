@@ -5,6 +5,7 @@ A condition is None, a tensor [B, ...], or a dict or list of them. One of a batc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Generator, Tensor
 from torch.utils._pytree import tree_map
 
 Range = tuple[float, float]
+SCALES = 3  # of a range of guidance: a solver's tables are learned at each and interpolated between
 
 
 class Conditioning:
@@ -68,7 +70,7 @@ class Classes(Conditioning):
 
 
 class WithGuidance(Conditioning):
-    """A condition and a guidance scale [B], drawn evenly from a range for each seed: ``{"cond", "guidance"}``."""
+    """A condition and a guidance scale [B], of a range, for each seed: ``{"cond", "guidance"}``."""
 
     def __init__(self, inner: Conditioning | None, scales: Range) -> None:
         self.inner, self.scales = inner, scales
@@ -76,21 +78,37 @@ class WithGuidance(Conditioning):
 
     def draw(self, seeds: Sequence[int], generators: Sequence[Generator]) -> dict[str, Any]:
         cond = None if self.inner is None else self.inner.draw(seeds, generators)
-        return {"cond": cond, "guidance": scales(self.scales, generators)}
+        return {"cond": cond, "guidance": scales(self.scales, seeds)}
 
     def facts(self) -> dict[str, Any]:
         return {} if self.inner is None else self.inner.facts()
 
 
-def scales(scale: float | Range, generators: Sequence[Generator]) -> Tensor:
-    """Guidance scales [B], float32: the same for all, or drawn evenly from a range for each generator."""
-    if isinstance(scale, tuple):
-        low, high = scale
-        return low + (high - low) * torch.stack([torch.rand((), generator=generator) for generator in generators])
-    return torch.full((len(generators),), float(scale))
+def scale_of(scale: float | Range, seed: int) -> float:
+    """The guidance scale of a seed: that of all, or one of the ``nodes`` of a range.
+
+    Seeds 3n to 3n + 2 have each of three once, in an order drawn for them.
+    """
+    if not isinstance(scale, tuple):
+        return float(scale)
+    block, place = divmod(int(seed), SCALES)
+    return nodes(scale)[int(torch.randperm(SCALES, generator=torch.Generator().manual_seed(~block))[place])]
 
 
-def take(cond: Any, rows: slice, batch: int) -> Any:
+def nodes(scales: Range, count: int = SCALES) -> list[float]:
+    """Scales of a range that polynomials in log(1 + scale) are determined at: its ends and, between, the extrema of
+    Chebyshev's polynomial of degree ``count - 1``."""
+    low, high = map(math.log1p, scales)
+    places = (0.5 - 0.5 * math.cos(math.pi * j / (count - 1)) for j in range(1, count - 1))
+    return [scales[0], *(math.expm1(low + place * (high - low)) for place in places), scales[1]]
+
+
+def scales(scale: float | Range, seeds: Sequence[int]) -> Tensor:
+    """Guidance scales of seeds [B], float32."""
+    return torch.tensor([scale_of(scale, seed) for seed in seeds])
+
+
+def take(cond: Any, rows: slice | list[int], batch: int) -> Any:
     """The rows of a condition; what has a batch of one belongs to all."""
 
     def part(leaf: Any) -> Any:

@@ -45,6 +45,8 @@ class Config:
     """Of a published .pt: the time at which it stops; the model's, or 1e-3, unless given."""
     steps: int | None = None
     """Of a solver of several K: the one to write; all of them unless given."""
+    guidance: float | None = None
+    """Of a solver for a range of guidance: the scale to write it for."""
 
 
 def run(config: Config) -> list[Path]:
@@ -65,7 +67,7 @@ def run(config: Config) -> list[Path]:
 def _solvers(config: Config) -> list[Path]:
     from .export.directories import write_comfyui, write_diffusers
 
-    solvers = [_chosen(_open(path, config), path, config.steps) for path in config.files]
+    solvers = [one for path in config.files for one in _chosen(_open(path, config), path, config)]
     if config.to == "diffusers":
         return [write_diffusers(solvers, _prediction(config, solvers), config.out)]
     if config.to == "comfyui":
@@ -81,10 +83,17 @@ def _solvers(config: Config) -> list[Path]:
     return [config.out]
 
 
-def _chosen(solver: LearnedTimes, path: Path, steps: int | None) -> LearnedTimes:
-    """The solver of one K, where one is asked for."""
+def _chosen(solver: LearnedTimes, path: Path, config: Config) -> list[LearnedTimes]:
+    """The solver itself, or those of the K and of the scale that are asked for; programs elsewhere have one scale."""
+    scale = config.guidance
+    if scale is not None and solver.guidance_range is None:
+        raise InputError(f"{path} is a solver for one guidance, but --guidance {scale:g} was given; leave it out")
+    whole = solver.guidance_range is None or config.to in ("safetensors", "json")
+    if config.steps is None and scale is None and whole:
+        return [solver]
     try:
-        return solver if steps is None else solver.at(steps)
+        solver.check_guidance(scale)
+        return [solver.at(steps, scale) for steps in ([config.steps] if config.steps else solver.steps_range)]
     except ValueError as error:
         raise InputError(f"{path} is {error}") from None
 

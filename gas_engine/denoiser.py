@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conditioning import Classes, Conditioning, Range
+from .conditioning import SCALES, Classes, Conditioning, Range
 from .files import tensors_sha256
 from .schedule import Schedule
 from .tableau import PREDICTIONS
@@ -92,6 +92,8 @@ class Denoiser(nn.Module):
         found = {} if self.conditioning is None else self.conditioning.facts()
         if self.guidance != 1.0:
             found = found | {"guidance": self.guidance}
+        if isinstance(self.guidance, tuple):
+            found = found | {"scales": SCALES}
         return {name: value for name, value in found.items() if value is not None}
 
     def fingerprint(self) -> str:
@@ -112,7 +114,8 @@ class EDMDenoiser(Denoiser):
 
     At time t the network sees ``x / alpha(t)`` at noise level ``sigma(t) / alpha(t)`` (arXiv 2510.17699, appendix;
     the schedule is ``Schedule.edm`` for the network's own sigma_min and sigma_max). ``cond``: class indices [B], or
-    one-hot labels [B, label_dim]. Weights stay where they are; nothing is copied.
+    one-hot labels [B, label_dim]. A network that was trained with labels left out can be guided: the index label_dim
+    says no class. Weights stay where they are; nothing is copied.
 
         denoiser = EDMDenoiser(build_edm(kwargs, state_dict))
         D = denoiser(x, torch.tensor(0.5))
@@ -124,16 +127,20 @@ class EDMDenoiser(Denoiser):
         sigma_min, sigma_max = float(getattr(network, "sigma_min", 0.0)), float(getattr(network, "sigma_max", "inf"))
         if shape is None and hasattr(network, "img_channels"):
             shape = (network.img_channels, network.img_resolution, network.img_resolution)  # type: ignore[assignment]
+        classes, left_out = getattr(network, "label_dim", 0), getattr(network, "label_dropout", 0.0)
         super().__init__(
             None, Schedule.edm(t_eps, sigma_min, sigma_max), "data", shape, network=network,
-            classes=getattr(network, "label_dim", 0) or None, t_eps=t_eps, name=name,
+            conditioning=Classes(classes, null=classes if left_out else None) if classes else None, t_eps=t_eps,
+            name=name,
         )  # fmt: skip
 
     def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         assert self.network is not None
         alpha, sigma, _ = self.schedule(t)
         if cond is not None and self.classes and cond.ndim == 1:
-            cond = nn.functional.one_hot(cond.long(), self.classes)
+            assert self.conditioning is not None
+            guidable = self.conditioning.null is not None
+            cond = nn.functional.one_hot(cond.long(), self.classes + guidable)[:, : self.classes]  # of no class, zeros
         return self.network(x / alpha.to(x.dtype), sigma / alpha, cond)
 
 

@@ -20,8 +20,8 @@ class ModelOptions:
     """Which model, and what it is told."""
 
     model: str = "digits"
-    """The embedded digits or photos; an EDM network (.pkl, .safetensors); an LDM checkpoint (.ckpt with its .yaml); a
-    diffusers pipeline (a directory or a Hub id); or module:factory."""
+    """The embedded digits, digits-guided or photos; an EDM network (.pkl, .safetensors); an LDM checkpoint (.ckpt with
+    its .yaml); a diffusers pipeline (a directory or a Hub id); or module:factory."""
     prompts: str | None = None
     """Of a text model: a file of prompts (a line each, COCO's captions, .jsonl, .csv), or the prompt itself."""
     negative_prompt: str = ""

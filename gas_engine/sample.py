@@ -107,10 +107,11 @@ def _tableau(config: Config, denoiser: Denoiser) -> Tableau:
         )
     try:
         solver.check_steps(config.steps)
+        solver.check_guidance(told)
     except ValueError as error:
         raise InputError(f"{file} is {error}") from None
     with torch.no_grad():
-        return solver.at(config.steps or solver.steps).tableau(denoiser.prediction)
+        return solver.at(config.steps, told).tableau(denoiser.prediction)
 
 
 def _inputs(config: Config, denoiser: Denoiser) -> tuple[Tensor, Any]:

@@ -162,6 +162,24 @@ def test_a_table_over_k():
     ]  # fmt: skip
 
 
+def test_scales_of_guidance_stand_in_their_order(tmp_path):
+    found = []
+    for scale, l1 in (("10", 0.2), ("1.5", 0.1), ("2", 0.12)):
+        labels = {"one for all scales": 1.05, "each its own": 1.0, "the same at every scale": 3.0}
+        found += [row(label, 6, round(l1 * share, 6), guidance=scale) for label, share in labels.items()]
+        found += [row(name, 6, l1 * share, "classical", guidance=scale) for name, share in (("A", 9), ("B", 8))]
+    found.append(row("teacher", 20, 0, "teacher", guidance="2"))
+    assert tables.over(found, "l1", "guidance").startswith(
+        "| L1 to the teacher | guidance 1.5 | guidance 2 | guidance 10 |"
+    )
+    holds, said = claims.within(0.1, "one for all scales", "each its own", over="guidance")(found)
+    assert holds and said == "ratio 1.05 (guidance 1.5), 1.05 (guidance 2), 1.05 (guidance 10)"
+    tables.write(tmp_path / "guidance.csv", found)
+    text = readme.guidance(tmp_path)
+    assert text.splitlines()[0] == "| L1 to the teacher | g = 1.5 | g = 2 | g = 10 |"
+    assert "| best classical | 0.8000 | 0.9600 | 1.6000 |" in text and text.endswith("| 1.05 | 1.05 | 1.05 |\n")
+
+
 def test_readme_blocks_are_replaced_where_there_are_rows(tmp_path):
     text = "a\n<!-- results:students -->\nold\n<!-- /results -->\nb\n<!-- results:gas -->\nkept\n<!-- /results -->\n"
     tables.write(tmp_path / "main.csv", [row("GS", 4, 0.0123, updates="5"), row("LD3", 4, 0.2, updates="5")])

@@ -8,10 +8,16 @@ import math
 import pytest
 import torch
 from conftest import GOLDEN, arrays
+from safetensors.torch import load_file
 from twin import relative
 
-from gas_engine import EDMDenoiser
+from gas_engine import EDMDenoiser, load_denoiser
+from gas_engine.adapters.digits import ASSETS
+from gas_engine.denoiser import seeded
+from gas_engine.guidance import guided
+from gas_engine.metrics.features import EMBEDDED
 from gas_engine.networks import build_edm
+from gas_engine.teacher import TeacherSolver, teacher_samples
 
 SMALL = {
     "img_resolution": 8, "img_channels": 2, "model_type": "SongUNet", "model_channels": 16, "channel_mult": [1],
@@ -109,6 +115,32 @@ def test_classes_are_indices_or_one_hot():
     one_hot = torch.nn.functional.one_hot(torch.tensor([0, 3, 1]), 4)
     assert torch.equal(by_index, denoiser(x, t, one_hot.float())) and denoiser.classes == 4
     assert not torch.equal(by_index, denoiser(x, t))
+    assert denoiser.conditioning.null is None
+    with pytest.raises(RuntimeError, match="must be smaller than num_classes"):
+        denoiser(x, t, torch.tensor([0, 4, 1]))
+
+
+def test_a_network_that_was_told_no_class_at_times_has_an_index_for_it():
+    network = build_edm({**SMALL, "label_dim": 4, "label_dropout": 0.1}).requires_grad_(False)
+    for parameter in network.parameters():
+        parameter.copy_(torch.randn_like(parameter) / 8)
+    denoiser, x, t = EDMDenoiser(network), torch.randn(3, 2, 8, 8), torch.tensor(0.5, dtype=torch.float64)
+    found = denoiser(x, t, torch.tensor([0, 4, 1]))
+    assert denoiser.conditioning.null.tolist() == [4] and denoiser.classes == 4
+    assert relative(found[1], denoiser(x, t)[1]) < 1e-6 and relative(found[2], denoiser(x, t)[2]) > 1e-3
+
+
+def test_guided_digits_are_those_asked_for():
+    """By the classifier that comes with them: nearly all without guidance, and all with it."""
+    plain = load_denoiser("digits-guided")
+    classifier = EMBEDDED["digits-guided"].network().eval()
+    classifier.load_state_dict(load_file(ASSETS / "features.safetensors"))
+    classes, right = seeded(plain, range(128))[1], []
+    for scale in (1.0, 4.0):
+        samples = teacher_samples(guided(plain, scale, plain.conditioning.null), range(128), TeacherSolver(steps=10))
+        with torch.no_grad():
+            right.append(float((classifier(samples).argmax(1) == classes).float().mean()))
+    assert 0.85 < right[0] < right[1] and right[1] > 0.99
 
 
 @pytest.mark.parametrize(

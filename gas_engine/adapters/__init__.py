@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..denoiser import Denoiser
-from .digits import load_digits
+from .digits import DIGITS, load_digits
 from .edm import load_edm
 from .factory import load_factory
 from .photos import load_photos
 
 __all__ = ["load_denoiser", "load_digits", "load_edm", "load_factory", "load_photos"]
 
-EMBEDDED = {"digits": load_digits, "photos": load_photos}
+EMBEDDED: dict[str, Callable[[], Denoiser]] = {name: partial(load_digits, name) for name in DIGITS}
+EMBEDDED["photos"] = load_photos
 
 
 def load_denoiser(
@@ -26,6 +29,7 @@ def load_denoiser(
     | name | what it is |
     |---|---|
     | ``digits``, ``photos`` | the embedded models: 8x8 digits with classes, 32x32 photographs without |
+    | ``digits-guided`` | the digits by a network that can do without a class, for guidance |
     | ``*.pkl``, ``*.safetensors`` | an EDM network: a published pickle, or what ``convert`` made of one |
     | ``*.ckpt``, or a directory with one | an LDM checkpoint beside its YAML |
     | a directory, ``owner/name`` | a diffusers pipeline, of the disk or of the Hub; ``resolution``: its pixels a side |
@@ -61,6 +65,7 @@ def load_denoiser(
     if ":" in name:
         return load_factory(name)
     raise ValueError(
-        f"unknown model {name!r}: give 'digits' or 'photos', a .pkl or .safetensors of an EDM network, an LDM .ckpt, a "
-        "diffusers directory or Hub id, or 'module:factory' for a function that returns a gas_engine.Denoiser"
+        f"unknown model {name!r}: give {', '.join(map(repr, EMBEDDED))}, a .pkl or .safetensors of an EDM network, an "
+        "LDM .ckpt, a diffusers directory or Hub id, or 'module:factory' for a function that returns a "
+        "gas_engine.Denoiser"
     )

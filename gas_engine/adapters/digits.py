@@ -1,4 +1,4 @@
-"""The embedded model: an 8x8 class-conditional EDM network of handwritten digits."""
+"""The embedded models of handwritten digits: 8x8 class-conditional EDM networks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from torch import Tensor
 from ..denoiser import EDMDenoiser
 from .edm import load_edm
 
+DIGITS = ("digits", "digits-guided")
 ASSETS = Path(__file__).parent.parent / "assets"
 HELD_OUT = 200  # the first images, which no embedded network was trained on
 
 
-def load_digits() -> EDMDenoiser:
-    """The digits denoiser: states [B, 1, 8, 8] in [-1, 1], classes 0..9, 162,529 frozen float32 parameters."""
-    return load_edm(ASSETS / "digits.safetensors", name="digits")
+def load_digits(name: str = "digits") -> EDMDenoiser:
+    """The digits denoiser: states [B, 1, 8, 8] in [-1, 1], classes 0..9, 162,529 frozen float32 parameters.
+
+    ``digits-guided`` knows samples of no class as well, the index 10, so that guidance has what to lead away from.
+    """
+    return load_edm(ASSETS / f"{name}.safetensors", name=name)
 
 
 def digit_images() -> tuple[Tensor, Tensor]:

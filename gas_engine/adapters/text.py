@@ -135,7 +135,7 @@ class Prompts(Conditioning):
         cond = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         cond |= {name: value.repeat(len(rows), 1) for name, value in self.sizes.items()}
         if self.scale is not None:
-            cond["guidance"] = scales(self.scale, generators)
+            cond["guidance"] = scales(self.scale, seeds)
         return cond
 
     def of(self, texts: list[str]) -> Prompts:

@@ -60,6 +60,10 @@ def finished(run: Path) -> LearnedTimes:
     solver = load_solver(run / "solver.safetensors")
     if len(solver.steps_range) > 1:
         raise InputError(f"a card is of one K, and {run} learned several; write a file of one with convert --steps")
+    if solver.guidance_range is not None:
+        raise InputError(
+            f"a card is of one scale, and {run} learned a range; write a file of one with convert --guidance"
+        )
     return solver
 
 

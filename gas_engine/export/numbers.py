@@ -27,6 +27,8 @@ def opened(solvers: Solvers) -> list[LearnedTimes]:
     solvers. Raises ValueError otherwise."""
     given = [solvers] if isinstance(solvers, (str, Path, LearnedTimes)) else solvers
     files = [s if isinstance(s, LearnedTimes) else load_solver(s) for s in given]
+    for solver in files:
+        solver.check_guidance(None)  # one for a range is to be asked for a scale, with at(guidance=...)
     found = [one for solver in files for one in solver.each()]
     found.sort(key=lambda solver: solver.steps)
     counts = [solver.steps for solver in found]

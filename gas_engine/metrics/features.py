@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..adapters.digits import ASSETS, HELD_OUT, digit_images
+from ..adapters.digits import ASSETS, DIGITS, HELD_OUT, digit_images
 from ..files import sha256
 
 Features = Callable[[Tensor], Tensor]
@@ -69,7 +69,7 @@ class EmbeddedFeatures:
 
 # Trained by assets/train_features.py: to tell digits apart; to tell which photograph a crop is of, and at which scale.
 EMBEDDED = {
-    "digits": EmbeddedFeatures("features.safetensors", (1, 8, 8), (16, 24, 64), (1, 2, 1), 10),
+    **dict.fromkeys(DIGITS, EmbeddedFeatures("features.safetensors", (1, 8, 8), (16, 24, 64), (1, 2, 1), 10)),
     "photos": EmbeddedFeatures("photo_features.safetensors", (3, 32, 32), (24, 32, 48, 64), (1, 2, 2, 2), 18),
 }
 

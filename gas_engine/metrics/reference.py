@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..adapters.digits import DIGITS
 from ..adapters.photos import photo_crops
 from .features import real_digits
 from .frechet import Normal
@@ -26,7 +27,7 @@ BATCH = 256
 
 def embedded_data(model: str) -> Tensor | None:
     """Images of the data that an embedded model was trained on, [N, C, H, W] in [-1, 1]; None for all others."""
-    if model == "digits":
+    if model in DIGITS:
         return real_digits()
     if model == "photos":
         return photo_crops(4096, torch.Generator().manual_seed(0))

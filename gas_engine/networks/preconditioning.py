@@ -34,6 +34,7 @@ class EDMNetwork(nn.Module):
             raise ValueError(f"model_type is {model_type!r}; it must be one of {', '.join(networks)}")
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.model = networks[model_type](img_resolution, img_channels, img_channels, label_dim=label_dim, **model)
+        self.label_dropout = float(model.get("label_dropout", 0.0))  # above 0 it knows samples of no class
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (c_skip, c_out, c_in, c_noise), each of sigma's shape, in float64."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..conditioning import Range
 from ..schedule import Schedule
 from ..tableau import Tableau
 from ._theory import checked_times
@@ -44,9 +45,17 @@ class LearnedTimes(nn.Module):
         """The K that it has a tableau for: its own."""
         return range(self.steps, self.steps + 1)
 
-    def at(self, steps: int) -> LearnedTimes:
-        """The solver of K = ``steps``, which is itself. Raises ValueError for a K that it has no tableau for."""
-        self.check_steps(steps)
+    @property
+    def guidance_range(self) -> Range | None:
+        """The scales of guidance that its tableau is a function of; None where that is one and the same for all."""
+        return None
+
+    def at(self, steps: int | None = None, guidance: float | None = None) -> LearnedTimes:
+        """The solver of K = ``steps`` at a scale of guidance, which is itself.
+
+        Raises ValueError for a K or a scale that it has no tableau for.
+        """
+        self.check_steps(self.steps if steps is None else steps)
         return self
 
     def each(self) -> list[LearnedTimes]:
@@ -62,6 +71,16 @@ class LearnedTimes(nn.Module):
         if steps is not None and steps not in known:
             raise ValueError(f"a solver of {several} steps, but --steps {steps} was given")
 
+    def check_guidance(self, guidance: float | Range | None) -> None:
+        """Raises ValueError for a scale that it has no tableau for, and for none or a range where it wants one."""
+        if self.guidance_range is None:
+            return
+        low, high = self.guidance_range
+        if not isinstance(guidance, int | float) or (guidance == 1.0 and low > 1.0):
+            raise ValueError(f"a solver for guidance {low:g} to {high:g}; say which with --guidance")
+        if not low <= guidance <= high:
+            raise ValueError(f"a solver for guidance {low:g} to {high:g}, but --guidance {guidance:g} was given")
+
     def tableau(self, prediction: str = "data") -> Tableau:
         """The tableau for a network of the given prediction type."""
         raise NotImplementedError
@@ -69,6 +88,10 @@ class LearnedTimes(nn.Module):
     def trained(self, step: int) -> Collection[str]:
         """Names of the parameters that update ``step`` (from 0) moves; the others wait, with their moments."""
         return [name for name, _ in self.named_parameters()]
+
+    def span(self, steps: int, guidance: float | None) -> Tensor | None:
+        """Orthonormal directions of its parameters [n, k] that hold all gradients of one K and scale; None: all."""
+        return None
 
     def config(self) -> dict[str, Any]:
         """What a solver file says, beside the parameters, to build the solver again."""

@@ -43,7 +43,7 @@ def save_solver(solver: LearnedTimes, path: Path | str, **facts: Any) -> None:
 def write_readable(solver: LearnedTimes, path: Path | str, **facts: Any) -> None:
     """Write a solver as JSON that ``load_solver`` reads back to the bit, with what follows from its parameters: times
     of states and network, and the tableau for data estimates D, x[n+1] = sum_j A[n][j] x[j] + B[n][j] D[j]; by K
-    where there are several."""
+    where there are several, and of a range of guidance at its middle."""
     each = {str(one.steps): _follows(one) for one in solver.each()}
     follows = each if len(each) > 1 else each[str(solver.steps)]
     parameters = {name: value.tolist() for name, value in solver.state_dict().items()}
@@ -116,7 +116,8 @@ def load_solver(
     if model is not None and trained_for is not None and model != trained_for:
         warnings.warn(f"{path} was trained for the model {trained_for!r} and is used with {model!r}", stacklevel=2)
     trained_at = metadata.get("guidance")
-    if guidance is not None and trained_at is not None and not _within(guidance, trained_at):
+    constant = solver.guidance_range is None  # another refuses a scale that it has no tableau for
+    if constant and guidance is not None and trained_at is not None and not _within(guidance, trained_at):
         warnings.warn(f"{path} was trained at guidance {trained_at} and is used at {guidance}", stacklevel=2)
     if schedule is not None and schedule != solver.schedule:
         warnings.warn(f"{path} was trained for {solver.schedule} and is used with {schedule}", stacklevel=2)

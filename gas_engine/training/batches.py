@@ -13,6 +13,7 @@ from ..conditioning import Conditioning, moved
 from ..denoiser import Denoiser, seeded
 from ..distributed import Group
 from .adversary import FRESH
+from .turns import Turns
 
 
 @dataclass(frozen=True)
@@ -29,34 +30,36 @@ class Batch:
 
 
 class Batches:
-    """The batch of every update, which follows from ``seed`` and the update's number alone.
+    """The batch of every update, which follows from ``seed``, the update's number and ``turns`` alone.
 
     ``targets`` [N, *shape] are the teacher's samples of ``seeds``; ``stored``: their noise and conditions (tensors, or
-    drawn by row), where these do not follow from the seeds.
+    drawn by row), where these do not follow from the seeds. Where turns have scales of guidance, rows are of one.
     """
 
     def __init__(
         self, denoiser: Denoiser, seeds: list[int], targets: Tensor, stored: tuple[Tensor, Any] | None, size: int,
-        seed: int, device: torch.device, group: Group,
+        seed: int, device: torch.device, group: Group, turns: Turns,
     ) -> None:  # fmt: skip
         self.denoiser, self.seeds, self.targets, self.stored = denoiser, seeds, targets, stored
-        self.size, self.seed, self.device, self.group = size, seed, device, group
-        self._epoch, self._permutation = -1, list[int]()
+        self.size, self.seed, self.device, self.group, self.turns = size, seed, device, group, turns
+        self._orders: dict[float | None, tuple[int, list[int]]] = {}
 
     def rows(self, step: int) -> list[int]:
         """Rows of the teacher set in the batch of update ``step``: shuffled epochs, wrapped at their ends."""
-        count = len(self.seeds)
+        turn = self.turns.at(step)
+        mine = self.turns.rows[turn.guidance]
         picked: list[int] = []
-        for position in range(step * self.size, (step + 1) * self.size):
-            epoch, index = divmod(position, count)
-            picked.append(self._order(epoch)[index])
+        for position in range(turn.visit * self.size, (turn.visit + 1) * self.size):
+            epoch, index = divmod(position, len(mine))
+            picked.append(mine[self._order(turn.guidance, epoch)[index]])
         return picked
 
-    def _order(self, epoch: int) -> list[int]:
-        if self._epoch != epoch:
+    def _order(self, scale: float | None, epoch: int) -> list[int]:
+        """The rows of a scale as an epoch shuffles them."""
+        if scale not in self._orders or self._orders[scale][0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(len(self.seeds), generator=generator).tolist()
-        return self._permutation
+            self._orders[scale] = epoch, torch.randperm(len(self.turns.rows[scale]), generator=generator).tolist()
+        return self._orders[scale][1]
 
     def at(self, step: int) -> Batch:
         """This rank's part of the batch of update ``step``, on the device."""

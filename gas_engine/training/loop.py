@@ -12,8 +12,6 @@ import torch
 
 from .. import comparison, pictures
 from .._cli import InputError, console, progress
-from ..conditioning import take
-from ..rollout import rollout
 from ..solvers import save_solver
 from . import course
 from .directory import Checkpoint, RunDirectory
@@ -101,8 +99,8 @@ def measure(trainer: Trainer, directory: RunDirectory, config: Config, selection
     Of a solver of several K, the geometric mean. Draws nothing that training draws: an update seeds its own generators.
     """
     found = [
-        comparison.distance(trainer.denoiser, tableau, selection, "", batch=config.sample_batch, group=trainer.group)
-        for tableau in (each.tableau(trainer.denoiser.prediction) for each in trainer.average.each())
+        comparison.distance(trainer.denoiser, solver, selection, "", batch=config.sample_batch, group=trainer.group)
+        for solver in (comparison.solver_for(trainer.average, k, trainer.denoiser) for k in trainer.average.steps_range)
     ]
     trainer.notices += trainer.watch.samples(found[-1].samples, selection.teacher.cpu())
     distance = comparison.mean_l1(found)
@@ -206,9 +204,8 @@ def _sample_grid(trainer: Trainer, directory: RunDirectory, data: comparison.Sam
     if len(trainer.denoiser.shape or ()) != 3 or not (directory.writes or trainer.group.lockstep):
         return
     shown = slice(0, 12)
-    cond = take(data.cond, shown, len(data.noise))
-    tableau = trainer.average.tableau(trainer.denoiser.prediction)
-    student = rollout(trainer.denoiser, data.noise[shown], tableau, cond).cpu()
+    solver = comparison.solver_for(trainer.average, trainer.average.steps, trainer.denoiser)
+    student = data.run(trainer.denoiser, solver, shown)
     both = (student, data.teacher[shown].cpu())
     student, teacher = (pictures.pictures_of(trainer.denoiser, states, trainer.device) for states in both)
     rows = [("teacher", teacher), ("student", student), ("|difference|", student - teacher)]

@@ -34,6 +34,8 @@ class Config(PlacedModelOptions):
     degree: int | None = None
     """Of a range of K, that of the polynomials in K that its tables are: low shares much between K; the largest K less
     one, at most 12, unless given."""
+    same_at_every_scale: bool = False
+    """Of a range of guidance: learn one tableau for all its scales, as students but gs of full order do anyway."""
     loss: str = "l1"
     """Distance to the teacher's samples: l1, l2, huber, lpips, lpips-alex, lpips-squeeze, or 'lpips + 0.1 * l1'."""
     loss_chunk: int | None = None
@@ -74,7 +76,7 @@ class Config(PlacedModelOptions):
     cuda_graphs: bool = False
     """Replay its calls as CUDA graphs in updates, for small networks."""
     recipe: Literal["auto", "quick", "paper"] = "auto"
-    """auto is quick for digits and paper for everything else."""
+    """auto is quick for digits, guided or not, and paper for everything else."""
     iterations: int | None = None
     """Updates; the recipe's unless given."""
     batch: int | None = None

@@ -47,10 +47,11 @@ class Recipe:
         return self.rate * (1 - step / steps) if self.rate_schedule == "linear" else self.rate
 
     def over(self, cycle: int) -> Recipe:
-        """The recipe of a solver that is updated for ``cycle`` K in turn: as many updates for each, averaged alike.
+        """The recipe of a solver that is updated for ``cycle`` K and scales in turn: as many updates for each, averaged
+        alike.
 
-        Adam, which sees all K with the same moments, divides a gradient that comes once in a cycle by sqrt(1 / cycle)
-        of itself, so its rate falls by that. SOAP has moments for each K.
+        Adam, which sees all of them with the same moments, divides a gradient that comes once in a cycle by
+        sqrt(1 / cycle) of itself, so its rate falls by that. SOAP has moments for each.
         """
         rate = self.rate / cycle**0.5 if self.optimizer == "adam" else self.rate
         return replace(self, iterations=self.iterations * cycle, rate=rate, ema=self.ema ** (1 / cycle))

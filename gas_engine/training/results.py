@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import comparison, pictures, reporting
 from .._cli import console, progress
+from ..conditioning import nodes
 from ..denoiser import Denoiser
 from ..files import write_text
 from ..metrics import judge_of
@@ -36,11 +37,14 @@ def finish(
     held_out = setup.samples(denoiser, setup.HELD_OUT_SEEDS[: config.held_out], config, trainer.device, group)
     held_out = dataclasses.replace(held_out, judge=judge_of(denoiser.name))
 
-    def measured(one: LearnedTimes, name: str, setting: str = "") -> comparison.Distance:
-        said = ", ".join(filter(None, ("" if setting and len(students) == 1 else f"K = {one.steps}", setting)))
-        return comparison.distance(denoiser, one.tableau(denoiser.prediction), held_out, name, said, batch, group)
+    def measured(solver: LearnedTimes, steps: int, name: str, setting: str = "") -> comparison.Distance:
+        said = ", ".join(filter(None, ("" if setting and len(students) == 1 else f"K = {steps}", setting)))
+        own = comparison.solver_for(solver, steps, denoiser)
+        return comparison.distance(denoiser, own, held_out, name, said, batch, group)
 
-    mine = [measured(one, f"learned ({_family(config)})", f"{trainer.step} updates") for one in students]
+    mine = [
+        measured(student, k, f"learned ({_family(config)})", f"{trainer.step} updates") for k in student.steps_range
+    ]
     if directory.writes:
         facts = (
             {"prediction": denoiser.prediction, "guidance": 1.0}
@@ -56,7 +60,7 @@ def finish(
         metrics: dict[str, Any] = numbers[0] if len(numbers) == 1 else {"by_steps": by_steps}
         metrics["held_out_seeds"] = f"50000-{49_999 + len(held_out.noise)}"
         save_solver(student, directory.solver, model=denoiser.name, **facts, metrics=metrics)
-    theirs = [(one.steps, measured(one, name)) for name, other in others for one in other.each()]
+    theirs = [(k, measured(other, k, name)) for name, other in others for k in other.steps_range]
     classical: list[list[comparison.Distance]] = [[] for _ in students]
     if config.evaluation == "full":
         with progress() as bar:
@@ -78,6 +82,8 @@ def finish(
     names = [f"K = {one.steps}" for one in students] if len(students) > 1 else ["learned"]
     times = {name: one.times() for name, one in zip(names, students, strict=True)}
     told = {names[-1]: student.told_times()}
+    for scale in student.guidance_range or ():
+        times[f"guidance {scale:g}"] = student.at(guidance=scale).times()
     if len(students) == 1:
         grids = ("uniform", "quadratic", "logSNR")
         times |= {name: grid(name, student.schedule, student.steps, config.t_eps) for name in grids}
@@ -90,6 +96,8 @@ def finish(
         comparison.as_rich(rows, f"distance to the {config.teacher.steps}-evaluation teacher at K = {config.steps}")
     )
     used = f"--solver {directory.solver}" + ("" if len(students) == 1 else f" --steps {student.steps}")
+    if student.guidance_range is not None:
+        config = dataclasses.replace(config, guidance=f"{nodes(student.guidance_range)[1]:g}")  # one to begin with
     console.print(
         f"solver    {directory.solver} ({directory.solver.stat().st_size / 1024:.1f} kB)\n"
         f"pictures  {directory.path}/comparison.png  schedule.png  tableau.png  history.png\n"

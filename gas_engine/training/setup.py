@@ -14,8 +14,9 @@ from torch import nn
 
 from .. import comparison
 from .._cli import InputError, console, progress
+from ..adapters.digits import DIGITS
 from ..adapters.r3gan import load_r3gan
-from ..conditioning import moved
+from ..conditioning import SCALES, moved
 from ..denoiser import Denoiser, seeded
 from ..distributed import ALONE, Group
 from ..execution import BLOCKS, Execution
@@ -29,7 +30,7 @@ from ..teacher import teacher_samples
 from ..units import parse_bytes, show_bytes
 from .adversary import Adversary
 from .recipe import RECIPES, Recipe
-from .students import steps_range
+from .students import guidance_range, steps_range
 
 if TYPE_CHECKING:
     from .options import Config
@@ -45,12 +46,13 @@ CIFAR10_WEIGHT = 0.1  # of the adversarial loss, by arXiv 2510.17699
 
 def recipe_name(config: Config) -> str:
     """What --recipe says, or what auto is."""
-    return config.recipe if config.recipe != "auto" else ("quick" if config.model == "digits" else "paper")
+    return config.recipe if config.recipe != "auto" else ("quick" if config.model in DIGITS else "paper")
 
 
 def recipe(config: Config) -> Recipe:
-    """The recipe by its name, for every K of several, and what was given instead of its values."""
-    named = RECIPES[recipe_name(config)].over(len(steps_range(config)))
+    """The recipe by its name, for every K of several and a range of guidance, and what was given instead."""
+    scales = 1 if guidance_range(config) is None else SCALES
+    named = RECIPES[recipe_name(config)].over(len(steps_range(config)) * scales)
     given = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(Recipe)}
     found = dataclasses.replace(named, **{k: v for k, v in given.items() if v is not None})
     if found.iterations < 1 or found.batch < 1 or not 0 < found.rate < math.inf or not 0 <= found.ema < 1:
@@ -65,10 +67,17 @@ def recipe(config: Config) -> Recipe:
 
 def compared(config: Config, denoiser: Denoiser) -> list[tuple[str, LearnedTimes]]:
     """The solvers to measure beside the result, of any K, named by where they lie."""
-    return [
-        (path.parent.name or path.stem, load_solver(path, denoiser.schedule, model=denoiser.name))
-        for path in config.compare
-    ]
+    found = []
+    for path in config.compare:
+        solver = load_solver(path, denoiser.schedule, model=denoiser.name)
+        ends = denoiser.guidance if isinstance(denoiser.guidance, tuple) else (denoiser.guidance,)
+        try:
+            for scale in ends:
+                solver.check_guidance(scale)
+        except ValueError as error:
+            raise InputError(f"{path} is {error}") from None
+        found.append((path.parent.name or path.stem, solver))
+    return found
 
 
 def adversary(config: Config, denoiser: Denoiser, recipe: Recipe, device: torch.device) -> Adversary | None:

@@ -20,7 +20,8 @@ class SOAP(torch.optim.Optimizer):
     float64: 12 kB for K = 4, 380 kB for K = 10; its eigenvectors are renewed every max(5, n / 20) steps. For larger
     problems use Adam. Parameters without a gradient wait; sets that take turns must share none, and each has a
     covariance and moments of its own. So has each ``turn`` (an option of the group) of losses that take turns on the
-    same parameters, ``turns`` of them: their gradients lie in subspaces of their own, where no other steps.
+    same parameters, ``turns`` of them. Where all gradients of a turn lie in a subspace, an orthonormal basis of it, the
+    group's ``span`` [n, k], makes its covariance k x k, with the same steps.
 
         optimizer = SOAP(solver.parameters(), lr=1e-2)
     """
@@ -30,7 +31,7 @@ class SOAP(torch.optim.Optimizer):
         eps: float = 1e-8,
     ) -> None:  # fmt: skip
         options = {"lr": lr, "betas": betas, "covariance": covariance, "eps": eps, "turn": 0, "turns": 1}
-        super().__init__(params, options)
+        super().__init__(params, options | {"span": None})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -39,6 +40,8 @@ class SOAP(torch.optim.Optimizer):
         group = self.param_groups[0]
         params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
         gradient = torch.cat([p.grad.flatten() for p in params if p.grad is not None])
+        span = group["span"]
+        gradient = gradient if span is None else span.T @ gradient
         every, mark = self.state[params[0]], f"{group['turn']}." if group["turns"] > 1 else ""
         state = {name.removeprefix(mark): value for name, value in every.items() if name.startswith(mark)}
         if not state:
@@ -48,7 +51,7 @@ class SOAP(torch.optim.Optimizer):
         state["step"] = state["step"] + 1
         step, (b1, b2), keep = int(state["step"]), group["betas"], group["covariance"]
         state["covariance"] = keep * state["covariance"] + (1 - keep) * torch.outer(gradient, gradient)
-        if step < 10 or step % max(5, len(gradient) // (20 * group["turns"])) == 0:
+        if step < 10 or step % max(5, len(gradient) // 20) == 0:
             # Contiguous, as a checkpoint gives it back: the order of strides decides how a product rounds.
             basis = torch.linalg.eigh(state["covariance"])[1].contiguous()
             # Second moments follow into the new basis as if the old coordinates were independent.
@@ -61,5 +64,6 @@ class SOAP(torch.optim.Optimizer):
         second = state["second"] / (1 - b2**step)
         every.update({f"{mark}{name}": value for name, value in state.items()})
         update = basis @ (first / (second.sqrt() + group["eps"]))
+        update = update if span is None else span @ update
         for p, part in zip(params, update.split([p.numel() for p in params]), strict=True):
             p -= group["lr"] * part.view_as(p)

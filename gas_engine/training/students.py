@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from .._cli import InputError
+from ..conditioning import Range
 from ..denoiser import Denoiser
+from ..guidance import parse_guidance
 from ..solvers import FAMILIES, GRIDS, AnyStepsSolver, LearnedTimes, load_solver
 from .recipe import Recipe
 
@@ -30,14 +32,29 @@ def steps_range(config: Config) -> range:
     return found
 
 
+def guidance_range(config: Config) -> Range | None:
+    """The scales of --guidance that the student's tables are functions of; None where they are the same for all."""
+    scale = parse_guidance(config.guidance) if config.guidance else None
+    if not isinstance(scale, tuple):
+        if config.same_at_every_scale:
+            raise InputError("--same-at-every-scale is of a range, such as --guidance 2:9; leave it out")
+        return None
+    able = _of_full_order(config) and steps_range(config)[0] > 1
+    return scale if able and not config.same_at_every_scale else None
+
+
+def _of_full_order(config: Config) -> bool:
+    return config.student == "gs" and config.order is None and config.form in (None, "theory")
+
+
 def new_solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> LearnedTimes:
     """The student before its first update."""
     counts = steps_range(config)
     steps = counts[-1]
-    if len(counts) > 1:
-        return _begun(config, denoiser, _any_steps(config, denoiser, recipe, counts))
-    if config.degree is not None:
+    if len(counts) == 1 and config.degree is not None:
         raise InputError(f"--degree {config.degree} is of a range of K, such as --steps 4-10; leave it out")
+    if len(counts) > 1 or guidance_range(config) is not None:
+        return _begun(config, denoiser, _any_steps(config, denoiser, recipe, counts))
     start: str | Tensor = recipe.start_grid
     if recipe.start_grid not in GRIDS:
         try:
@@ -58,18 +75,21 @@ def new_solver(config: Config, denoiser: Denoiser, recipe: Recipe) -> LearnedTim
 
 
 def _any_steps(config: Config, denoiser: Denoiser, recipe: Recipe, counts: range) -> AnyStepsSolver:
-    """The student of a range of K before its first update."""
-    if config.student != "gs" or config.order is not None or config.form not in (None, "theory"):
+    """The student of a range of K, of guidance scales, or of both, before its first update."""
+    if not _of_full_order(config):
         raise InputError(
             f"--steps {config.steps} is of --student gs without --order and --form; give one K, or leave those out"
         )
     if recipe.start_grid not in GRIDS:
+        of, option = ("K", f"--steps {config.steps}") if len(counts) > 1 else ("scale", f"--guidance {config.guidance}")
         raise InputError(
-            f"--start-grid {recipe.start_grid} has the times of one K, and --steps {config.steps} needs those of each; "
+            f"--start-grid {recipe.start_grid} has the times of one {of}, and {option} needs those of each; "
             f"give {', '.join(GRIDS)}"
         )
-    base = config.base or "dpmpp3m"
-    return AnyStepsSolver(counts, denoiser.schedule, config.t_eps, recipe.start_grid, base, config.degree)
+    return AnyStepsSolver(
+        counts, denoiser.schedule, config.t_eps, recipe.start_grid, config.base or "dpmpp3m", config.degree,
+        guidance_range(config),
+    )  # fmt: skip
 
 
 def _begun(config: Config, denoiser: Denoiser, new: LearnedTimes) -> LearnedTimes:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conditioning import moved, take
+from ..conditioning import moved, scale_of, take
 from ..denoiser import Denoiser, seeded
 from ..distributed import ALONE, Group
 from ..execution import Execution, out_of_memory
@@ -20,6 +20,7 @@ from ..losses.distillation import Loss
 from ..memory import offload, phase
 from ..rollout import rollout
 from ..solvers import LearnedTimes
+from ..tableau import Tableau
 from ..watch import Watch
 from .adversary import Adversary
 from .batches import Batch, Batches
@@ -27,6 +28,7 @@ from .best import Best
 from .directory import load_optimizer, optimizer_tensors, under
 from .means import Means
 from .recipe import Recipe
+from .turns import Turns
 
 # A solver of third order errs as K^-3: with these weights every K of a range counts about alike.
 ORDER = 3
@@ -61,7 +63,9 @@ class Trainer:
         self.denoiser, self.solver, self.average = denoiser, solver, deepcopy(solver).requires_grad_(False)
         self.loss, self.recipe, self.seed, self.group = loss, recipe, seed, group
         self.device = device or torch.device("cpu")
-        self.batches = Batches(denoiser, seeds, targets, stored, recipe.batch, seed, self.device, group)
+        told = [None if solver.guidance_range is None else scale_of(denoiser.guidance, n) for n in seeds]
+        self.turns = Turns(solver.steps_range, told, seed)
+        self.batches = Batches(denoiser, seeds, targets, stored, recipe.batch, seed, self.device, group, self.turns)
         self.adversary, self.watch = adversary, Watch(solver.times())
         self.means = Means() if adversary is None else adversary.means
         if adversary is not None:
@@ -69,7 +73,7 @@ class Trainer:
         self.execution, self._view, self._asked = execution, execution.view(denoiser), str(execution)
         self.cheaper = execution.cheaper(denoiser, group.most(recipe.batch))  # what to try when memory runs out
         self.notices: list[str] = []
-        self.optimizer = recipe.optimizer_of(solver.parameters(), len(solver.steps_range))
+        self.optimizer = recipe.optimizer_of(solver.parameters(), len(self.turns))
         self.best = Best()
         self.step, self.skipped, self.skipped_in_a_row, self.rollbacks = 0, 0, 0, 0
 
@@ -87,11 +91,8 @@ class Trainer:
         return self.recipe.rate_at(step) * 0.5**self.rollbacks
 
     def steps(self, step: int) -> int:
-        """K of update ``step``: of a solver of many, each once in a cycle, whose order follows from seed and cycle."""
-        choices = self.solver.steps_range
-        cycle, place = divmod(step, len(choices))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + cycle)
-        return choices[int(torch.randperm(len(choices), generator=generator)[place])]
+        """K of update ``step``."""
+        return self.turns.at(step).steps
 
     def update(self) -> Tensor:
         """One update; returns the loss (a scalar on the device, not read here, so that nothing waits for it).
@@ -118,8 +119,10 @@ class Trainer:
             return loss
         self.skipped_in_a_row = 0
         with phase("optimiser"):
+            turn = self.turns.at(self.step - 1)
+            span = self.solver.span(turn.steps, turn.guidance)
             for group in self.optimizer.param_groups:
-                group.update(lr=self.rate_at(self.step - 1), turn=self.steps(self.step - 1))
+                group.update(lr=self.rate_at(self.step - 1), turn=turn.index, span=span)
             self.optimizer.step()
             decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
@@ -137,7 +140,7 @@ class Trainer:
     @torch.no_grad()
     def samples(self, seeds: list[int], cond: Any) -> Tensor:
         """The student's samples from the noise of these seeds, [len(seeds), *shape], micro-batch by micro-batch."""
-        tableau = self.solver.at(self.steps(self.step)).tableau(self.denoiser.prediction)
+        tableau = self._tableau()
         done, size = [], self.execution.micro_batch or len(seeds)
         for rows in (slice(i, i + size) for i in range(0, len(seeds), size)):
             noise = moved(seeded(self.denoiser, seeds[rows], conditions=False)[0], self.device)
@@ -147,8 +150,7 @@ class Trainer:
     def _gradient(self, batch: Batch, adversary: Adversary | None) -> Tensor:
         """The mean loss of the (rank's) batch, its gradient left in the parameters."""
 
-        steps = self.steps(self.step)
-        weight = (steps / self.solver.steps) ** ORDER
+        weight = (self.steps(self.step) / self.solver.steps) ** ORDER
 
         def loss(x: Tensor, part: slice) -> Tensor:
             values = self.loss(x, batch.targets[part], batch.rows[part])
@@ -159,10 +161,15 @@ class Trainer:
         self.optimizer.zero_grad()
         if not batch.rows:
             return torch.zeros(())
-        tableau = self.solver.at(steps).tableau(self.denoiser.prediction)
         return loss_backward(
-            self._view, batch.noise, tableau, loss, batch.cond, self.execution.memory, self.execution.micro_batch
+            self._view, batch.noise, self._tableau(), loss, batch.cond, self.execution.memory,
+            self.execution.micro_batch,
         ).mean()  # fmt: skip
+
+    def _tableau(self) -> Tableau:
+        """That of this update's turn."""
+        turn = self.turns.at(self.step)
+        return self.solver.at(turn.steps, turn.guidance).tableau(self.denoiser.prediction)
 
     def _enough(self, part: Callable[[], Any], adversary: Adversary | None = None) -> Any:
         """The result of a part of an update, which starts over with a cheaper execution where memory runs out.
