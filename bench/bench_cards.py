@@ -31,17 +31,17 @@ from gas_engine.execution import Execution, Weights
 from gas_engine.gradients import loss_backward
 from gas_engine.losses import distillation_loss
 from gas_engine.networks import R3GANDiscriminator, discriminator_for
-from gas_engine.planner import plan
+from gas_engine.planner import LIBRARIES, plan
 from gas_engine.training.adversary import Adversarial, Adversary
 from gas_engine.training.recipe import Recipe
 from gas_engine.training.trainer import Trainer
 
 BATCH, GIB = 1, 2**30
 STEPS = {"flux": 4}  # else 6: a call of FLUX takes a third of a second
-ROOM = GIB * 3 // 16  # what a capped allocator counts besides tensors: its rounding, the libraries' workspaces
+ROOM = 96 * 2**20  # what a capped allocator counts besides: the pieces that it cannot use
 CARDS: list[tuple[str, int, Weights]] = [
     ("sd15", 3, "resident"), ("sdxl", 6, "resident"),
-    ("flux", 14, "int8"), ("flux", 10, "nf4"), ("flux", 10, "streamed"),
+    ("flux", 10, "nf4"), ("flux", 10, "streamed"), ("flux", 14, "int8"),
 ]  # fmt: skip
 CUDA = torch.cuda.is_available()
 COMPARED = {"flux": 2}  # evaluations of the gradient that is held against float32, where a call takes seconds
@@ -98,7 +98,7 @@ def predicted(name: str, small: bool, gib: int, weights: Weights, adversary: Adv
     beside = functools.partial(adversary.fitted, denoiser.shape, BATCH, steps_of(name)) if adversary else None
     choice = plan(
         denoiser, steps_of(name), BATCH, gib * GIB - ROOM, cond=probe.cond, weights=(weights,), blocks=("auto",),
-        probe=probe, beside=beside,
+        probe=probe, beside=beside, libraries=LIBRARIES,
     ).choice  # fmt: skip
     return choice.bytes, choice.execution
 

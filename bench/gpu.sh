@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA device, in one run: build, tests, benches with CSV files.
 #   bench/gpu.sh [DIR [STEP...]]    results go to $OUT or DIR (default bench/results); needs torch, pytest, pytest-benchmark
-# Steps: build doctor tests ops memory adversarial gas budget cards memcheck racecheck, all unless named. Wheels in wheels/, for a
+# Steps: build doctor tests ops memory adversarial gas budget sd15 sdxl nf4 streamed int8 memcheck racecheck, all unless named. Wheels in wheels/, for a
 # machine without a network, are installed first.
 # Each step has a time limit, and a step that fails does not keep the next from running; the exit status tells.
 set -u
@@ -17,6 +17,7 @@ step() { # step SECONDS NAME COMMAND...
     shift 2
     [ "$wanted" = "  " ] || [[ "$wanted" == *" $name "* ]] || return 0
     echo "== $name"
+    mkdir -p "$OUT"
     timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
     local code=${PIPESTATUS[0]}
     [ "$code" -eq 0 ] || { echo "== $name failed ($code)"; status=1; }
@@ -37,8 +38,11 @@ step 120 memory "$python" -m pytest bench/bench_memory.py $quiet -k cuda
 step 120 adversarial "$python" -m pytest bench/bench_adversarial.py $quiet -k cuda
 step 400 gas "$python" -m pytest bench/bench_gas.py $quiet
 step 120 budget "$python" -m pytest bench/bench_budget.py -q
-# Plans take a host a minute or more: those of an earlier run are read from the file.
-step 400 cards "$python" -m pytest bench/bench_cards.py -q --plans "$OUT/plans.json"
+# Plans take a host a minute or more: those of an earlier run are read from the file. A process each, since an error of the
+# device is the end of its process.
+for card in sd15 sdxl nf4 streamed int8; do
+    OUT="$OUT/$card" step 150 "$card" "$python" -m pytest bench/bench_cards.py -q -k "$card" --plans "$OUT/plans.json"
+done
 if command -v compute-sanitizer > /dev/null; then
     # The ops' own kernels over every sample; torch's are not ours to check, and the sanitizer takes its time.
     for tool in memcheck racecheck; do

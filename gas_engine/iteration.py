@@ -71,7 +71,8 @@ class Iteration:
     """One training iteration, as far as it is the same for all ways to run it.
 
     ``together``: network calls of one evaluation, 2 with guidance, else 1; they run as one call unless split.
-    ``loss_bytes``: of the loss's own weights. ``evaluation_seconds``: measured, of a plain evaluation of the batch.
+    ``held_bytes``: of the loss's own weights and of libraries. ``evaluation_seconds``: measured, of a plain evaluation
+    of the batch.
     """
 
     probe: Probe
@@ -81,7 +82,7 @@ class Iteration:
     weights: tuple[Weights, ...]
     together: int
     loss_flops: int
-    loss_bytes: int
+    held_bytes: int
     speed: Speed
     evaluation_seconds: float | None
     beside: Beside = Beside()
@@ -97,7 +98,7 @@ class Iteration:
         """Resident: all of them, buffers too. Streamed: what is in no block, and the three largest blocks. Quantised:
         the matrices of linear layers at a byte, or half of one, with scales (one for each row, or float32 for each 64
         numbers), and the largest such layer while it is used."""
-        probe, others = self.probe, self.loss_bytes + self.beside.bytes
+        probe, others = self.probe, self.held_bytes + self.beside.bytes
         if weights == "resident":
             return probe.weights + others
         if weights == "streamed":

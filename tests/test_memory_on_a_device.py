@@ -107,6 +107,7 @@ def test_offload_leaves_the_device():
 def test_planned_bytes_are_those_of_the_allocator(execution):
     """What the allocator gives out, for the full-size network: its rounding and workspaces come on top."""
     denoiser = model(small=False).cuda()
+    # Of peaks alone, without LIBRARIES: what cuBLAS holds was there before.
     plans = plan(denoiser, STEPS, 4, "100GiB", lean=execution.lean, blocks=(execution.blocks,))
     found = next(p for p in plans if p.memory == execution.memory)
     iteration(denoiser, execution, batch=4)

@@ -198,6 +198,17 @@ def test_what_runs_beside_hears_how_much_room_there_is() -> None:
     assert min(p.weight_bytes for p in found) == least + 77 and found.iteration.loss_flops == alone.iteration.loss_flops
 
 
+def test_libraries_take_their_part_of_a_budget() -> None:
+    """Bytes are theirs beside the tensors'; on the CPU they hold none unless that is said."""
+    denoiser, probe = probed("cifar10")
+    plain, beside = (plan(denoiser, STEPS, 1, "1GiB", probe=probe, **more) for more in ({}, {"libraries": 2**20}))
+    assert beside.choice.bytes == plain.choice.bytes + 2**20
+    least = plain.smallest.bytes
+    assert plain.within(least).choice
+    with pytest.raises(ValueError, match="no plan fits"):
+        assert beside.within(least).choice
+
+
 def test_a_large_loss_wants_to_be_alone() -> None:
     _, probe = probed("cifar10")
     plans = plan(probed("cifar10")[0], 4, 6, "1GiB", probe=probe, loss=heavy, blocks=("none",))
