@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiment import Row
+from hardware import cards, gpu_ops
 from jobs import ROOT
 from tables import markdown, rank, read
 
@@ -138,6 +139,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "gas": gas,
     "any": any_steps,
     "guidance": guidance,
+    "gpu": gpu_ops,
+    "cards": cards,
 }
 
 
