@@ -176,7 +176,7 @@ __device__ __forceinline__ void join(Moments<A>& a, const Moments<A>& b) {
     a.count = count;
 }
 
-// The moments of `lanes` neighbouring threads, in every one of them. Counts up to 2^24 are exact in float,
+// The moments of `lanes` neighbouring threads, in the first of them. Counts up to 2^24 are exact in float,
 // and a larger one is off by a rounding.
 template <class A>
 __device__ __forceinline__ void join_lanes(Moments<A>& m, int lanes) {

@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     });
 }
 
-// Stage 2: one block per group, one warp per channel. Writes dshift = S1 and dscale = weight S2 + bias S1.
+// Stage 2: one block per group, one warp per channel. Writes dshift = S1 and dscale = weight rstd S2 + bias
+// S1.
 template <class A>
 __global__ void __launch_bounds__(kThreads, 2) group_sums(const __grid_constant__ GroupNormArgs args) {
     __shared__ A shared[2][kBlockWarps];

@@ -1,5 +1,5 @@
-// [B, C, N] with a block for a whole group: one launch and no workspace, and what is read a second time is
-// still in the caches.
+// [B, C, N] with a block for a whole group: one launch, which needs no workspace, and what is read a second
+// time is still in the caches.
 #include "group_norm_silu.cuh"
 
 namespace gas {

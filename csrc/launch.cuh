@@ -19,7 +19,7 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
     T v[V];
 };
 
-// One access for every 16 (or 8) bytes: left to itself, the compiler stores some packs element by element.
+// One access for every 16 bytes: left to itself, the compiler stores some packs element by element.
 template <class T, int V>
 __device__ __forceinline__ void put(void* p, const Pack<T, V>& pack) {
     if constexpr (alignof(Pack<T, V>) == 16) {

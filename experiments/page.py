@@ -95,13 +95,15 @@ def summary(commands: Sequence[Row]) -> str:
     """Machine, versions, time."""
     if not commands:
         return ""
-    last = max(commands, key=lambda row: row["finished"])
+    names = ("device", "torch", "gas_engine")
+    several = {name: ", ".join(dict.fromkeys(row[name] for row in commands)) for name in names}
+    days = sorted({row["finished"][:10] for row in commands})
     wall, cpu = (sum(float(row[name]) for row in commands) for name in ("seconds", "cpu_seconds"))
     return (
         f"{len(commands)} commands, two at a time with a thread each, took {wall / 60:.0f} minutes one after the other "
-        f"and {cpu / 60:.0f} of CPU time: {last['device']}, torch {last['torch']}, gas_engine {last['gas_engine']}, "
-        f"{last['finished'][:10]}. Seeds are fixed; one run was made of each solver, so how far another seed falls was "
-        "not measured.\n\n"
+        f"and {cpu / 60:.0f} of CPU time: {several['device']}, torch {several['torch']}, "
+        f"gas_engine {several['gas_engine']}, {' to '.join(dict.fromkeys((days[0], days[-1])))}. Seeds are "
+        "fixed; one run was made of each solver, so how far another seed falls was not measured.\n\n"
     )
 
 

@@ -144,7 +144,7 @@ def _file(word: str, denoiser: Denoiser) -> tuple[LearnedTimes, Path]:
     if not path.is_file() and not path.suffix:
         known = ", ".join(sorted({*MAKERS, *ALIASES}))
         raise InputError(f"there is no solver {word!r}: give a run directory, a file, classical, or one of {known}")
-    told = denoiser.facts().get("guidance", 1.0)
+    told = denoiser.told_guidance
     published = denoiser.t_eps if path.suffix in (".pt", ".pth") else None
     solver = load_solver(path, denoiser.schedule, published, denoiser.name, told)
     if (solver.schedule.kind == "flow") != (denoiser.schedule.kind == "flow"):
@@ -166,10 +166,9 @@ def _learned(solver: LearnedTimes, name: str, denoiser: Denoiser) -> Callable[[i
     def at(steps: int) -> Candidate:
         several = [_said(solver)] if len(solver.steps_range) > 1 else []
         several += ["guidance {:g} to {:g}".format(*solver.guidance_range)] if solver.guidance_range else []
-        told = denoiser.facts().get("guidance", 1.0)
-        return Candidate(
-            name, ", ".join([solver.family, *several]), steps, solver.at(steps, told).tableau(denoiser.prediction)
-        )
+        told = denoiser.told_guidance
+        tableau = solver.at(steps, told).tableau(denoiser.prediction)  # type: ignore[arg-type]  # checked in _file
+        return Candidate(name, ", ".join([solver.family, *several]), steps, tableau)
 
     return at
 

@@ -83,8 +83,9 @@ class Distance:
 
 def solver_for(solver: LearnedTimes, steps: int, denoiser: Denoiser) -> Tableau | ByScale:
     """The tableau of a learned solver at K for the model, or, where its guidance is a range, that of each scale."""
-    if solver.guidance_range is None or not isinstance(denoiser.guidance, tuple):
-        return solver.at(steps, denoiser.guidance).tableau(denoiser.prediction)  # type: ignore[arg-type]
+    told = denoiser.told_guidance
+    if solver.guidance_range is None or not isinstance(told, tuple):
+        return solver.at(steps, told).tableau(denoiser.prediction)  # type: ignore[arg-type]
     return lambda scale: solver.at(steps, scale).tableau(denoiser.prediction)
 
 

@@ -93,7 +93,9 @@ def _chosen(solver: LearnedTimes, path: Path, config: Config) -> list[LearnedTim
         return [solver]
     try:
         solver.check_guidance(scale)
-        return [solver.at(steps, scale) for steps in ([config.steps] if config.steps else solver.steps_range)]
+        if config.to not in ("diffusers", "comfyui"):
+            solver.check_steps(config.steps)  # one file is of one K
+        return [solver.at(steps, scale) for steps in (solver.steps_range if config.steps is None else [config.steps])]
     except ValueError as error:
         raise InputError(f"{path} is {error}") from None
 

@@ -66,7 +66,7 @@ class Denoiser(nn.Module):
     calls = 1
     """Of ``base``, whose weighted sum the output is."""
     guidance: float | Range = 1.0
-    """The scale of classifier-free guidance, or the range that it is drawn from."""
+    """The scale of classifier-free guidance, or the ends of a range, of whose three scales each seed has one."""
 
     @property
     def base(self) -> Denoiser:
@@ -95,6 +95,12 @@ class Denoiser(nn.Module):
         if isinstance(self.guidance, tuple):
             found = found | {"scales": SCALES}
         return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def told_guidance(self) -> float | Range:
+        """The scale, or range, that the samples depend on, also of a model that takes it as an input."""
+        told = self.facts().get("guidance", 1.0)
+        return tuple(told) if isinstance(told, list) else told
 
     def fingerprint(self) -> str:
         """SHA-256 of a sample of the weights (at most 1,024 numbers of each tensor) and of what describes the model."""

@@ -52,8 +52,8 @@ def guided(denoiser: Denoiser, scale: float | Range, null: Any) -> Denoiser:
 
     ``null`` has the structure of ``cond`` (a tensor, or dicts and lists of them), with a batch of one. One network call
     of twice the batch; ``MemoryPolicy(split_guidance=True)`` makes it two, one after the other. Scale 1 returns the
-    denoiser itself. A ``scale`` (low, high) is drawn for each seed: conditions are then ``{"cond", "guidance": [B]}``.
-    Raises ValueError for a null that does not fit the condition.
+    denoiser itself. Of a ``scale`` (low, high) each seed has one of three: conditions are then
+    ``{"cond", "guidance": [B]}``. Raises ValueError for a null that does not fit the condition.
 
         denoiser = guided(denoiser, 7.5, null=empty_prompt)
     """
@@ -61,7 +61,7 @@ def guided(denoiser: Denoiser, scale: float | Range, null: Any) -> Denoiser:
 
 
 def parse_guidance(text: str) -> float | Range:
-    """``"7.5"`` is a scale, ``"2:9"`` a range that one is drawn from for each sample. Raises ValueError otherwise."""
+    """``"7.5"`` is a scale, ``"2:9"`` a range, of whose three scales each seed has one. Raises ValueError otherwise."""
     low, colon, high = text.partition(":")
     try:
         bounds = float(low), float(high or low)

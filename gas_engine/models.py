@@ -27,7 +27,8 @@ class ModelOptions:
     negative_prompt: str = ""
     """What guidance leads away from."""
     guidance: str | None = None
-    """Scale of classifier-free guidance, such as 7.5; or a range such as 2:9, drawn from for each sample."""
+    """Scale of classifier-free guidance, such as 7.5; or a range such as 2:9: its ends and their middle in
+    log(1 + scale), each for every third seed."""
     resolution: int | None = None
     """Pixels a side of a text model's pictures; the model's own unless given."""
     text_length: int | None = None

@@ -99,7 +99,7 @@ def _tableau(config: Config, denoiser: Denoiser) -> Tableau:
             raise InputError(f"--solver {config.solver} needs --steps, the number of network evaluations")
         return named_solver(config.solver, denoiser.schedule, config.steps, config.grid, t_eps)
     published = file.suffix in (".pt", ".pth")
-    told = denoiser.facts().get("guidance", 1.0)
+    told = denoiser.told_guidance
     solver = load_solver(file, denoiser.schedule, t_eps if published else config.t_eps, denoiser.name, told)
     if (solver.schedule.kind == "flow") != (denoiser.schedule.kind == "flow"):
         raise InputError(
@@ -111,7 +111,7 @@ def _tableau(config: Config, denoiser: Denoiser) -> Tableau:
     except ValueError as error:
         raise InputError(f"{file} is {error}") from None
     with torch.no_grad():
-        return solver.at(config.steps, told).tableau(denoiser.prediction)
+        return solver.at(config.steps, told).tableau(denoiser.prediction)  # type: ignore[arg-type]
 
 
 def _inputs(config: Config, denoiser: Denoiser) -> tuple[Tensor, Any]:

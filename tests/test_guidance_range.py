@@ -27,6 +27,7 @@ from gas_engine import (
     save_solver,
     train,
 )  # fmt: skip
+from gas_engine._cli import InputError
 from gas_engine.conditioning import SCALES, nodes, scale_of
 from gas_engine.denoiser import seeded
 from gas_engine.execution import Execution
@@ -36,7 +37,9 @@ from gas_engine.losses import distillation_loss
 from gas_engine.solvers import AnyStepsSolver
 from gas_engine.solvers.any_steps import TABLES
 from gas_engine.teacher import TeacherSolver, teacher_samples
+from gas_engine.training import students
 from gas_engine.training.directory import RunDirectory
+from gas_engine.training.options import Config
 from gas_engine.training.recipe import RECIPES
 from gas_engine.training.trainer import Trainer
 
@@ -249,6 +252,35 @@ def test_a_file_that_only_was_trained_over_a_range_is_the_same_at_every_scale(tm
     save_solver(solver, tmp_path / "old.safetensors", guidance=[2.0, 9.0])
     found = load_solver(tmp_path / "old.safetensors")
     assert found.guidance_range is None and found.theta.ndim == 1 and found.at(3, 100.0).steps == 3
+
+
+def test_no_fact_takes_the_place_of_what_rebuilds_a_solver(tmp_path):
+    save_solver(new(), tmp_path / "range.safetensors", guidance=5.0)
+    assert load_solver(tmp_path / "range.safetensors").guidance_range == RANGE
+
+
+def test_a_run_does_not_begin_with_a_solver_of_another_kind(tmp_path):
+    constant = AnyStepsSolver(range(2, 4), toy.mixture().schedule, start="quadratic")
+    save_solver(new(range(2, 4)), tmp_path / "range.safetensors")
+    config = Config(start_from=tmp_path / "range.safetensors")
+    with pytest.raises(InputError, match=r"with guidance=\[2.0, 9.0\], and the run is to have None"):
+        students._begun(config, conditional(), constant)
+
+
+def test_a_scale_without_seeds_is_refused():
+    with pytest.raises(ValueError, match="the 2 training seeds have 2 of the 3 scales of guidance"):
+        Trainer(
+            ranged(), new(), [0, 1], torch.zeros(2, *toy.SHAPE), distillation_loss("l1"), RECIPES["quick"], Execution()
+        )
+
+
+def test_one_file_is_of_one_k(tmp_path, capsys):
+    save_solver(new(range(2, 4)), tmp_path / "range.safetensors")
+    with pytest.raises(SystemExit) as stop:
+        convert.main(
+            [str(tmp_path / "range.safetensors"), "--guidance", "4", "--out", str(tmp_path / "one.safetensors")]
+        )
+    assert stop.value.code == 2 and "--steps" in capsys.readouterr().err
 
 
 def words(out, *more):

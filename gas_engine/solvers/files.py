@@ -165,7 +165,8 @@ def _read_json(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _metadata(solver: LearnedTimes, facts: dict[str, Any]) -> dict[str, Any]:
-    metadata = {"format": FORMAT, **solver.config(), **facts}
+    # What rebuilds the solver comes first, and last: no fact of the same name takes its place.
+    metadata = {"format": FORMAT, **solver.config(), **facts, **solver.config()}
     return metadata | {"checksum": tensors_sha256(solver.state_dict(), metadata)}
 
 

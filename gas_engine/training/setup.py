@@ -24,7 +24,7 @@ from ..iteration import Beside
 from ..losses import DistillationLoss, decoded, distillation_loss
 from ..memory import BitsLost, MemoryPolicy, shard_weights
 from ..networks import discriminator_for
-from ..planner import Plans, plan
+from ..planner import LIBRARIES, Plans, plan
 from ..solvers import LearnedTimes, load_solver
 from ..teacher import teacher_samples
 from ..units import parse_bytes, show_bytes
@@ -70,7 +70,8 @@ def compared(config: Config, denoiser: Denoiser) -> list[tuple[str, LearnedTimes
     found = []
     for path in config.compare:
         solver = load_solver(path, denoiser.schedule, model=denoiser.name)
-        ends = denoiser.guidance if isinstance(denoiser.guidance, tuple) else (denoiser.guidance,)
+        told = denoiser.told_guidance
+        ends = told if isinstance(told, tuple) else (told,)
         try:
             for scale in ends:
                 solver.check_guidance(scale)
@@ -206,7 +207,8 @@ def plans(
         task = bar.add_task("plan", total=2 + len(BLOCKS), note="")
         found = plan(
             model, solver.steps, batch, config.memory_budget, cond=seeded(model, [0])[1],
-            loss=loss or config.loss, loss_chunk=config.loss_chunk, weights=(config.weights,), like=execution(config),
+            libraries=LIBRARIES if device.type == "cuda" else 0, loss=loss or config.loss,
+            loss_chunk=config.loss_chunk, weights=(config.weights,), like=execution(config),
             tableau=solver.tableau(model.prediction), evaluation_seconds=seconds, beside=beside,
             on_probe=lambda what: bar.update(task, advance=1, note=what),
         )  # fmt: skip

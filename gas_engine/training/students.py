@@ -97,11 +97,12 @@ def _begun(config: Config, denoiser: Denoiser, new: LearnedTimes) -> LearnedTime
     if config.start_from is None:
         return new
     found = load_solver(config.start_from, denoiser.schedule, config.t_eps, denoiser.name)
-    differing = [name for name, value in new.config().items() if found.config().get(name) != value and name != "start"]
+    mine, theirs = new.config(), found.config()
+    differing = [name for name in mine | theirs if mine.get(name) != theirs.get(name) and name != "start"]
     if differing:
         name = differing[0]
         raise InputError(
-            f"--start-from {config.start_from} is a solver with {name}={found.config().get(name)!r}, and the run is to "
-            f"have {new.config()[name]!r}; give the options that it was trained with"
+            f"--start-from {config.start_from} is a solver with {name}={theirs.get(name)!r}, and the run is to "
+            f"have {mine.get(name)!r}; give the options that it was trained with"
         )
     return found

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conditioning import moved, scale_of, take
+from ..conditioning import SCALES, moved, scale_of, take
 from ..denoiser import Denoiser, seeded
 from ..distributed import ALONE, Group
 from ..execution import Execution, out_of_memory
@@ -64,6 +64,11 @@ class Trainer:
         self.loss, self.recipe, self.seed, self.group = loss, recipe, seed, group
         self.device = device or torch.device("cpu")
         told = [None if solver.guidance_range is None else scale_of(denoiser.guidance, n) for n in seeds]
+        if solver.guidance_range is not None and len(set(told)) < SCALES:
+            raise ValueError(
+                f"the {len(seeds)} training seeds have {len(set(told))} of the {SCALES} scales of guidance, and a "
+                "scale without seeds would stay as it began; give three seeds in a row or more"
+            )
         self.turns = Turns(solver.steps_range, told, seed)
         self.batches = Batches(denoiser, seeds, targets, stored, recipe.batch, seed, self.device, group, self.turns)
         self.adversary, self.watch = adversary, Watch(solver.times())
