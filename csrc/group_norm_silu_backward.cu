@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // Stage 3, [B, N, C].
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     interleaved_dx(const __grid_constant__ GroupNormArgs args, const __grid_constant__ Tiles tiles) {
     using A = Acc<T>;
     constexpr int V = kPack<T>;
