@@ -167,7 +167,7 @@ def _learned(solver: LearnedTimes, name: str, denoiser: Denoiser) -> Callable[[i
         several = [_said(solver)] if len(solver.steps_range) > 1 else []
         several += ["guidance {:g} to {:g}".format(*solver.guidance_range)] if solver.guidance_range else []
         told = denoiser.told_guidance
-        tableau = solver.at(steps, told).tableau(denoiser.prediction)  # type: ignore[arg-type]  # checked in _file
+        tableau = solver.at(steps, told).tableau(denoiser.prediction)
         return Candidate(name, ", ".join([solver.family, *several]), steps, tableau)
 
     return at

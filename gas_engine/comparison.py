@@ -85,7 +85,7 @@ def solver_for(solver: LearnedTimes, steps: int, denoiser: Denoiser) -> Tableau 
     """The tableau of a learned solver at K for the model, or, where its guidance is a range, that of each scale."""
     told = denoiser.told_guidance
     if solver.guidance_range is None or not isinstance(told, tuple):
-        return solver.at(steps, told).tableau(denoiser.prediction)  # type: ignore[arg-type]
+        return solver.at(steps, told).tableau(denoiser.prediction)
     return lambda scale: solver.at(steps, scale).tableau(denoiser.prediction)
 
 

@@ -111,7 +111,7 @@ def _tableau(config: Config, denoiser: Denoiser) -> Tableau:
     except ValueError as error:
         raise InputError(f"{file} is {error}") from None
     with torch.no_grad():
-        return solver.at(config.steps, told).tableau(denoiser.prediction)  # type: ignore[arg-type]
+        return solver.at(config.steps, told).tableau(denoiser.prediction)
 
 
 def _inputs(config: Config, denoiser: Denoiser) -> tuple[Tensor, Any]:

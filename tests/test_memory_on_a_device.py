@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from twin import relative
@@ -10,7 +12,6 @@ from gas_engine import BELMSolver, Denoiser, GeneralizedSolver, MemoryPolicy, Sc
 from gas_engine.architectures import architecture
 from gas_engine.execution import Execution
 from gas_engine.gradients import loss_backward
-from gas_engine.memory import ByteTracker
 from gas_engine.planner import plan
 
 pytestmark = [
@@ -105,13 +106,16 @@ def test_offload_leaves_the_device():
 
 @pytest.mark.parametrize("execution", [Execution(), Execution(lean=True, blocks="auto"), Execution(MemoryPolicy(2))])
 def test_planned_bytes_are_those_of_the_allocator(execution):
-    """What the allocator gives out, for the full-size network: its rounding and workspaces come on top."""
+    """Between 1.0 and 1.15 of all that the allocator gives out for the full-size network, libraries included."""
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # those of tests before: they are to be counted here
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
     denoiser = model(small=False).cuda()
-    # Of peaks alone, without LIBRARIES: what cuBLAS holds was there before.
     plans = plan(denoiser, STEPS, 4, "100GiB", lean=execution.lean, blocks=(execution.blocks,))
     found = next(p for p in plans if p.memory == execution.memory)
-    iteration(denoiser, execution, batch=4)
-    with ByteTracker() as bytes:
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
         iteration(denoiser, execution, batch=4)
-    predicted = found.peaks.largest
-    assert 0.87 <= predicted / bytes.cuda_peak <= 1.15, (predicted, bytes.cuda_peak)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert 1.0 <= found.bytes / peak <= 1.15, (found.bytes, peak)

@@ -50,7 +50,7 @@ class LearnedTimes(nn.Module):
         """The scales of guidance that its tableau is a function of; None where that is one and the same for all."""
         return None
 
-    def at(self, steps: int | None = None, guidance: float | None = None) -> LearnedTimes:
+    def at(self, steps: int | None = None, guidance: float | Range | None = None) -> LearnedTimes:
         """The solver of K = ``steps`` at a scale of guidance, which is itself.
 
         Raises ValueError for a K or a scale that it has no tableau for.

@@ -106,7 +106,7 @@ class AnyStepsSolver(LearnedTimes):
             given |= {"guidance": (first, last), "scales": config["guidance_scales"]}
         return cls(range(low, high + 1), schedule, config["t_eps"], **given)
 
-    def at(self, steps: int | None = None, guidance: float | None = None) -> LearnedTimes:
+    def at(self, steps: int | None = None, guidance: float | Range | None = None) -> LearnedTimes:
         """The solver of K = ``steps`` at a scale of guidance; its tables are buffers with a gradient.
 
         Raises ValueError for a K or a scale out of range.
@@ -125,7 +125,7 @@ class AnyStepsSolver(LearnedTimes):
         solver.facts = {name: value for name, value in self.facts.items() if name not in self.config()}
         if "metrics" in solver.facts:
             solver.facts["metrics"] = solver.facts["metrics"].get("by_steps", {}).get(str(steps), {})
-        if shares is not None and guidance is not None:
+        if shares is not None and isinstance(guidance, int | float):
             solver.facts["guidance"] = float(guidance)
         return solver
 
@@ -148,7 +148,7 @@ class AnyStepsSolver(LearnedTimes):
         """Those of the largest K, in the middle of the scales."""
         return self.at().told_times(times)
 
-    def _shares(self, guidance: float | None) -> Tensor | None:
+    def _shares(self, guidance: float | Range | None) -> Tensor | None:
         """What each w_qj has in w_q at a scale, [S]; in the middle of the range where none is given."""
         if self._guidance is None:
             return None
