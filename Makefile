@@ -1,4 +1,4 @@
-# make demo    set up, train a solver on the embedded model, end with a table and pictures (75 to 85 seconds)
+# make demo    set up, train a solver on the embedded model, end with a table and pictures (75 to 100 seconds)
 # make test    set up, run the tests, in WORKERS=2 processes of one thread
 # make experiments  set up, run the experiments on the embedded models: experiments/RESULTS.md (about two hours)
 # make bench   set up, run the benches, write bench/results/*.csv
