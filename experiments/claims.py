@@ -35,6 +35,20 @@ def below(first: str, others: Sequence[str] = (), metric: str = "l1", over: str 
     return check
 
 
+def outside(*pairs: tuple[str, str], metric: str = "l1", over: str = "model") -> Check:
+    """Each label is below all classical rows at the place named with it."""
+
+    def check(rows: Sequence[Row]) -> tuple[bool, str] | None:
+        found = []
+        for label, where in pairs:
+            there = [row for row in rows if row.get(over) == where]
+            found.append(below(label, metric=metric, over=over, kind="classical")(there))
+        known = [one for one in found if one is not None]
+        return (all(holds for holds, _ in known), "; ".join(said for _, said in known)) if known else None
+
+    return check
+
+
 def within(share: float, first: str, other: str, metric: str = "l1", over: str = "steps") -> Check:
     """``first`` is at most ``1 + share`` times ``other`` wherever both are."""
 

@@ -12,7 +12,7 @@ from gas_engine.adapters import EMBEDDED
 
 Row = dict[str, str]  # a line of a CSV file
 SELECTION = ("--selection", "16", "--held-out", "16", "--evaluation", "student")
-QUIET = ("--logger", "none", "--sample-every", "1000000", "--evaluate-every", "0")
+QUIET = ("--logger", "none", "--sample-every", "1000000", "--evaluate-every", "0", "--no-pictures")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,12 +100,20 @@ def summary(commands: Sequence[Row]) -> str:
     several = {name: ", ".join(dict.fromkeys(row[name] for row in commands)) for name in names}
     days = sorted({row["finished"][:10] for row in commands})
     wall, cpu = (sum(float(row[name]) for row in commands) for name in ("seconds", "cpu_seconds"))
+    passed = _passed(commands)
+    whole = f" {passed / 60:.0f} minutes from the first to the last," if passed < wall else ""  # else with breaks
     return (
-        f"{len(commands)} commands, two at a time with a thread each, took {wall / 60:.0f} minutes one after the other "
-        f"and {cpu / 60:.0f} of CPU time: {several['device']}, torch {several['torch']}, "
+        f"{len(commands)} commands, two at a time with a thread each, took{whole} {wall / 60:.0f} minutes one after the "
+        f"other and {cpu / 60:.0f} of CPU time: {several['device']}, torch {several['torch']}, "
         f"gas_engine {several['gas_engine']}, {' to '.join(dict.fromkeys((days[0], days[-1])))}. Seeds are "
         "fixed; one run was made of each solver, so how far another seed falls was not measured.\n\n"
     )
+
+
+def _passed(commands: Sequence[Row]) -> float:
+    """Seconds from the start of the first to the end of the last."""
+    ends = [datetime.datetime.fromisoformat(row["finished"]).timestamp() for row in commands]
+    return max(ends) - min(end - float(row["seconds"]) for end, row in zip(ends, commands, strict=True))
 
 
 def budget(commands: Sequence[Row]) -> str:

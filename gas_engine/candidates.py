@@ -19,7 +19,6 @@ from .solvers import LearnedTimes, load_solver
 from .solvers.named import ALIASES, MAKERS
 from .tableau import Tableau
 from .teacher import TeacherSolver, teacher_samples
-from .training.setup import SELECTION_SEEDS
 
 DEFAULT_STEPS = "4,6,8,10"
 
@@ -90,25 +89,27 @@ def parse_steps(text: str) -> list[int]:
 
 
 def candidates(
-    choices: Sequence[Choice], denoiser: Denoiser, teacher: TeacherSolver, memory: Path, batch: int,
-    device: torch.device, group: Group,
+    choices: Sequence[Choice], denoiser: Denoiser, teacher: TeacherSolver, selection: Sequence[int], memory: Path,
+    batch: int, device: torch.device, group: Group,
 ) -> list[Candidate]:  # fmt: skip
-    """All of them, by K within each choice; what is best of the classical solvers is kept in the file ``memory``."""
+    """All of them, by K within each choice; the best classical solvers, on the seeds ``selection``, are kept in the
+    file ``memory``."""
     found = []
     for choice in choices:
         for k in choice.steps:
             if choice.at is not None:
                 found.append(choice.at(k))
                 continue
-            for family, variant in _best(k, denoiser, teacher, memory, batch, device, group).items():
+            best = _best(k, denoiser, teacher, list(selection), memory, batch, device, group)
+            for family, variant in best.items():
                 found.append(Candidate(family, str(variant), k, variant.tableau(denoiser.schedule, k)))
     return found
 
 
 def _best(
-    steps: int, denoiser: Denoiser, teacher: TeacherSolver, memory: Path, batch: int, device: torch.device, group: Group
-) -> dict[str, comparison.Variant]:
-    seeds = list(SELECTION_SEEDS)
+    steps: int, denoiser: Denoiser, teacher: TeacherSolver, seeds: list[int], memory: Path, batch: int,
+    device: torch.device, group: Group,
+) -> dict[str, comparison.Variant]:  # fmt: skip
     facts = [denoiser.fingerprint(), denoiser.facts(), asdict(teacher), seeds, comparison.T_EPS, [*MAKERS]]
     key = f"{steps}-{tensors_sha256({}, facts)[:16]}"
     known = group.first(lambda: _read(memory))

@@ -50,6 +50,8 @@ class Config(PlacedModelOptions):
     """The many-step solver to measure against."""
     seeds: str = "50000-50511"
     """Seeds to measure on, which no solver was trained or chosen on."""
+    selection: int = 64
+    """Seeds that the best of the classical solvers are chosen on, at most 64."""
     reference: str = "auto"
     """data (of an embedded model), a directory of images, an .npz of statistics (EDM's, ADM's); auto: data or none."""
     features: str = "auto"
@@ -69,6 +71,8 @@ def run(config: Config) -> Path:
     """Measure and write; return the path of the table."""
     if config.batch < 1:
         raise InputError(f"--batch must be at least 1, got {config.batch}")
+    if not 1 <= config.selection <= len(SELECTION_SEEDS):
+        raise InputError(f"--selection must be 1 to {len(SELECTION_SEEDS)}, got {config.selection}")
     wanted = _wanted(config)
     with Group.from_environment() as group:
         device = group.device(config.device)
@@ -88,7 +92,8 @@ def run(config: Config) -> Path:
             denoiser, seeds, teacher, out / "teacher", batch=config.batch, shard=PART, device=device, group=group
         )  # fmt: skip
         measuring = Measuring(denoiser, seeds, meter, teacher, out, config.batch, device, group)
-        found = candidates(choices, denoiser, teacher, out / "chosen.json", config.batch, device, group)
+        selection = SELECTION_SEEDS[: config.selection]
+        found = candidates(choices, denoiser, teacher, selection, out / "chosen.json", config.batch, device, group)
         rows, data = _rows(measuring, found, reference, wanted)
         if group.main:
             write(out, rows, data, denoiser.name, teacher.steps, wanted, shape)

@@ -30,7 +30,7 @@ class ModelOptions:
     """Scale of classifier-free guidance, such as 7.5; or a range such as 2:9: its ends and their middle in
     log(1 + scale), each for every third seed."""
     resolution: int | None = None
-    """Pixels a side of a text model's pictures; the model's own unless given."""
+    """Pixels a side of the pictures of a pipeline or an EDM network; its own unless given."""
     text_length: int | None = None
     """Tokens of a text for a T5 encoder (SD 3, FLUX, PixArt); the pipeline's own number unless given."""
 

@@ -63,6 +63,23 @@ def load_edm(path: Path | str, name: str | None = None, t_eps: float | None = No
         raise ValueError(f"{path} does not describe its network completely ({error!r:.200})") from None
 
 
+def at_resolution(denoiser: EDMDenoiser, resolution: int | None) -> EDMDenoiser:
+    """The same denoiser for pictures of another size, which its name then says: these U-Nets are convolutional.
+
+    Raises ValueError unless ``resolution`` pixels can be halved as often as the network does, with two left.
+    """
+    channels, *own = denoiser.shape or ()
+    if resolution is None or own == [resolution, resolution]:
+        return denoiser
+    levels = {name.split("_")[0] for name in denoiser.network.model.enc}  # type: ignore[union-attr]
+    step = 2 ** (len(levels) - 1)
+    if resolution < 2 * step or resolution % step:
+        raise ValueError(f"a resolution of {resolution} was given; {denoiser.name} takes multiples of {step} above it")
+    denoiser.shape = (channels, resolution, resolution)
+    denoiser.name = f"{denoiser.name} at {resolution} px"
+    return denoiser
+
+
 def save_edm(network: EDMNetwork, kwargs: dict, path: Path, precond: str = "EDMPrecond", **facts: object) -> None:
     """Write a network with its constructor arguments, and any further facts, as one safetensors file, atomically."""
     write_described(path, network.state_dict(), FORMAT, precond=precond, kwargs=json.dumps(kwargs), **facts)

@@ -163,6 +163,8 @@ class Config(PlacedModelOptions):
     """Samples that the result is measured on."""
     evaluation: Literal["full", "student"] = "full"
     """At the end, compare with every classical solver, or measure the student alone."""
+    pictures: bool = True
+    """At the end, draw what was learned and what it makes, and write the report's page."""
     sample_batch: int = 128
     """Samples at a time in everything but training; fewer where --memory-budget has no room for them."""
     device: str = "auto"

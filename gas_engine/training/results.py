@@ -26,6 +26,8 @@ from .directory import RunDirectory
 from .options import Config
 from .trainer import Trainer
 
+PAGE = "report.html"
+
 
 def finish(
     trainer: Trainer, directory: RunDirectory, config: Config, selection: comparison.Samples, start: Tableau,
@@ -77,31 +79,25 @@ def finish(
         return
     write_text(directory.path / "comparison.md", comparison.as_markdown(rows))
     write_text(directory.path / "comparison.csv", comparison.as_csv(rows))
-    path, teacher = directory.path / "comparison.png", held_out.teacher.cpu()
-    _compare_pictures(path, denoiser, config, teacher, shown, trainer.device)
-    names = [f"K = {one.steps}" for one in students] if len(students) > 1 else ["learned"]
-    times = {name: one.times() for name, one in zip(names, students, strict=True)}
-    told = {names[-1]: student.told_times()}
-    for scale in student.guidance_range or ():
-        times[f"guidance {scale:g}"] = student.at(guidance=scale).times()
-    if len(students) == 1:
-        grids = ("uniform", "quadratic", "logSNR")
-        times |= {name: grid(name, student.schedule, student.steps, config.t_eps) for name in grids}
-    pictures.schedule_plot(directory.path / "schedule.png", student.schedule, times, told)
-    pictures.tableau_plot(directory.path / "tableau.png", student.tableau(denoiser.prediction), start)
-    _history(directory, student.steps, f"{denoiser.name}: learned times, K = {student.steps}")
-    page = directory.path / "report.html"
-    reporting.write_page(page, [reporting.read_run(directory.path)])
+    if config.pictures:
+        _compare_pictures(
+            directory.path / "comparison.png", denoiser, config, held_out.teacher.cpu(), shown, trainer.device
+        )
+        _draw(directory, config, denoiser, student, start)
     console.print(
         comparison.as_rich(rows, f"distance to the {config.teacher.steps}-evaluation teacher at K = {config.steps}")
     )
     used = f"--solver {directory.solver}" + ("" if len(students) == 1 else f" --steps {student.steps}")
     if student.guidance_range is not None:
         config = dataclasses.replace(config, guidance=f"{nodes(student.guidance_range)[1]:g}")  # one to begin with
-    console.print(
-        f"solver    {directory.solver} ({directory.solver.stat().st_size / 1024:.1f} kB)\n"
+    page = directory.path / PAGE
+    drawn = (
         f"pictures  {directory.path}/comparison.png  schedule.png  tableau.png  history.png\n"
         f"report    {page} (opens in any browser; several runs: gas-engine report RUN RUN --out FILE)\n"
+    )
+    console.print(
+        f"solver    {directory.solver} ({directory.solver.stat().st_size / 1024:.1f} kB)\n"
+        f"{drawn if config.pictures else ''}"
         f"sample    python -m gas_engine.sample {_model_options(config)} {used} --out samples",
         soft_wrap=True,
     )
@@ -122,6 +118,23 @@ def _rows(
         rows += [dataclasses.replace(b, setting=f"K = {one.steps}, {b.setting}") for b in best[:1]]
     known = {one.steps for one in students}
     return rows + [row for steps, row in theirs if steps not in known], mine
+
+
+def _draw(directory: RunDirectory, config: Config, denoiser: Denoiser, student: LearnedTimes, start: Tableau) -> None:
+    """What was learned, as pictures, and the report's page."""
+    students = student.each()
+    names = [f"K = {one.steps}" for one in students] if len(students) > 1 else ["learned"]
+    times = {name: one.times() for name, one in zip(names, students, strict=True)}
+    told = {names[-1]: student.told_times()}
+    for scale in student.guidance_range or ():
+        times[f"guidance {scale:g}"] = student.at(guidance=scale).times()
+    if len(students) == 1:
+        grids = ("uniform", "quadratic", "logSNR")
+        times |= {name: grid(name, student.schedule, student.steps, config.t_eps) for name in grids}
+    pictures.schedule_plot(directory.path / "schedule.png", student.schedule, times, told)
+    pictures.tableau_plot(directory.path / "tableau.png", student.tableau(denoiser.prediction), start)
+    _history(directory, student.steps, f"{denoiser.name}: learned times, K = {student.steps}")
+    reporting.write_page(directory.path / PAGE, [reporting.read_run(directory.path)])
 
 
 def _family(config: Config) -> str:
