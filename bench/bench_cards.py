@@ -41,7 +41,7 @@ STEPS = {"flux": 4}  # else 6: a call of FLUX takes a third of a second
 ROOM = 96 * 2**20  # what a capped allocator counts besides: the pieces that it cannot use
 CARDS: list[tuple[str, int, Weights]] = [
     ("sd15", 3, "resident"), ("sdxl", 6, "resident"),
-    ("flux", 10, "nf4"), ("flux", 10, "streamed"), ("flux", 14, "int8"),
+    ("flux", 8, "nf4"), ("flux", 10, "nf4"), ("flux", 10, "streamed"), ("flux", 14, "int8"),
 ]  # fmt: skip
 CUDA = torch.cuda.is_available()
 COMPARED = {"flux": 2}  # evaluations of the gradient that is held against float32, where a call takes seconds
@@ -97,8 +97,8 @@ def predicted(name: str, small: bool, gib: int, weights: Weights, adversary: Adv
     assert denoiser.shape is not None
     beside = functools.partial(adversary.fitted, denoiser.shape, BATCH, steps_of(name)) if adversary else None
     choice = plan(
-        denoiser, steps_of(name), BATCH, gib * GIB - ROOM, cond=probe.cond, weights=(weights,), blocks=("auto",),
-        probe=probe, beside=beside, libraries=LIBRARIES,
+        denoiser, steps_of(name), BATCH, gib * GIB - ROOM, cond=probe.cond, weights=(weights,),
+        blocks=("auto", "nested"), probe=probe, beside=beside, libraries=LIBRARIES,
     ).choice  # fmt: skip
     return choice.bytes, choice.execution
 

@@ -69,11 +69,15 @@ def bench_bytes_of_a_call(bench_record: Callable[..., None], benchmark: Any, smo
         with stock_edm():
             stock = of_one_call(denoiser, x, t, cond)
         thin = of_one_call(Execution(lean=True).view(denoiser), x, t, cond)
-        blocks = of_one_call(Execution(lean=True, blocks="auto").view(denoiser), x, t, cond, blocks=True)
+        blocks, nested = (
+            of_one_call(Execution(lean=True, blocks=kind).view(denoiser), x, t, cond, blocks=True)
+            for kind in ("auto", "nested")
+        )
     benchmark.pedantic(lambda: None, rounds=1)
     bench_record(
         "memory", name=name, what="MiB a call", stock=round(stock, 1), published=published, lean=round(thin, 1),
-        goal=goal, blocks=round(blocks, 1), goal_blocks=goal_blocks or "", ratio=float(f"{stock / thin:.3g}"),
+        goal=goal, blocks=round(blocks, 1), nested=round(nested, 1), goal_blocks=goal_blocks or "",
+        ratio=float(f"{stock / thin:.3g}"),
     )  # fmt: skip
 
 
@@ -99,6 +103,7 @@ def bench_peak_of_an_iteration(bench_record: Callable[..., None], benchmark: Any
         "lean, all graphs": Execution(MemoryPolicy(0), lean=True),
         "lean, one graph": Execution(lean=True),
         "lean, one graph, blocks": Execution(lean=True, blocks="auto"),
+        "lean, one graph, nested": Execution(lean=True, blocks="nested"),
     }
     solver = GeneralizedSolver(2 if smoke else 10, denoiser.schedule)
     peaks = {}
@@ -149,6 +154,7 @@ def bench_seconds_of_an_iteration(compare: Callable[..., dict[str, float]], smok
         "lean, all graphs": way(Execution(MemoryPolicy(0), lean=True)),
         "lean, one graph": way(Execution(lean=True)),
         "lean, one graph, blocks": way(Execution(lean=True, blocks="auto")),
+        "lean, one graph, nested": way(Execution(lean=True, blocks="nested")),
     }
     compare("memory", ways, 5, device, what="seconds, K = 10", batch=batch)
 

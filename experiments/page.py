@@ -103,8 +103,8 @@ def summary(commands: Sequence[Row]) -> str:
     passed = _passed(commands)
     whole = f" {passed / 60:.0f} minutes from the first to the last," if passed < wall else ""  # else with breaks
     return (
-        f"{len(commands)} commands, two at a time with a thread each, took{whole} {wall / 60:.0f} minutes one after the "
-        f"other and {cpu / 60:.0f} of CPU time: {several['device']}, torch {several['torch']}, "
+        f"{len(commands)} commands, two at a time with a thread each, took{whole} {wall / 60:.0f} minutes one after "
+        f"the other and {cpu / 60:.0f} of CPU time: {several['device']}, torch {several['torch']}, "
         f"gas_engine {several['gas_engine']}, {' to '.join(dict.fromkeys((days[0], days[-1])))}. Seeds are "
         "fixed; one run was made of each solver, so how far another seed falls was not measured.\n\n"
     )

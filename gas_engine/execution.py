@@ -14,7 +14,7 @@ from .memory import MemoryPolicy, cast, checkpoint_blocks, lean, quantize_weight
 from .speed import captured, compiled
 
 Weights = Literal["resident", "streamed", "int8", "nf4"]
-BLOCKS = ("none", "auto", "all")
+BLOCKS = ("none", "auto", "all", "nested")
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,12 +26,12 @@ class Execution:
 
     ``memory``: the policy of the rollout. ``micro_batch``: samples at a time, None for all. ``lean``: the network's
     graph keeps only what an input gradient needs. ``blocks``: "none", "auto" or "all" of its blocks are rebuilt in the
-    backward pass. ``weights``: "resident", "int8" or "nf4" (linear layers in eight or four bits, an approximation), or
-    "streamed" from host memory block by block, which rebuilds the blocks as well.
-    ``precision``: of the network's weights and arithmetic, "fp32" as the model has them, or narrower, an approximation;
-    states and told times keep theirs. ``channels_last``: the layout of its images. ``compile``: the network through
-    torch.compile, which then chooses what a graph keeps. ``cuda_graphs``: its calls replayed as CUDA graphs, one
-    network graph at a time. The latter two run no blocks.
+    backward pass, or with "nested" most of their inputs too. ``weights``: "resident", "int8" or "nf4" (linear layers in
+    eight or four bits, an approximation), or "streamed" from host memory block by block, which rebuilds the blocks as
+    well. ``precision``: of the network's weights and arithmetic, "fp32" as the model has them, or narrower, an
+    approximation; states and told times keep theirs. ``channels_last``: the layout of its images. ``compile``: the
+    network through torch.compile, which then chooses what a graph keeps. ``cuda_graphs``: its calls replayed as CUDA
+    graphs, one network graph at a time. The latter two run no blocks.
 
         execution = Execution(MemoryPolicy(1), micro_batch=4, lean=True, blocks="auto")
         loss_backward(execution.view(denoiser), x, tableau, loss, cond, execution.memory, execution.micro_batch)
@@ -141,7 +141,10 @@ class Execution:
             now = replace(now, memory=replace(now.memory, loss_alone=True))
             yield now
         if now.memory.trajectory == "keep":
-            yield replace(now, memory=replace(now.memory, trajectory="offload"))
+            now = replace(now, memory=replace(now.memory, trajectory="offload"))
+            yield now
+        if now.blocks != "nested" and viewable(denoiser):
+            yield replace(now, blocks="nested")
 
     def __str__(self) -> str:
         memory = self.memory

@@ -172,7 +172,7 @@ def plot(path: Path, plans: Plans, title: str) -> None:
 
     figure, axis = plt.subplots(figsize=(7.5, 4.8), constrained_layout=True)
     colours = dict(zip(WEIGHTS, ("C0", "C1", "C2", "C4"), strict=True))
-    markers = dict(zip(BLOCKS, "osv", strict=True))
+    markers = dict(zip(BLOCKS, "osvD", strict=True))
     for weights in plans.iteration.weights:
         for blocks in BLOCKS:
             for fits in (True, False):

@@ -119,8 +119,13 @@ class Plans(Sequence[Plan]):
         return min(alone, key=lambda plan: plan.bytes)
 
     @property
+    def fitting(self) -> Plan | None:
+        """The fastest within the budget."""
+        return next((plan for plan in self.plans if plan.feasible), None)
+
+    @property
     def choice(self) -> Plan:
-        found = next((plan for plan in self.plans if plan.feasible), None)
+        found = self.fitting
         if found is None:
             least = self.smallest
             others = [w for w in WEIGHTS if w not in self.iteration.weights]
@@ -205,7 +210,8 @@ def plan(
     Nothing of the network is computed: it runs in fake tensors, and may itself be made of them. ``cond``: the condition
     of one sample or more; ``loss``: a name as ``distillation_loss`` takes it, what that returns, or
     ``loss(samples, rows) -> [b]`` as ``loss_backward`` does, run once on zeros; ``loss_chunk``: its samples at a time,
-    where it has a name; ``dtype``: of the network's weights and arithmetic, if not their own.
+    where it has a name; ``dtype``: of the network's weights and arithmetic, if not their own. ``blocks``: ways that are
+    tried, nested where nothing before it fits.
     ``weights``: what may be done with them. ``like``: an execution with what no plan chooses (precision, channels
     last), which plans hand on. ``tableau``: the solver, a GeneralizedSolver of full order unless given.
     ``evaluation_seconds``: measured, of one evaluation of the whole batch. ``beside``: what else an iteration runs,
@@ -267,8 +273,10 @@ def plan(
     beside = beside or Beside()
     loss = loss if beside.loss is None else _sum(loss, beside.loss)
     (peak_1, loss_flops), (peak_2, _) = (probe.loss_cost(loss, n) for n in (1, 2))
-    ways = []
+    iteration, ways = replace(iteration, loss_flops=loss_flops, beside=beside), list[Way]()
     for kind in blocks:
+        if kind == "nested" and Plans(iteration, ways, size, like).fitting:
+            continue  # the slowest, and slow to measure
         if not probe.known(lean, kind):
             tell(f"a call, blocks={kind}")
         try:
@@ -285,7 +293,7 @@ def plan(
             ways.append(Way(memory, kind, 2 if memory.split_guidance else 1, *peaks))
     if all(w == "streamed" for w in weights) and all(way.blocks == "none" for way in ways):
         raise ValueError(f"no block was found in {base.name}, so its weights cannot be streamed")
-    return Plans(replace(iteration, loss_flops=loss_flops, beside=beside), ways, size, like)
+    return Plans(iteration, ways, size, like)
 
 
 def _sum(one: Loss, other: Loss) -> Loss:

@@ -32,6 +32,8 @@ WAYS = [
     (True, "none", 3, MemoryPolicy(1, trajectory="offload")),
     (True, "none", 3, MemoryPolicy(1, split_guidance=True)),
     (True, "auto", 1, MemoryPolicy(3, split_guidance=True)),
+    (True, "nested", 3, MemoryPolicy(2)),
+    (False, "nested", 1, MemoryPolicy(1, loss_alone=True)),
 ]
 
 

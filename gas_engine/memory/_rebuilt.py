@@ -13,10 +13,15 @@ from torch.autograd.function import once_differentiable
 from ..ops import _native as core
 
 
+def untransformed() -> bool:
+    """No functorch transform, forward-mode AD or compiler looks on."""
+    inside = torch._C._functorch.maybe_current_level() is not None or core.transformed()
+    return not inside and not torch.compiler.is_compiling()
+
+
 def plain_autograd() -> bool:
     """Gradients are recorded, and by the autograd tape: transforms and compilers have no hooks for saved tensors."""
-    inside = torch._C._functorch.maybe_current_level() is not None or core.transformed()
-    return torch.is_grad_enabled() and not inside and not torch.compiler.is_compiling()
+    return torch.is_grad_enabled() and untransformed()
 
 
 Autocast = tuple[str, torch.dtype, bool]

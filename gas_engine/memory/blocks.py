@@ -11,18 +11,17 @@ is as well: ordinary autograd nodes, whose saved tensors are fetched late), froz
 
 from __future__ import annotations
 
-import weakref
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
+from ._frames import Frame, Newest
 from ._joined import joining
-from ._rebuilt import as_autocast, autocast_state, plain_autograd
+from ._rebuilt import plain_autograd
 from ._view import Forward, Make, StandIn, hooked, made, settle, view
 
 __all__ = ["Blocks", "checkpoint_blocks"]
@@ -45,14 +44,16 @@ def checkpoint_blocks(network: nn.Module, blocks: str | Sequence[str | type[nn.M
     | "none" | nothing |
     | "auto" | every block but the last of a call, whose inside is kept while it is the newest |
     | "all" | every block |
+    | "nested" | every block, and the inputs of most: of some blocks in a row, the first alone keeps its own |
     | classes, or their names | as "auto", for blocks of these classes; a block within a block is part of it |
 
     A block is a member of a ModuleList, ModuleDict or Sequential with at least two layers of weights, such as a
     residual block or a transformer block; the innermost such, or the one around it where it is alone there. Where a
     U-Net's decoder joins its state with a skip connection, the joint tensor is not kept, since its parts are.
-    Output and gradients are those of the network, bit for bit; each block runs at most once more. Under no_grad,
-    torch.func and torch.compile the blocks run as they are. Blocks with hooks inside stay as they are, and are not
-    counted. Goes with `lean` in either order.
+    Output and gradients are those of the network, bit for bit; each block runs at most once more, nested twice. A row
+    is as long as the square root of a list of blocks, and two where the network has no lists; what is done to a block's
+    result before the next takes it ends one. Under no_grad, torch.func and torch.compile the blocks run as they are.
+    Blocks with hooks inside stay as they are, and are not counted. Goes with `lean` in either order.
     Raises RuntimeError for trainable weights, dropout or batch norm in train mode, and tensors changed in place;
     ValueError where no block is found.
 
@@ -62,7 +63,7 @@ def checkpoint_blocks(network: nn.Module, blocks: str | Sequence[str | type[nn.M
     chosen = [] if blocks == "none" else _blocks(network, blocks)
     ids = {id(m): type(m).__name__ for m in chosen}
     found = Blocks(Counter(ids.values()))
-    newest = _Newest(keep=blocks != "all")
+    newest = Newest(blocks not in ("all", "nested"), _row(network, ids) if blocks == "nested" else 1)
 
     def rule(module: nn.Module) -> Make | None:
         inner = made(module)
@@ -78,8 +79,8 @@ def checkpoint_blocks(network: nn.Module, blocks: str | Sequence[str | type[nn.M
 
 
 def _blocks(network: nn.Module, wanted: str | Sequence[str | type[nn.Module]]) -> list[nn.Module]:
-    if isinstance(wanted, type) or (isinstance(wanted, str) and wanted not in ("auto", "all")):
-        raise ValueError(f"blocks must be 'none', 'auto', 'all' or a sequence of classes, got {wanted!r}")
+    if isinstance(wanted, type) or (isinstance(wanted, str) and wanted not in ("auto", "all", "nested")):
+        raise ValueError(f"blocks must be 'none', 'auto', 'all', 'nested' or a sequence of classes, got {wanted!r}")
     if isinstance(wanted, str):
         found = repeated_blocks(network)
         hint = "name the classes of its blocks: checkpoint_blocks(network, ['MyBlock'])"
@@ -104,7 +105,7 @@ def _outermost(module: nn.Module, is_block: Callable[[nn.Module], bool]) -> list
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks of "auto" and "all", in the order of the network's modules."""
+    """The blocks of "auto", "all" and "nested", in the order of the network's modules."""
 
     def layers(module: nn.Module) -> int:
         return sum(any(True for _ in m.parameters(recurse=False)) for m in module.modules())
@@ -117,129 +118,14 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     return inside(network, False)
 
 
-class _Saved:
-    """What one operation of a block had saved, or the promise of it."""
-
-    __slots__ = ("__weakref__", "frame", "tensor", "version")
-
-    def __init__(self, frame: _Frame) -> None:
-        self.frame = frame
-        self.tensor: Tensor | None = None
-
-    def keep(self, t: Tensor) -> None:
-        self.tensor, self.version = t, t._version
-
-    def fetch(self) -> Tensor:
-        if self.tensor is None:
-            self.frame.rebuild()
-        assert self.tensor is not None
-        if self.tensor._version != self.version:
-            raise RuntimeError("checkpoint_blocks: a block changed a tensor in place that its gradient needs")
-        return self.tensor
+def _row(network: nn.Module, blocks: Container[int]) -> int:
+    """How many blocks in a row keep the input of the first: c inputs of n are rebuilt at a time, and n / c are kept."""
+    lists = [m for m in network.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    longest = max((sum(id(member) in blocks for member in m) for m in lists), default=0)
+    return max(2, round(math.sqrt(longest)))
 
 
-class _Newest:
-    """The block that ran last."""
-
-    def __init__(self, keep: bool) -> None:
-        self.keep = keep
-        self.frame: Callable[[], _Frame | None] = lambda: None
-
-    def __call__(self, frame: _Frame) -> None:
-        previous = self.frame()
-        if previous is not None:
-            previous.drop()
-        self.frame = weakref.ref(frame)
-
-
-class _Stop(Exception):
-    pass
-
-
-_rebuilding = [False]
-
-
-def rebuilding() -> bool:
-    """Whether a block runs for what its operations save alone, and stops before it returns a value."""
-    return _rebuilding[-1]
-
-
-class _Frame:
-    """One call of one block: its arguments, which stay, and what its operations save, which is kept or rebuilt."""
-
-    def __init__(self, forward: Forward, weights: Sequence[Tensor], leaves: Sequence[Any], spec: TreeSpec) -> None:
-        self.forward, self.spec = forward, spec
-        self.leaves = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
-        self.wanted = [isinstance(t, Tensor) and t.requires_grad for t in leaves]
-        self.versions = _versions(self.leaves)
-        self.weights = {w.untyped_storage()._cdata for w in weights}
-        self.saved: list[weakref.ref[_Saved]] = []
-        self.autocast = autocast_state(next(t.device.type for t in leaves if isinstance(t, Tensor)))
-
-    def run(self, leaves: Sequence[Any]) -> Any:
-        args, kwargs = tree_unflatten(leaves, self.spec)
-        return self.forward(*args, **kwargs)
-
-    def first(self, leaves: Sequence[Any], keep: bool) -> Any:
-        def pack(t: Tensor) -> Tensor | _Saved:
-            if t.untyped_storage()._cdata in self.weights:
-                return t
-            saved = _Saved(self)
-            if keep:
-                saved.keep(t)
-            self.saved.append(weakref.ref(saved))
-            return saved
-
-        with saved_tensors_hooks(pack, _fetch):
-            return self.run(leaves)
-
-    def drop(self) -> None:
-        for reference in self.saved:
-            if (saved := reference()) is not None:
-                saved.tensor = None
-
-    def rebuild(self) -> None:
-        if _versions(self.leaves) != self.versions:
-            raise RuntimeError("checkpoint_blocks: an input of a block was changed in place after the block had run")
-        done = 0
-
-        def pack(t: Tensor) -> Tensor | None:
-            nonlocal done
-            if t.untyped_storage()._cdata in self.weights:
-                return t
-            if (saved := self.saved[done]()) is not None:
-                saved.keep(t)
-            done += 1
-            if done == len(self.saved):
-                raise _Stop
-            return None
-
-        again = [
-            t.detach().requires_grad_() if wanted else t for t, wanted in zip(self.leaves, self.wanted, strict=True)
-        ]
-        _rebuilding.append(True)
-        try:
-            with torch.enable_grad(), as_autocast(self.autocast), saved_tensors_hooks(pack, _fetch):
-                self.run(again)
-        except _Stop:
-            return
-        finally:
-            _rebuilding.pop()
-        raise RuntimeError(
-            f"checkpoint_blocks: a block saved {len(self.saved)} tensors at first and {done} when rebuilt; it must do "
-            "the same twice"
-        )
-
-
-def _versions(leaves: Sequence[Any]) -> list[int]:
-    return [t._version for t in leaves if isinstance(t, Tensor)]
-
-
-def _fetch(saved: Any) -> Tensor:
-    return saved.fetch() if isinstance(saved, _Saved) else saved
-
-
-def _checkpointed(forward: Forward, module: nn.Module, newest: _Newest) -> Forward:
+def _checkpointed(forward: Forward, module: nn.Module, newest: Newest) -> Forward:
     weights = [*module.parameters()]
     moody = [m for m in module.modules() if changes_in_training(m)]
 
@@ -254,10 +140,12 @@ def _checkpointed(forward: Forward, module: nn.Module, newest: _Newest) -> Forwa
             raise RuntimeError(
                 f"checkpoint_blocks: {type(module).__name__} is in train mode, so a rebuilt block differs; call .eval()"
             )
-        frame = _Frame(forward, weights, leaves, spec)
-        if newest.keep:
-            newest(frame)
-        return settle(frame.first(leaves, newest.keep))
+        frame = Frame(forward, weights, leaves, spec, newest)
+        newest(frame)
+        output = settle(frame.first(leaves, newest.keep))
+        if newest.row > 1:
+            frame.returns(output)
+        return output
 
     return call
 

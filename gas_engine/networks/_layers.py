@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..memory._joined import join, keeping_parts
-from ..memory.blocks import rebuilding
+from ..memory._frames import rebuilding
+from ..memory._joined import join
 from ..ops import conv_frozen, group_norm_silu, resample2d
+from ._parts import conv_of_parts, norm_of_parts
 
 
 def _xavier_uniform(shape: Sequence[int], fan_in: int, fan_out: int, gain: float) -> nn.Parameter:
@@ -102,6 +102,19 @@ class Conv2d(nn.Module):
             return x if bias is None else x + bias[:, None, None]
         return conv(x, weight, bias, padding=pad)
 
+    def keeps_nothing(self, x: Tensor) -> bool:
+        """Whether no graph of it holds a tensor of its own: a weight that was cast for x is one."""
+        same = self.weight is None or self.weight.dtype == x.dtype
+        return same and self.resample_filter is None and not torch.is_autocast_enabled(x.device.type)
+
+    def of_parts(self, parts: Sequence[Tensor]) -> Tensor:
+        """Of the joined parts; a pointwise convolution need not join them."""
+        weight = self.weight
+        if weight is None or self.up or self.down or weight.shape[-1] > 1 or weight.requires_grad:
+            return self(join(parts))
+        dtype = parts[0].dtype
+        return conv_of_parts(parts, weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
 
 class GroupNorm(nn.Module):
     """Group normalisation with at most 32 groups and at least 4 channels in each, modulated and activated.
@@ -124,6 +137,12 @@ class GroupNorm(nn.Module):
         if scale is not None and shift is not None:
             h = torch.addcmul(shift, h, scale + 1)
         return F.silu(h) if act == "silu" else h
+
+    def of_parts(self, parts: Sequence[Tensor], act: str = "none") -> Tensor:
+        """Of the joined parts, which are kept instead of the whole."""
+        if self.weight.requires_grad and torch.is_grad_enabled():
+            return self(join(parts), act)
+        return norm_of_parts(parts, self.groups, self.weight, self.bias, self.eps, act)
 
 
 class PositionalEmbedding(nn.Module):
@@ -201,14 +220,12 @@ class UNetBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, encoded: Tensor | None = None) -> Tensor:
         parts = [x] if encoded is None else [x, encoded]
-        if encoded is not None:
-            x = join(parts)
-        skip: Tensor | None = x if self.skip is None else self.skip(x)
-        if self.skip is not None and not self.heads and rebuilding():
-            skip = None  # it would wait for a sum behind which nothing is saved
-        with nullcontext() if encoded is None else keeping_parts(x, parts):
-            h = self.norm0(x, "silu")
-        del x  # a joined tensor is large, and nobody else keeps it
+        # While a block is rebuilt, a sum behind which nothing is saved is not needed; but what is saved, in its order.
+        unused = rebuilding() and not self.heads
+        skip = None if unused and (self.skip is None or self.skip.keeps_nothing(x)) else self._skip(parts)
+        if unused:
+            skip = None
+        h = self.norm0(x, "silu") if encoded is None else self.norm0.of_parts(parts, "silu")
         h = self.conv0(h)
         label = self.affine(embedding)[:, :, None, None]
         if self.adaptive_scale:
@@ -218,11 +235,15 @@ class UNetBlock(nn.Module):
             h = h + label
             h = self.norm1(h, "silu")
         h = self.conv1(F.dropout(h, self.dropout, self.training))
-        if skip is None:
-            assert self.skip is not None
-            skip = self.skip(join(parts))
-        x = (h + skip) * self.skip_scale
-        return (self._attend(x) + x) * self.skip_scale if self.heads else x
+        # In place: a convolution keeps no output.
+        x = h.add_(self._skip(parts) if skip is None else skip).mul_(self.skip_scale)
+        return self._attend(x).add_(x).mul_(self.skip_scale) if self.heads else x
+
+    def _skip(self, parts: Sequence[Tensor]) -> Tensor:
+        """The block's input on the short way: as it is, resampled, or projected."""
+        if self.skip is None:
+            return parts[0] if len(parts) == 1 else join(parts)
+        return self.skip(parts[0]) if len(parts) == 1 else self.skip.of_parts(parts)
 
     def _attend(self, x: Tensor) -> Tensor:
         batch, channels = x.shape[:2]

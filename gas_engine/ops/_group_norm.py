@@ -167,13 +167,13 @@ def forward_fake(
 
 
 def _gradients(
-    g: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, wanted: list[bool], over: bool = False
+    g: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, wanted: list[bool], into: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dscale and dshift, empty, where they are wanted; `over`: dx takes the memory of x."""
+    """dx, dscale and dshift, empty, where they are wanted."""
     if g.shape != x.shape:
         raise ValueError(f"group_norm_silu: its cotangent must have the shape {list(x.shape)}, got {list(g.shape)}")
     return (
-        None if not wanted[0] else x if over else torch.empty_like(x, memory_format=core.layout(x)),
+        None if not wanted[0] else into if into is not None else torch.empty_like(x, memory_format=core.layout(x)),
         scale.new_empty(x.shape[:2]) if wanted[1] and scale is not None else None,
         shift.new_empty(x.shape[:2]) if wanted[2] and shift is not None else None,
     )
@@ -197,15 +197,15 @@ def gradients(
     eps: float,
     act: str,
     wanted: list[bool],
-    over: bool = False,
+    into: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dscale and dshift, each where it is wanted.
 
-    `over` writes dx over a dense x: the last pass reads an element of x and g before it writes that of dx.
+    `into` takes dx and may be a dense x or g: the last pass reads an element of both before it writes that of dx.
     """
     small = (weight, bias, scale, shift)
     check(x, num_groups, act, *small)
-    dx, dscale, dshift = grads = _gradients(g, x, scale, shift, wanted, over)
+    dx, dscale, dshift = grads = _gradients(g, x, scale, shift, wanted, into)
     if x.is_meta or isinstance(x, torch._subclasses.FakeTensor):
         return grads
     if x.numel() == 0:

@@ -95,7 +95,7 @@ def _backward(ctx: Any, g: Tensor, *unused: Tensor | None) -> tuple[Tensor | Non
     args: tuple[Any, ...] = (g, x, mean, rstd, ctx.num_groups, *small, ctx.eps, ctx.act, ctx.wanted)
     if _is_spare(x, g):
         x.untyped_storage()._spare = False  # type: ignore[attr-defined]  # from here on it is the gradient's
-        return _spread(_group_norm.gradients(*args, True))  # type: ignore[call-arg]
+        return _spread(_group_norm.gradients(*args, x))  # type: ignore[call-arg]
     grads = _op_backward(*args)
     dx, dscale, dshift = (t if wanted else None for t, wanted in zip(grads, ctx.wanted, strict=True))
     return _spread((dx, dscale, dshift))

@@ -60,8 +60,8 @@ class Config(PlacedModelOptions):
     """Samples at a time within an update, with the same gradient; auto is all of them, or what the budget allows."""
     lean: bool = False
     """Keep less in the network's graph (the EDM networks do so anyway)."""
-    checkpoint_blocks: Literal["none", "auto", "all"] = "none"
-    """Rebuild the network block by block as well."""
+    checkpoint_blocks: Literal["none", "auto", "all", "nested"] = "none"
+    """Rebuild the network block by block as well, from the inputs of all blocks, or nested from those of a few."""
     loss_alone: bool = False
     """Let no network graph wait while the loss is taken."""
     split_guidance: bool = False
