@@ -4,7 +4,9 @@
 #include <memory>
 #include <vector>
 
+#include "resample2d_columns.h"
 #include "resample2d_rows.h"
+#include "resample2d_window.h"
 #include "simd.h"
 
 namespace gas {
@@ -26,7 +28,9 @@ class PixelFilter {
   public:
     static constexpr std::int64_t kBatch = 1;
 
-    explicit PixelFilter(const Resample2dArgs& args) : args_(args), f_(phases_of<A>(args)) {
+    explicit PixelFilter(const Resample2dArgs& args)
+        : args_(args), f_(phases_of<A>(args)), window_(window_of(f_)) {
+        if (window_ > 0) return;
         const std::int64_t padded = (args.inner + W - 1) / W * W;
         const std::int64_t fits = kCache / static_cast<std::int64_t>(sizeof(A)) / args.width / W * W;
         stride_ = std::clamp<std::int64_t>(fits, std::min<std::int64_t>(4 * W, padded), padded);
@@ -43,6 +47,12 @@ class PixelFilter {
         const Column<T> column(args_, f_, plane, o);
         const std::int64_t begin = (plane * args_.out_height + o) * args_.out_width * args_.inner;
         T* const y = static_cast<T*>(args_.y) + begin;
+        if (window_ > 0) {
+            return with_window(window_, column.count, [&]<class Win>(Win, auto n) {
+                const WindowTaps<Win, A> taps(f_);
+                slide_pixels<T, Win, n>(args_, taps, ColumnSum<T, n>(column), y);
+            });
+        }
         // With one block alone, in one phase, what is stored over the end of a pixel is overwritten by the
         // next.
         const T* const last = stride_ < args_.inner || f_.phases > 1 ? y : y + (end - begin);
@@ -119,7 +129,8 @@ class PixelFilter {
 
     const Resample2dArgs& args_;
     const Phases<A> f_;
-    std::int64_t stride_, inside_ = 0, outside_ = 0;  // columns from inside_ to outside_ meet no border
+    const int window_;
+    std::int64_t stride_ = 0, inside_ = 0, outside_ = 0;  // columns from inside_ to outside_ meet no border
     std::vector<A> memory_;
 };
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
+from ._attention import without_cudnn
 from .denoiser import Denoiser, each, weighted_sum
 from .memory import MemoryPolicy, phase
 from .memory.blocks import changes_in_training
@@ -113,7 +114,7 @@ class _Network:
         self.graphs: dict[tuple[int, int], _Graph] = {}
 
     def __call__(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        with phase("network"):
+        with phase("network"), without_cudnn(x.device):
             if self.autocast is None:
                 output = self.denoiser(x, t, cond)
             else:
@@ -176,7 +177,7 @@ class _Network:
         if not wanted or not graph.output.requires_grad:
             return None, None
         scale = power_of_two(mu) if self.narrow else None
-        with phase("network"):
+        with phase("network"), without_cudnn(mu.device):
             mu = mu if scale is None else mu / scale
             found = torch.autograd.grad(graph.output, wanted, mu, allow_unused=True)
         grads = iter(found if scale is None else [g if g is None else g * scale for g in found])

@@ -119,3 +119,17 @@ def test_planned_bytes_are_those_of_the_allocator(execution):
         iteration(denoiser, execution, batch=4)
     peak = torch.cuda.max_memory_allocated() - before
     assert 1.0 <= found.bytes / peak <= 1.15, (found.bytes, peak)
+
+
+def test_attention_runs_by_torchs_own_kernels():
+    """In both directions, whatever the device prefers."""
+    seen = []
+
+    def network(x, t, cond=None):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        x.register_hook(lambda g: seen.append(torch.backends.cuda.cudnn_sdp_enabled())) if x.requires_grad else None
+        return x * t.to(x.dtype)
+
+    denoiser = Denoiser(network, model().schedule, "data", (3, 8, 8))
+    iteration(denoiser, Execution())
+    assert len(seen) > STEPS and not any(seen)

@@ -13,6 +13,7 @@ from toy import SHAPE, mixture, noise
 from twin import plain_rollout, relative
 
 from gas_engine import Denoiser, GeneralizedSolver, MemoryPolicy, Schedule, Tableau, rollout
+from gas_engine._attention import without_cudnn
 from gas_engine.solvers import grid
 from gas_engine.solvers.named import MAKERS, named_solver
 from gas_engine.tableau import PREDICTIONS
@@ -350,3 +351,19 @@ def test_grid_times_on_flow_reach_the_data():
     out = rollout(mixture(schedule, "flow"), noise(3), named_solver("dpmpp2m", schedule, 30, "uniform", 1e-3))
     fine = rollout(mixture(schedule, "flow"), noise(3), named_solver("heun", schedule, 200, "uniform", 1e-3))
     assert relative(out, fine) < 0.02 and grid("uniform", schedule, 3)[0] < 1
+
+
+def test_attention_of_a_device_never_runs_by_cudnn() -> None:
+    """Whose backward pass is wrong for some lengths; what was allowed before is so again, also after a failure."""
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        for before in (True, False):
+            torch.backends.cuda.enable_cudnn_sdp(before)
+            with pytest.raises(RuntimeError, match="within"), without_cudnn(torch.device("cuda")):
+                assert not torch.backends.cuda.cudnn_sdp_enabled()
+                raise RuntimeError("within")
+            with without_cudnn(torch.device("cpu")):
+                assert torch.backends.cuda.cudnn_sdp_enabled() == before
+            assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
