@@ -198,18 +198,19 @@ def test_a_solver_of_several_k_has_a_row_for_each(tmp_path, no_pictures):
 
 
 def test_classical_is_the_best_of_every_family(tmp_path, monkeypatch, no_pictures):
-    for module in ("candidates", "evaluate", "training.setup"):
-        monkeypatch.setattr(f"gas_engine.{module}.SELECTION_SEEDS", range(40_000, 40_008))
     monkeypatch.setattr("gas_engine.comparison.T_EPS", (1e-3,))
     monkeypatch.setattr("gas_engine.comparison.GRIDS", ("uniform", "quadratic"))
-    rows = evaluated(tmp_path, "--steps", "2", "--metrics", "l1", "--features", "none")
+    quick = ("--steps", "2", "--metrics", "l1", "--features", "none", "--selection")
+    rows = evaluated(tmp_path, *quick, "8")
     chosen = json.loads((tmp_path / "chosen.json").read_text())
     ((_, best),) = chosen.items()
     assert [row["solver"] for row in rows] == [*best, "teacher"] and len(best) == 7
     assert rows[0]["setting"] == "euler, {}, {:g}".format(*best["DDIM"][1:])
     assert rows[0]["l2"] == "" == rows[0]["fd_data"]
+    evaluated(tmp_path, *quick, "4")
+    assert len(json.loads((tmp_path / "chosen.json").read_text())) == 2, "chosen on other seeds"
     monkeypatch.setattr("gas_engine.comparison.best_variants", None)  # known
-    assert evaluated(tmp_path, "--steps", "2", "--metrics", "l1", "--features", "none") == rows
+    assert evaluated(tmp_path, *quick, "8") == rows
 
 
 def test_states_that_are_no_known_pictures(tmp_path, monkeypatch, capsys, no_pictures):
@@ -339,6 +340,8 @@ def test_samples_that_are_not_finite_have_no_features():
         (["--features", "absent.pt"], "absent.pt"),
         (["--reference", "nowhere"], "'nowhere'"),
         (["--batch", "0"], "got 0"),
+        (["--selection", "0"], "--selection must be 1 to 64, got 0"),
+        (["--selection", "65"], "--selection must be 1 to 64, got 65"),
         (["--teacher.solver", "rk45"], "rk45"),
     ],
 )

@@ -133,6 +133,18 @@ def test_below_names_the_nearest_rival_at_every_k():
     assert claims.below("GS", kind="classical")(classical) == (True, "K = 4: 0.1 against 0.2 (UniPC)")
 
 
+def test_outside_asks_for_solvers_away_from_home():
+    def at(model, *found):
+        return [row(label, 4, l1, kind=kind, model=model) for label, l1, kind in found]
+
+    rows = at("a", ("of a", 0.1, "learned"), ("of b", 0.2, "learned"), ("iPNDM", 0.3, "classical"))
+    rows += at("b", ("of b", 0.1, "learned"), ("of a", 0.5, "learned"), ("iPNDM", 0.4, "classical"))
+    said = "model a: 0.2 against 0.3 (iPNDM)"
+    assert claims.outside(("of b", "a"))(rows) == (True, said)
+    assert claims.outside(("of b", "a"), ("of a", "b"))(rows) == (False, said + "; model b: 0.5 against 0.4 (iPNDM)")
+    assert claims.outside(("of c", "a"))(rows) is None
+
+
 def test_within_is_a_bound_on_the_largest_ratio():
     rows = [row("any", 4, 0.11), row("own", 4, 0.1), row("any", 10, 0.012), row("own", 10, 0.01), row("any", 5, 1)]
     assert claims.within(0.25, "any", "own")(rows) == (True, "ratio 1.10 (K = 4), 1.20 (K = 10)")

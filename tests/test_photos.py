@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gas_engine import load_denoiser, rollout
+from gas_engine.adapters.digits import ASSETS
 from gas_engine.adapters.photos import SCALES, labelled_crops, photo_crops
 from gas_engine.denoiser import seeded
 from gas_engine.solvers.named import named_solver
@@ -36,6 +37,27 @@ def test_the_network_is_small_frozen_and_without_classes(photos):
     assert photos.shape == (3, 32, 32) and photos.classes is None
     assert not any(p.requires_grad for p in photos.network.parameters())
     assert 4 * sum(p.numel() for p in photos.network.parameters()) <= 16e6
+
+
+def test_the_network_makes_larger_pictures(photos, tmp_path):
+    """The same weights at another size, under a name that says so; at its own size nothing changes."""
+    larger = load_denoiser("photos", 48)
+    assert (larger.shape, larger.name) == ((3, 48, 48), "photos at 48 px")
+    assert load_denoiser("photos", 32).name == photos.name and larger.fingerprint() != photos.fingerprint()
+    noise = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    x = 0.1 * noise
+    with torch.no_grad():
+        inner = photos(x[..., 8:40, 8:40].contiguous(), torch.tensor(0.1))[..., 8:24, 8:24]
+        assert (larger(x, torch.tensor(0.1))[..., 16:32, 16:32] - inner).abs().mean() < 0.05, "a U-Net sees near by"
+    path = tmp_path / "digits.safetensors"
+    path.write_bytes((ASSETS / "digits.safetensors").read_bytes())
+    assert load_denoiser(str(path), 12).name == f"{path} at 12 px"
+
+
+@pytest.mark.parametrize("pixels", [30, 4, 0, -8])
+def test_sizes_that_the_network_cannot_halve_are_refused(pixels):
+    with pytest.raises(ValueError, match=f"a resolution of {pixels} was given; photos takes multiples of 4 above it"):
+        load_denoiser("photos", pixels)
 
 
 def test_denoising_is_much_better_than_doing_nothing(photos):

@@ -14,7 +14,7 @@ import toy
 from runs import brief, flat_of, options, rows
 from twin import relative
 
-from gas_engine import BELMSolver, load_denoiser, load_solver, train
+from gas_engine import BELMSolver, load_denoiser, load_solver, report, train
 from gas_engine.denoiser import seeded
 from gas_engine.memory import ByteTracker
 from gas_engine.planner import plan
@@ -93,6 +93,18 @@ def test_a_default_that_is_given_is_refused_where_the_run_has_another(small, no_
     chunked = dataclasses.replace(asked, loss_chunk=2, loss_cache="1MiB")
     assert opened(chunked, ())[1].loss_chunk == 2 and opened(chunked, ())[1].loss_cache == "1MiB"
     train.main(["--out", str(out), "--resume", "--device", "cpu", "--evaluation", "student", *stored, "--lean"])
+
+
+def test_a_run_may_leave_pictures_to_the_report(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main(brief(out, "--iterations", "2", "--no-pictures"))
+    made = {path.name for path in out.rglob("*") if path.is_file()}
+    assert {"solver.safetensors", "comparison.csv"} <= made
+    assert not [name for name in made if name.endswith((".png", ".html"))]
+    said = capsys.readouterr().out
+    assert "sample    python" in said and "pictures" not in said
+    report.main([str(out)])
+    assert (out / "report.html").exists()
 
 
 def test_a_patience_that_cannot_end_a_run_is_told(tmp_path, capsys):
