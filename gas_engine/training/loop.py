@@ -61,7 +61,7 @@ def train(trainer: Trainer, directory: RunDirectory, config: Config, selection: 
                 times = {f"times/{n}": t for n, t in enumerate(trainer.solver.times().tolist())}
                 write(step, row | times)
                 directory.attempt("the history", partial(_log_history, trainer, directory))
-            if step % config.sample_every == 0 or last:
+            if config.pictures and (step % config.sample_every == 0 or last):
                 _sample_grid(trainer, directory, selection)
             # A state from which updates are skipped is none to go back to.
             if (step % config.save_every == 0 and not trainer.skipped_in_a_row) or last or asked:

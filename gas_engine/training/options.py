@@ -164,7 +164,7 @@ class Config(PlacedModelOptions):
     evaluation: Literal["full", "student"] = "full"
     """At the end, compare with every classical solver, or measure the student alone."""
     pictures: bool = True
-    """At the end, draw what was learned and what it makes, and write the report's page."""
+    """Draw samples on the way, at the end what was learned and what it makes, and write the report's page."""
     sample_batch: int = 128
     """Samples at a time in everything but training; fewer where --memory-budget has no room for them."""
     device: str = "auto"
