@@ -95,14 +95,14 @@ def test_a_default_that_is_given_is_refused_where_the_run_has_another(small, no_
     train.main(["--out", str(out), "--resume", "--device", "cpu", "--evaluation", "student", *stored, "--lean"])
 
 
-def test_a_run_may_leave_pictures_to_the_report(small, tmp_path, capsys):
+def test_a_run_may_draw_nothing(small, tmp_path, capsys):
     out = tmp_path / "run"
     train.main(brief(out, "--iterations", "2", "--no-pictures"))
     made = {path.name for path in out.rglob("*") if path.is_file()}
     assert {"solver.safetensors", "comparison.csv"} <= made
     assert not [name for name in made if name.endswith((".png", ".html"))]
     said = capsys.readouterr().out
-    assert "sample    python" in said and "pictures" not in said
+    assert "sample    python" in said and "pictures  " not in said
     report.main([str(out)])
     assert (out / "report.html").exists()
 
