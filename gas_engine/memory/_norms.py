@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import group_norm_silu
 from ._joined import Joined
+from ._parts import norm_of_parts
 from ._rebuilt import rebuilt
 from ._view import StandIn, settle
 
@@ -64,10 +65,14 @@ class DeferredGroupNorm(DeferredNorm):
     def activated(self, act: str) -> Tensor:
         m, scale = self._norm, None if self._factor is None else self._factor - 1
 
+        x = self._x
+        if isinstance(x, Joined) and x.dim == 1 and self._factor is None and self._shift is None:
+            return norm_of_parts(x.parts, m.num_groups, m.weight, m.bias, m.eps, act)
+
         def norm(x: Tensor) -> Tensor:
             return group_norm_silu(x, m.num_groups, m.weight, m.bias, m.eps, scale, self._shift, act)
 
-        return self._x.through(norm) if isinstance(self._x, Joined) else norm(self._x)
+        return x.through(norm) if isinstance(x, Joined) else norm(x)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..memory._frames import rebuilding
 from ..memory._joined import join
+from ..memory._parts import conv_of_parts, norm_of_parts
 from ..ops import conv_frozen, group_norm_silu, resample2d
-from ._parts import conv_of_parts, norm_of_parts
 
 
 def _xavier_uniform(shape: Sequence[int], fan_in: int, fan_out: int, gain: float) -> nn.Parameter:

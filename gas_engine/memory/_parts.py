@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..memory._joined import join, keeping_parts
-from ..memory._rebuilt import untransformed
 from ..ops import _group_norm, conv_frozen, group_norm_silu
 from ..ops import _native as core
+from ._joined import join, keeping_parts
+from ._rebuilt import untransformed
 
 
 def conv_of_parts(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -31,7 +31,7 @@ def conv_of_parts(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None) 
 
 
 def norm_of_parts(
-    parts: Sequence[Tensor], num_groups: int, weight: Tensor, bias: Tensor, eps: float, act: str
+    parts: Sequence[Tensor], num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, act: str
 ) -> Tensor:
     """``group_norm_silu`` of the joined parts, which keeps the parts; the same bits.
 
@@ -39,7 +39,7 @@ def norm_of_parts(
     gradients are ever joined. Memory beside the parts: the result and a part of it, where joining takes it twice.
     """
     per_group = sum(p.shape[1] for p in parts) // num_groups
-    alone = all(p.shape[1] % per_group == 0 and core.runs_on(p) for p in parts)
+    alone = all(p.shape[1] % per_group == 0 and p.dtype == parts[0].dtype and core.runs_on(p) for p in parts)
     if alone and untransformed():
         out: Tensor = _NormOfParts.apply(per_group, weight, bias, eps, act, *parts)
         return out
@@ -50,14 +50,16 @@ def norm_of_parts(
 
 class _NormOfParts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, per_group: int, weight: Tensor, bias: Tensor, eps: float, act: str, *parts: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, per_group: int, weight: Tensor | None, bias: Tensor | None, eps: float, act: str, *parts: Tensor
+    ) -> Tensor:  # fmt: skip
         first, channels = parts[0], sum(p.shape[1] for p in parts)
         shape = (len(first), channels, *first.shape[2:])
         out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=core.layout(first))
         statistics: list[Tensor] = []
         for at, part in _ranges(parts):
             piece, *numbers = torch.ops.gas_engine.group_norm_silu(
-                part, part.shape[1] // per_group, weight[at], bias[at], None, None, eps, act
+                part, part.shape[1] // per_group, _of(weight, at), _of(bias, at), None, None, eps, act
             )
             out[:, at] = piece
             statistics += numbers
@@ -80,10 +82,14 @@ class _NormOfParts(torch.autograd.Function):
             piece = g[:, at].clone(memory_format=core.layout(part))
             numbers = statistics[2 * i : 2 * i + 2]
             grads += _group_norm.gradients(
-                piece, part, *numbers, part.shape[1] // per_group, weight[at], bias[at], None, None, eps, act,
-                [True, False, False], piece,
+                piece, part, *numbers, part.shape[1] // per_group, _of(weight, at), _of(bias, at), None, None, eps,
+                act, [True, False, False], piece,
             )[:1]  # fmt: skip
         return (None,) * 5 + tuple(grads)
+
+
+def _of(t: Tensor | None, at: slice) -> Tensor | None:
+    return None if t is None else t[at]
 
 
 def _ranges(parts: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
