@@ -44,7 +44,8 @@ def outside(*pairs: tuple[str, str], metric: str = "l1", over: str = "model") ->
             there = [row for row in rows if row.get(over) == where]
             found.append(below(label, metric=metric, over=over, kind="classical")(there))
         known = [one for one in found if one is not None]
-        return (all(holds for holds, _ in known), "; ".join(said for _, said in known)) if known else None
+        complete = len(known) == len(pairs)
+        return (all(holds for holds, _ in known), "; ".join(said for _, said in known)) if complete else None
 
     return check
 

@@ -135,7 +135,9 @@ class Iteration:
         if way.blocks == "auto" and kept > 1:  # a call's last block is rebuilt too where another call came after it
             older = self.probe.cost(self.lean, "all", batch)
             seconds += (kept - 1) * (older.backward_flops - cost.backward_flops) / speed.flops
-        seconds += (2 * calls - kept) * (max(forward, travel) + unpack) + calls * (max(backward, travel) + unpack)
+        again = 2 if way.blocks == "nested" else 1  # times that a backward pass wants a block's weights
+        seconds += (2 * calls - kept) * (max(forward, travel) + unpack)
+        seconds += calls * (max(backward, again * travel) + again * unpack)
         if way.memory.trajectory == "offload":
             seconds += 2 * (self.steps + 1) * 4 * math.prod(self.probe.shape) * micro / speed.host
         return seconds + micro * self.loss_flops / speed.flops

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import io
 from collections import Counter
 from typing import Any
 
@@ -18,7 +19,8 @@ from twin import relative
 
 from gas_engine import MemoryPolicy, rollout
 from gas_engine.architectures import ARCHITECTURES, architecture
-from gas_engine.memory import ByteTracker, checkpoint_blocks, lean
+from gas_engine.memory import ByteTracker, checkpoint_blocks, lean, stream_weights
+from gas_engine.networks._layers import UNetBlock
 from gas_engine.solvers import classical, grid
 
 EDM = ("cifar10", "ffhq64", "adm64")
@@ -182,8 +184,9 @@ class Skipping(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, same = self.blocks[0](x, x)
-        b, _ = self.blocks[1](a, same)
+        b, _ = self.blocks[1](a, a)
         c, d = self.blocks[2](b + 1, b)
+        c += same  # after it was returned, and so it is no longer what a block makes again
         e, f = self.blocks[3](c, d)
         g, h = self.blocks[4](e, a)
         return (g * h + f * b).square()
@@ -210,6 +213,29 @@ def test_nested_blocks_with_two_results() -> None:
         got = torch.autograd.grad(y, x, g, retain_graph=True)[0]
         assert torch.equal(got, torch.autograd.grad(wanted, x, g, retain_graph=True)[0])
     assert torch.autograd.gradcheck(view, x)
+    torch.save(y, io.BytesIO())  # no mark of ours hangs on a result
+
+
+@pytest.mark.parametrize("blocks", ["auto", "nested"])
+@pytest.mark.parametrize("name", ["cifar10", "ffhq64", "adm64"])
+def test_blocks_of_weights_that_come_and_go(name: str, blocks: str) -> None:
+    """The bits of weights that stay."""
+    torch.manual_seed(0)
+    entry = architecture(name)
+    network = entry.denoiser(small=True)
+    for p in network.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    cond = entry.cond(2, small=True)
+    inputs = [torch.randn(2, *entry.small_shape), torch.tensor(0.5), *([] if cond is None else [cond])]
+    wanted = evaluate(network, inputs)[0]
+    assert_bits(evaluate(checkpoint_blocks(stream_weights(network, "cpu"), blocks), inputs)[0], wanted)
+
+
+def test_a_residual_stream_keeps_its_width_under_autocast() -> None:
+    torch.manual_seed(0)
+    block = UNetBlock(8, 8, 4).requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block(torch.randn(1, 8, 4, 4), torch.randn(1, 4)).dtype == torch.float32
 
 
 def test_conditions_as_keywords_second_derivatives_and_second_backward_passes(network: nn.Module) -> None:

@@ -130,7 +130,7 @@ def test_pure_python_build(tree: Path) -> None:
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize(
     ("cards", "archs"),
-    [("9.0\n9.0\n8.6\n", "86 90"), ("99.9\n", "75 80 86 89 90 100 120"), ("[N/A]\n", "75 80 86 89 90 100 120")],
+    [("9.0\n9.0\n8.6\n7.0\n", "86 90"), ("99.9\n", "75 80 86 89 90 100 120"), ("[N/A]\n", "75 80 86 89 90 100 120")],
     ids=["of the cards", "a card too new", "no card"],
 )
 def test_kernels_are_for_the_cards_that_are_there(tree: Path, tmp_path: Path, cards: str, archs: str) -> None:

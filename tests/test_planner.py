@@ -183,6 +183,17 @@ def test_cheaper_ends_at_the_smallest() -> None:
     assert bytes[-1] < 1.5 * plans_of("cifar10").smallest.bytes
 
 
+def test_nested_blocks_are_measured_where_nothing_else_fits() -> None:
+    """By a smaller budget of the same plans as well."""
+    denoiser, probe = probed("cifar10")[0], Probe(probed("cifar10")[0])
+    plans = plan(denoiser, STEPS, 2, "1GiB", probe=probe)
+    assert not probe.known(True, "nested")
+    found = plans.within(plans.smallest.bytes - 1).choice
+    assert found.blocks == "nested" and found.bytes < plans.smallest.bytes
+    alone = plan(denoiser, STEPS, 2, found.bytes, probe=probe, blocks=("nested",)).choice
+    assert (alone.bytes, alone.blocks) == (found.bytes, "nested")
+
+
 def test_what_runs_beside_hears_how_much_room_there_is() -> None:
     """The budget without the inputs and the smallest of the weights that are allowed; not all parameters."""
     denoiser, probe = probed("cifar10")

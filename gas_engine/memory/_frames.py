@@ -1,6 +1,7 @@
 """One call of one block: what it keeps, and how the rest is made again in the backward pass.
 
 A frame keeps its arguments, or the promise that the block before, of which an argument is the result, makes it again.
+Frames that wait for each other are a row: the first, at place 0, keeps all of its arguments.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._rebuilt import as_autocast, autocast_state
 from ._view import Forward
@@ -40,16 +42,20 @@ class _Saved:
         return self.tensor
 
 
+def _nothing() -> None:
+    """A weak reference to what is not there yet."""
+
+
 class _Result:
-    """A tensor that a block returned; it hangs on the tensor itself, for the blocks that take it as an argument.
+    """What is known of a tensor that a block returned, for the blocks that take it as an argument.
 
     ``kept``: the data, where a frame keeps it. ``waiting``: the promise of it, where one was given.
     """
 
-    def __init__(self, frame: Frame, index: int) -> None:
-        self.frame, self.index = weakref.ref(frame), index
-        self.kept: Callable[[], Tensor | None] = lambda: None
-        self.waiting: Callable[[], _Promise | None] = lambda: None
+    def __init__(self, frame: Frame, index: int, version: int) -> None:
+        self.frame, self.index, self.version = weakref.ref(frame), index, version
+        self.kept: Callable[[], Tensor | None] = _nothing
+        self.waiting: Callable[[], _Promise | None] = _nothing
 
 
 class _Promise:
@@ -58,22 +64,35 @@ class _Promise:
     def __init__(self, frame: Frame, result: _Result) -> None:
         self.frame, self.result = frame, result
         self.tensor: Tensor | None = None
+        self.version = result.version
+
+    def keep(self, t: Tensor) -> None:
+        self.tensor, self.version = t, t._version
 
     def fetch(self) -> Tensor:
         self.tensor = self.tensor if self.tensor is not None else self.result.kept()
         if self.tensor is None:
             self.frame.run_again()
         assert self.tensor is not None
+        if self.tensor._version != self.version:
+            raise RuntimeError(_CHANGED)
         return self.tensor
 
 
+_CHANGED = "checkpoint_blocks: an input of a block was changed in place after the block had run"
+
+
 class Newest:
-    """The block that ran last. ``keep``: its inside stays until another one starts. ``row``: so many
-    blocks in a row, of which the first alone keeps its arguments."""
+    """The block that ran last, and what the blocks of a view returned.
+
+    ``keep``: its inside stays until another one starts. ``row``: at most so many blocks, of which the first alone
+    keeps its arguments.
+    """
 
     def __init__(self, keep: bool, row: int = 1) -> None:
         self.keep, self.row = keep, row
-        self.frame: Callable[[], Frame | None] = lambda: None
+        self.frame: Callable[[], Frame | None] = _nothing
+        self.results: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def __call__(self, frame: Frame) -> None:
         previous = self.frame()
@@ -86,12 +105,14 @@ class _Stop(Exception):
     pass
 
 
-_rebuilding = [False]
+_rebuilding: list[set[int] | None] = [None]
 
 
-def rebuilding() -> bool:
-    """Whether a block runs for what its operations save alone, and stops before it returns a value."""
-    return _rebuilding[-1]
+def rebuilding(*weights: Tensor | None) -> bool:
+    """Whether a block runs for what its operations save alone, and stops before it returns a value; and these are
+    weights of its own, which count as nothing saved. Weights that come and go are none."""
+    own = _rebuilding[-1]
+    return own is not None and all(w is None or w.untyped_storage()._cdata in own for w in weights)
 
 
 class Frame:
@@ -105,19 +126,19 @@ class Frame:
         self.wanted = [isinstance(t, Tensor) and t.requires_grad for t in leaves]
         self.versions = _versions(self.leaves)
         self.weights = {w.untyped_storage()._cdata for w in weights}
-        self.saved: list[weakref.ref[_Saved]] = []
+        self.saved: list[tuple[weakref.ref[_Saved], torch.Size, torch.dtype]] = []
         self.results: list[weakref.ref[_Result]] = []
         self.autocast = autocast_state(next(t.device.type for t in leaves if isinstance(t, Tensor)))
 
     def _kept(self, t: Tensor, newest: Newest) -> Tensor | _Promise:
         """The argument, or a promise of it from the frame before, if it is not the last of its row."""
-        result: _Result | None = getattr(t, "_result", None)
-        if result is None:
+        result: _Result | None = newest.results.get(t) if newest.row > 1 else None
+        if result is None or result.version != t._version:
             return t.detach()
         kept, maker = result.kept(), result.frame()
         if kept is None and maker is not None and maker is newest.frame() and maker.place + 1 < newest.row:
             self.place = maker.place + 1
-            promise = _Promise(maker, result)
+            promise = result.waiting() or _Promise(maker, result)
             result.waiting = weakref.ref(promise)
             return promise
         kept = t.detach() if kept is None else kept
@@ -127,7 +148,7 @@ class Frame:
     def arguments(self) -> list[Any]:
         """The leaves, those that want a gradient as leaves of a new graph."""
         if _versions(self.leaves) != self.versions:
-            raise RuntimeError("checkpoint_blocks: an input of a block was changed in place after the block had run")
+            raise RuntimeError(_CHANGED)
         found = [t.fetch() if isinstance(t, _Promise) else t for t in self.leaves]
         return [t.detach().requires_grad_() if w else t for t, w in zip(found, self.wanted, strict=True)]
 
@@ -142,21 +163,21 @@ class Frame:
             saved = _Saved(self)
             if keep:
                 saved.keep(t)
-            self.saved.append(weakref.ref(saved))
+            self.saved.append((weakref.ref(saved), t.shape, t.dtype))
             return saved
 
         with saved_tensors_hooks(pack, _fetch):
             return self.run(leaves)
 
-    def returns(self, output: Any) -> None:
-        """Mark what the block returned, so that the next may ask for it again."""
+    def returns(self, output: Any, leaves: Sequence[Any], newest: Newest) -> None:
+        """Note what the block returned and was not given, so that the next may ask for it again."""
         for index, t in enumerate(tree_leaves(output)):
-            if isinstance(t, Tensor):
-                t._result = _Result(self, index)  # type: ignore[attr-defined]
-                self.results.append(weakref.ref(t._result))  # type: ignore[attr-defined]
+            if isinstance(t, Tensor) and not any(t is leaf for leaf in leaves):
+                newest.results[t] = result = _Result(self, index, t._version)
+                self.results.append(weakref.ref(result))
 
     def drop(self) -> None:
-        for reference in self.saved:
+        for reference, *_ in self.saved:
             if (saved := reference()) is not None:
                 saved.tensor = None
 
@@ -168,7 +189,7 @@ class Frame:
             result = reference()
             promise = result.waiting() if result is not None else None
             if result is not None and promise is not None:
-                promise.tensor = output[result.index].detach()
+                promise.keep(output[result.index].detach())
 
     def rebuild(self) -> None:
         """Make what the operations had saved, and stop with the last of it."""
@@ -178,7 +199,13 @@ class Frame:
             nonlocal done
             if t.untyped_storage()._cdata in self.weights:
                 return t
-            if (saved := self.saved[done]()) is not None:
+            reference, shape, dtype = self.saved[done]
+            if (shape, dtype) != (t.shape, t.dtype):
+                raise RuntimeError(
+                    f"checkpoint_blocks: a block saved {[*shape]} {dtype} at first and {[*t.shape]} {t.dtype} when "
+                    "rebuilt; it must do the same twice"
+                )
+            if (saved := reference()) is not None:
                 saved.keep(t)
             done += 1
             if done == len(self.saved):
@@ -186,7 +213,7 @@ class Frame:
             return None
 
         with self._again(pack) as leaves:
-            _rebuilding.append(True)
+            _rebuilding.append(self.weights)
             try:
                 self.run(leaves)
             except _Stop:

@@ -1,8 +1,9 @@
 """`checkpoint_blocks`: a view of a frozen network that keeps the inputs of its blocks and rebuilds what is in them.
 
 The backward pass reaches a block, rebuilds what its operations had saved, uses it and drops it: what is alive at once
-is the inputs of all blocks and the inside of one. Compared with `torch.utils.checkpoint` (non-reentrant, which this
-is as well: ordinary autograd nodes, whose saved tensors are fetched late), frozen weights allow two savings of work:
+is the inputs of all blocks (nested: of the first of every row, and of one row) and the inside of one. Compared with
+`torch.utils.checkpoint` (non-reentrant, which this is as well: ordinary autograd nodes, whose saved tensors are fetched
+late), frozen weights allow two savings of work:
 
 - weights are no saved tensors, so rebuilding stops at the last operation that reads an activation: the convolution or
   linear layer which ends a block never runs again;
@@ -119,7 +120,10 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def _row(network: nn.Module, blocks: Container[int]) -> int:
-    """How many blocks in a row keep the input of the first: c inputs of n are rebuilt at a time, and n / c are kept."""
+    """How many blocks in a row keep the input of the first: c inputs of n are rebuilt at a time, and n / c are kept.
+
+    A ModuleDict is a U-Net's, whose levels differ in size: the few blocks of the largest are what counts.
+    """
     lists = [m for m in network.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
     longest = max((sum(id(member) in blocks for member in m) for m in lists), default=0)
     return max(2, round(math.sqrt(longest)))
@@ -144,7 +148,7 @@ def _checkpointed(forward: Forward, module: nn.Module, newest: Newest) -> Forwar
         newest(frame)
         output = settle(frame.first(leaves, newest.keep))
         if newest.row > 1:
-            frame.returns(output)
+            frame.returns(output, leaves, newest)
         return output
 
     return call

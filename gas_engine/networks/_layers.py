@@ -102,11 +102,6 @@ class Conv2d(nn.Module):
             return x if bias is None else x + bias[:, None, None]
         return conv(x, weight, bias, padding=pad)
 
-    def keeps_nothing(self, x: Tensor) -> bool:
-        """Whether no graph of it holds a tensor of its own: a weight that was cast for x is one."""
-        same = self.weight is None or self.weight.dtype == x.dtype
-        return same and self.resample_filter is None and not torch.is_autocast_enabled(x.device.type)
-
     def of_parts(self, parts: Sequence[Tensor]) -> Tensor:
         """Of the joined parts; a pointwise convolution need not join them."""
         weight = self.weight
@@ -178,7 +173,7 @@ class UNetBlock(nn.Module):
 
     x [B, C, H, W], embedding [B, E] -> [B, C', H', W']. With ``adaptive_scale`` the embedding scales and shifts
     the second norm (ADM); without, it is added before it (DDPM++, NCSN++). In a decoder, x and the ``encoded`` tensor
-    share the C channels: they are joined in here, so that a checkpoint of the block keeps these two alone.
+    share the C channels: what needs them joined joins them in here, so that a checkpoint keeps these two alone.
     """
 
     def __init__(
@@ -220,11 +215,11 @@ class UNetBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, encoded: Tensor | None = None) -> Tensor:
         parts = [x] if encoded is None else [x, encoded]
-        # While a block is rebuilt, a sum behind which nothing is saved is not needed; but what is saved, in its order.
-        unused = rebuilding() and not self.heads
-        skip = None if unused and (self.skip is None or self.skip.keeps_nothing(x)) else self._skip(parts)
-        if unused:
-            skip = None
+        skip = None
+        if self.heads or not rebuilding():
+            skip = self._skip(parts)
+        elif not self._projects_unsaved(x):
+            self._skip(parts)  # nothing is saved behind its sum, but what it saves itself has its turn
         h = self.norm0(x, "silu") if encoded is None else self.norm0.of_parts(parts, "silu")
         h = self.conv0(h)
         label = self.affine(embedding)[:, :, None, None]
@@ -235,9 +230,20 @@ class UNetBlock(nn.Module):
             h = h + label
             h = self.norm1(h, "silu")
         h = self.conv1(F.dropout(h, self.dropout, self.training))
-        # In place: a convolution keeps no output.
-        x = h.add_(self._skip(parts) if skip is None else skip).mul_(self.skip_scale)
-        return self._attend(x).add_(x).mul_(self.skip_scale) if self.heads else x
+        x = self._sum(h, self._skip(parts) if skip is None else skip)
+        return self._sum(self._attend(x), x) if self.heads else x
+
+    def _sum(self, h: Tensor, x: Tensor) -> Tensor:
+        """(h + x) skip_scale; h is a convolution's, which keeps no output, and is written over unless x is wider."""
+        return (h.add_(x) if h.dtype == x.dtype else h + x).mul_(self.skip_scale)
+
+    def _projects_unsaved(self, x: Tensor) -> bool:
+        """Whether the short way saves nothing: a weight that is cast for x, or that comes and goes, is saved."""
+        if self.skip is None:
+            return True
+        weight = self.skip.weight
+        same = (weight is None or weight.dtype == x.dtype) and not torch.is_autocast_enabled(x.device.type)
+        return same and self.skip.resample_filter is None and rebuilding(weight)
 
     def _skip(self, parts: Sequence[Tensor]) -> Tensor:
         """The block's input on the short way: as it is, resampled, or projected."""
