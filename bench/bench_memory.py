@@ -40,7 +40,15 @@ def stock_edm() -> Iterator[None]:
         h = h if scale is None else torch.addcmul(shift, h, scale + 1)
         return F.silu(h) if act == "silu" else h
 
-    with mock.patch.multiple(_layers, conv_frozen=conv, group_norm_silu=norm):
+    block = _layers.UNetBlock.forward
+
+    def forward(self: Any, x: Tensor, embedding: Tensor, encoded: Tensor | None = None) -> Tensor:
+        return block(self, x if encoded is None else torch.cat([x, encoded], 1), embedding)
+
+    with (
+        mock.patch.multiple(_layers, conv_frozen=conv, group_norm_silu=norm),
+        mock.patch.object(_layers.UNetBlock, "forward", forward),
+    ):
         yield
 
 

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "resample2d.h"

@@ -10,7 +10,7 @@ from experiment import Claim, Experiment, Setting, evaluate, train
 from gas_engine.conditioning import SCALES
 
 ANY = (4, 5, 6, 7, 8, 9, 10)
-GUIDANCE = ("1.5", "2", "3", "5", "7.5")
+GUIDANCE = ("1.5", "3", "5", "7.5")
 
 
 def any_steps(setting: Setting) -> Experiment:
@@ -34,7 +34,7 @@ def any_steps(setting: Setting) -> Experiment:
 
 def guidance(digits: Setting) -> list[Experiment]:
     """One solver for a range of guidance scales, on the embedded model that can be guided."""
-    k = str(digits.steps[1] if len(digits.steps) > 1 else digits.steps[0])
+    k = str(digits.steps[0])
 
     def at(scale: str) -> Setting:  # each scale has teacher samples of its own
         runs = digits.runs / f"guidance-{scale.replace(':', '-')}"
