@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from twin import relative
 
 from gas_engine.memory import ByteTracker
@@ -71,6 +72,15 @@ def test_norms_keep_the_parts_alone_and_never_two_wholes() -> None:
         bytes.reset_peak()
         g = torch.autograd.grad(y, parts, torch.ones_like(y))
         assert bytes.peak <= 2 * y.nbytes + sum(t.nbytes for t in g) + 1024
+
+
+def test_fake_parts_have_a_fake_norm() -> None:
+    """Also where no mode says so: nothing of the size of a network is ever allocated to plan it."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        parts = [torch.randn(1, 2**8, 2**14, 2**14, requires_grad=True) for _ in range(2)]
+    with ByteTracker() as bytes:
+        y = norm_of_parts(parts, 32, torch.ones(2**9), torch.zeros(2**9), 1e-5, "silu")
+    assert isinstance(y, FakeTensor) and bytes.peak <= 1.5 * y.nbytes + 1024
 
 
 def test_norms_under_transforms() -> None:

@@ -65,8 +65,11 @@ class _NormOfParts(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         first, channels = parts[0], sum(p.shape[1] for p in parts)
         per_group = channels // num_groups
-        shape = (len(first), channels, *first.shape[2:])
-        out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=core.layout(first))
+        size, spatial = len(first), first.shape[2:]
+        if core.layout(first) == torch.contiguous_format:
+            out = first.new_empty((size, channels, *spatial))
+        else:
+            out = first.new_empty((size, *spatial, channels)).movedim(-1, 1)
         statistics: list[Tensor] = []
         for at, part in _ranges(parts):
             piece, *numbers = torch.ops.gas_engine.group_norm_silu(
