@@ -80,7 +80,7 @@ def test_fake_parts_have_a_fake_norm() -> None:
         parts = [torch.randn(1, 2**8, 2**14, 2**14, requires_grad=True) for _ in range(2)]
     with ByteTracker() as bytes:
         y = norm_of_parts(parts, 32, torch.ones(2**9), torch.zeros(2**9), 1e-5, "silu")
-    assert isinstance(y, FakeTensor) and bytes.peak <= 1.5 * y.nbytes + 1024
+    assert isinstance(y, FakeTensor) and bytes.peak <= 1.5 * y.nbytes + 2**13
 
 
 def test_norms_under_transforms() -> None:
