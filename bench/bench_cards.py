@@ -41,7 +41,7 @@ STEPS = {"flux": 4}  # else 6: a call of FLUX takes a third of a second
 ROOM = 96 * 2**20  # what a capped allocator counts besides: the pieces that it cannot use
 CARDS: list[tuple[str, int, Weights]] = [
     ("sd15", 3, "resident"), ("sdxl", 6, "resident"),
-    ("flux", 8, "nf4"), ("flux", 10, "nf4"), ("flux", 10, "streamed"), ("flux", 14, "int8"),
+    ("flux", 10, "nf4"), ("flux", 10, "streamed"), ("flux", 14, "int8"),
 ]  # fmt: skip
 CUDA = torch.cuda.is_available()
 COMPARED = {"flux": 2}  # evaluations of the gradient that is held against float32, where a call takes seconds
