@@ -61,8 +61,8 @@ def guidance(digits: Setting) -> list[Experiment]:
                       below("one for all scales", ("the same at every scale",), over="guidance", kind="classical")),
                 Claim("It is within 10 % of the separately trained ones in FD to the teacher as well.",
                       within(0.1, "one for all scales", "each its own", "fd_teacher", "guidance"),
-                      "It is at the ends and near the middle, where its tables were learned; interpolated ones are as "
-                      "near sample by sample (L1), and less as a set. Classical solvers are at 0.1 and more."),
+                      "It is where its tables were learned, at the ends; between them it is as near sample by sample "
+                      "(L1), and as a set a little less. The classical ones lie several times as far."),
             ),
             note=f"The one solver had {updates} updates, of one scale each, the others {digits.long} each.",
         )
