@@ -15,6 +15,7 @@ namespace {
 constexpr std::int64_t kTask = 16384;          // outputs a thread takes at a time, in whole rows or planes
 constexpr std::int64_t kParallelFrom = 16384;  // outputs below which waking the threads costs more
 constexpr std::int64_t kCache = 131072;        // bytes of filtered rows that stay in a core's own cache
+constexpr std::int64_t kLongRow = 32768;       // bytes of a row that a moving window is not for
 constexpr std::int64_t kSmall = 256;           // pixels of planes that are transposed
 
 // channels_last. The filtered row is kept for as many channels as the cache holds; both passes are vectors of
@@ -30,6 +31,9 @@ class PixelFilter {
 
     explicit PixelFilter(const Resample2dArgs& args)
         : args_(args), f_(phases_of<A>(args)), window_(window_of(f_)) {
+        // Long rows are read faster from end to end.
+        const std::int64_t bytes = args.width * args.inner * static_cast<std::int64_t>(sizeof(T));
+        if (f_.step == 2 && f_.count[0] > 2 && bytes > kLongRow) window_ = 0;
         if (window_ > 0) return;
         const std::int64_t padded = (args.inner + W - 1) / W * W;
         const std::int64_t fits = kCache / static_cast<std::int64_t>(sizeof(A)) / args.width / W * W;
@@ -129,7 +133,7 @@ class PixelFilter {
 
     const Resample2dArgs& args_;
     const Phases<A> f_;
-    const int window_;
+    int window_;
     std::int64_t stride_ = 0, inside_ = 0, outside_ = 0;  // columns from inside_ to outside_ meet no border
     std::vector<A> memory_;
 };

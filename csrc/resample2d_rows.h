@@ -27,7 +27,7 @@ class RowFilter {
     static constexpr std::int64_t kBatch = 8;
 
     explicit RowFilter(const Resample2dArgs& args)
-        : args_(args), f_(phases_of<A>(args)), window_(window_of(f_)) {
+        : args_(args), f_(phases_of<A>(args)), window_(f_.phases == 2 ? window_of(f_) : 0) {
         if (window_ > 0) return;
         const std::int64_t steps = (args.out_width + f_.phases - 1) / f_.phases;
         std::int64_t reach = args.width;
