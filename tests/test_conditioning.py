@@ -123,7 +123,7 @@ def test_models_that_cannot_be_guided_say_so():
     with pytest.raises(ValueError, match="digits takes no text"):
         open_model(ModelOptions(prompts="a cat"))
     with pytest.raises(ValueError, match="has one of its own"):
-        open_model(ModelOptions(resolution=512))
+        open_model(ModelOptions("toy:make", resolution=512))
     assert open_model(ModelOptions(guidance="1")).guidance == 1.0
 
 
