@@ -28,6 +28,13 @@ SHOWN: list[tuple[str, str, dict[str, str], str, str]] = [
     ),
     ("geglu", "16384x10240", {}, "`geglu`, 16384x10240", "stock"),
     ("silu_mul", "16384x10240", {}, "`silu_mul`, the same", "stock"),
+    *(
+        (op, "32x384x64x64", {"pass": "forward + backward", "layout": layout, **more}, f"`{op}`, {said}", other)
+        for op, more, other in (
+            ("bias_leaky_relu", {}, "stock"), ("resample2d", {"way": "down"}, "grouped convolution"),
+        )
+        for layout, said in (("NCHW", "32x384x64x64"), ("channels_last", "the same, channels_last"))
+    ),
 ]  # fmt: skip
 
 
