@@ -12,7 +12,7 @@ from gas_engine.adapters import EMBEDDED
 
 Row = dict[str, str]  # a line of a CSV file
 SELECTION = ("--selection", "16", "--held-out", "16", "--evaluation", "student")
-QUIET = ("--logger", "none", "--sample-every", "1000000", "--evaluate-every", "0", "--no-pictures")
+QUIET = ("--logger", "none", "--evaluate-every", "0", "--no-pictures")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +116,7 @@ def evaluate(setting: Setting, name: str, runs: Sequence[Job], *more: str, steps
     """One evaluation of runs, and of what ``more`` names: classical solvers."""
     words = (*setting.of_model, "--solver", *(str(run.out) for run in runs), *more)
     words += ("--steps", steps) if steps else ()
+    words += ("--selection", "32") if "classical" in more and "--selection" not in more else ()
     return Job("evaluate", (*words, "--seeds", seeds or setting.held_out), setting.place / name, tuple(runs))
 
 

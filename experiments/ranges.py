@@ -16,7 +16,7 @@ GUIDANCE = ("1.5", "3", "5", "7.5")
 def any_steps(setting: Setting) -> Experiment:
     """One solver for every K."""
     every = ANY if len(setting.steps) > 1 else setting.steps
-    updates = len(ANY) * setting.long
+    updates = len(ANY) * setting.long * 3 // 4
     runs = {"one for all K": train(setting, "any", "--steps", f"{ANY[0]}-{ANY[-1]}", updates=updates)}
     for k in every:
         runs[f"each its own, K = {k}"] = train(setting, f"gs-long-k{k}", "--steps", str(k), updates=setting.long)

@@ -1,7 +1,8 @@
 """Run the experiments: ``python experiments/run.py``, or ``make experiments``.
 
 Every command runs once: what is finished is not repeated, and what was stopped goes on. Rows go to
-``experiments/results/*.csv``, figures beside them, and both to ``experiments/RESULTS.md``, after every experiment.
+``experiments/results/*.csv`` as experiments end; at the end of all, or by ``--render``, figures go beside them and both
+to ``experiments/RESULTS.md``.
 
     python experiments/run.py --list                       # the experiments, and the commands of each
     python experiments/run.py --only main gan-kinds        # some of them
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,7 +100,6 @@ def _run(
             for experiment in chosen:
                 if job in experiment.jobs and all(other.done for other in experiment.jobs):
                     _collect(experiment, every, results)
-                    render(every, results)
 
         failures = run_all(todo, processes, threads, said)
     for experiment in chosen:
@@ -142,4 +143,5 @@ def _list(experiments: Sequence[Experiment]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that commands that run are stopped
     raise SystemExit(main())

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import claims
@@ -107,10 +111,25 @@ def test_a_command_that_fails_is_said_and_what_another_left_is_removed(tmp_path)
     (tmp_path / "run").mkdir()
     jobs._write(job.stamp, {"command": "gas-engine nothing --steps 6", "finished": "now"})
     with pytest.raises(
-        Failed, match=r"gas-engine nothing --steps 4 .*: exit code 1: .*No module named gas_engine.nothing"
+        Failed, match=r"gas-engine nothing --steps 4 .*: exit code 1: .*No module named 'gas_engine\.nothing'"
     ):
         jobs.run(job)
-    assert not job.done and job.facts()["seconds"] > 0 and not (tmp_path / "run").exists()
+    assert not job.done and job.facts()["seconds"] >= 0 and not (tmp_path / "run").exists()
+
+
+def test_stopped_it_leaves_no_command_running(tmp_path):
+    words = ["--only", "main", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    called = [sys.executable, run.__file__, *words]
+    with subprocess.Popen(called, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        while not [*tmp_path.glob("runs/digits/teacher.json")]:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+    assert process.returncode == 143
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(process.pid, 0)  # whether any of its session is left
+            time.sleep(0.1)
 
 
 def test_another_command_is_another_job(tmp_path):
