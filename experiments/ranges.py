@@ -16,7 +16,7 @@ GUIDANCE = ("1.5", "3", "5", "7.5")
 def any_steps(setting: Setting) -> Experiment:
     """One solver for every K."""
     every = ANY if len(setting.steps) > 1 else setting.steps
-    updates = len(ANY) * setting.long * 3 // 4
+    updates = len(ANY) * setting.long * 5 // 8
     runs = {"one for all K": train(setting, "any", "--steps", f"{ANY[0]}-{ANY[-1]}", updates=updates)}
     for k in every:
         runs[f"each its own, K = {k}"] = train(setting, f"gs-long-k{k}", "--steps", str(k), updates=setting.long)
@@ -40,12 +40,12 @@ def guidance(digits: Setting) -> list[Experiment]:
         runs = digits.runs / f"guidance-{scale.replace(':', '-')}"
         return dataclasses.replace(digits, model="digits-guided", options=("--guidance", scale), runs=runs)
 
-    every, updates = at(f"{GUIDANCE[0]}:{GUIDANCE[-1]}"), SCALES * digits.long
-    one = train(every, f"gs-range-k{k}", "--steps", k, updates=updates)
-    same = train(every, f"gs-same-k{k}", "--steps", k, "--same-at-every-scale", updates=digits.long)
+    every, updates = at(f"{GUIDANCE[0]}:{GUIDANCE[-1]}"), digits.long // 2
+    one = train(every, f"gs-range-k{k}", "--steps", k, updates=SCALES * updates)
+    same = train(every, f"gs-same-k{k}", "--steps", k, "--same-at-every-scale", updates=updates)
     runs, measured = {"one for all scales": one, "the same at every scale": same}, []
     for scale in GUIDANCE:
-        own = train(at(scale), f"gs-g{scale}-k{k}", "--steps", k, updates=digits.long)
+        own = train(at(scale), f"gs-g{scale}-k{k}", "--steps", k, updates=updates)
         runs[f"each its own, guidance {scale}"] = own
         measured.append(evaluate(at(scale), "evaluation-guidance", [one, same, own], "classical", steps=k))
     return [
@@ -64,6 +64,6 @@ def guidance(digits: Setting) -> list[Experiment]:
                       "It is where its tables were learned, at the ends; between them it is as near sample by sample "
                       "(L1), and as a set a little less. The classical ones lie several times as far."),
             ),
-            note=f"The one solver had {updates} updates, of one scale each, the others {digits.long} each.",
+            note=f"The one solver had {SCALES * updates} updates, of one scale each, the others {updates} each.",
         )
     ]  # fmt: skip
