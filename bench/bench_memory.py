@@ -62,7 +62,10 @@ def of_one_call(network: nn.Module, *inputs: Any, blocks: bool = False) -> float
     return (bytes.peak if blocks else kept) / MIB
 
 
-CALLS = {"cifar10": (113.0, 42, 16), "ffhq64": (291.6, 100, None), "adm64": (692, 372, None), "sd15": (1476, 935, 370)}
+CALLS: dict[str, tuple[float | None, ...]] = {
+    "cifar10": (113.0, 42, 16), "ffhq64": (291.6, 100, None), "adm64": (692, 372, None), "sd15": (1476, 935, 370),
+    "sd3": (None, None, None), "flux": (None, None, None),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -83,8 +86,8 @@ def bench_bytes_of_a_call(bench_record: Callable[..., None], benchmark: Any, smo
         )
     benchmark.pedantic(lambda: None, rounds=1)
     bench_record(
-        "memory", name=name, what="MiB a call", stock=round(stock, 1), published=published, lean=round(thin, 1),
-        goal=goal, blocks=round(blocks, 1), nested=round(nested, 1), goal_blocks=goal_blocks or "",
+        "memory", name=name, what="MiB a call", stock=round(stock, 1), published=published or "", lean=round(thin, 1),
+        goal=goal or "", blocks=round(blocks, 1), nested=round(nested, 1), goal_blocks=goal_blocks or "",
         ratio=float(f"{stock / thin:.3g}"),
     )  # fmt: skip
 

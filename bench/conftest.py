@@ -2,7 +2,7 @@
 
 A figure is a ratio between callables that took turns in one process: both saw the same machine in the same
 minute. Files: results/<topic>_<device>_<date>.csv, columns device, driver, torch, gas_engine, threads, date,
-then the bench's own.
+command, then the bench's own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ import torch
 Row = dict[str, Any]
 BUDGET = 5.0  # seconds after which a comparison on a slow or busy machine stops, having had five rounds
 RECORDS = pytest.StashKey[dict[str, list[Row]]]()
+COMMAND = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
         mallopt(m_mmap_threshold, 32 << 20)  # the most it takes
     config.stash[RECORDS] = {}
+    config.stash[COMMAND] = shlex.join(["pytest", *map(str, config.invocation_params.args)])
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +74,7 @@ def _driver() -> str:
         return ""
 
 
-def _facts(device: str) -> Row:
+def _facts(device: str, command: str) -> Row:
     cuda = device == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
@@ -80,13 +83,15 @@ def _facts(device: str) -> Row:
         "gas_engine": importlib.metadata.version("gas_engine"),
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
+        "command": command,
     }
 
 
 @pytest.fixture(scope="session")
-def device_info() -> dict[str, Row]:
+def device_info(request: pytest.FixtureRequest) -> dict[str, Row]:
     """What every row starts with, for "cpu" and, where there is a device, "cuda"."""
-    return {d: _facts(d) for d in ("cpu", *(("cuda",) if torch.cuda.is_available() else ()))}
+    command = request.config.stash[COMMAND]
+    return {d: _facts(d, command) for d in ("cpu", *(("cuda",) if torch.cuda.is_available() else ()))}
 
 
 @pytest.fixture
@@ -218,7 +223,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)))
 
 
-_COMMON = ("device", "driver", "torch", "gas_engine", "threads", "date")
+_COMMON = ("device", "driver", "torch", "gas_engine", "threads", "date", "command")
 
 
 def _slug(text: str) -> str:

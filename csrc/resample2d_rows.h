@@ -4,12 +4,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "resample2d.h"
 #include "resample2d_columns.h"
-#include "resample2d_window.h"
 #include "simd.h"
 
 namespace gas {
@@ -27,8 +27,8 @@ class RowFilter {
     static constexpr std::int64_t kBatch = 8;
 
     explicit RowFilter(const Resample2dArgs& args)
-        : args_(args), f_(phases_of<A>(args)), window_(f_.phases == 2 ? window_of(f_) : 0) {
-        if (window_ > 0) return;
+        : args_(args), f_(phases_of<A>(args)), repeats_(repeats(f_)) {
+        if (repeats_) return;
         const std::int64_t steps = (args.out_width + f_.phases - 1) / f_.phases;
         std::int64_t reach = args.width;
         for (int s = 0; s < f_.phases; ++s)
@@ -48,7 +48,7 @@ class RowFilter {
     // A batch of rows of one plane: down the columns for all of them, then along, so that what was stored has
     // reached the cache when it is loaded at another offset.
     void operator()(std::int64_t plane, std::int64_t o, std::int64_t rows, std::int64_t end) {
-        if (window_ > 0) return slide(plane, o, rows, end);
+        if (repeats_) return repeat(plane, o, rows, end);
         for (std::int64_t r = 0; r < rows; ++r) {
             const Column<T> column(args_, f_, plane, o + r);
             with_taps(column.count, [&](auto n) { down<n>(column, r * pitch_); });
@@ -62,15 +62,34 @@ class RowFilter {
     }
 
   private:
-    void slide(std::int64_t plane, std::int64_t o, std::int64_t rows, std::int64_t end) const {
-        for (; rows > 0; --rows, ++o) {
+    // Whether each column of x is multiplied into two of y, which then need no filtered row.
+    static bool repeats(const Phases<A>& f) {
+        return f.phases == 2 && f.count[0] == 1 && f.count[1] == 1 && f.first[0] == 0 && f.first[1] == 0;
+    }
+
+    void repeat(std::int64_t plane, std::int64_t o, std::int64_t rows, std::int64_t end) const {
+        const std::int64_t width = args_.out_width, begin = (plane * args_.out_height + o) * width;
+        T* y = static_cast<T*>(args_.y) + begin;
+        for (end -= begin; rows > 0; --rows, ++o, y += width, end -= width) {
             const Column<T> column(args_, f_, plane, o);
-            const std::int64_t begin = (plane * args_.out_height + o) * args_.out_width;
-            with_window(window_, column.count, [&]<class Win>(Win, auto n) {
-                const WindowTaps<Win, A> taps(f_);
-                const ColumnSum<T, n> sum(column);
-                slide_row<T, Win, n>(args_, taps, sum, static_cast<T*>(args_.y) + begin, end - begin);
-            });
+            column.count == 1 ? repeat(ColumnSum<T, 1>(column), y, end)
+                              : repeat(ColumnSum<T, 0>(column), y, end);
+        }
+    }
+
+    template <int N>
+    void repeat(const ColumnSum<T, N>& sum, T* y, std::int64_t end) const {
+        const std::int64_t width = args_.width, out_width = args_.out_width;
+        const A even = f_.taps[0][0], odd = f_.taps[1][0];
+        for (std::int64_t o = 0, w = 0; o < out_width; o += 2 * W, w += W) {
+            V v{}, low{}, high{};  // beyond the image there are zeros
+            if (w < width) v = sum(w, width - w);
+            if (w + W > width) v = first_lanes(v, width - w);
+            low += even * v;
+            high += odd * v;
+            std::tie(low, high) = interleave(low, high, Lanes{});
+            store_before<T>(y, o, low, out_width - o, end);
+            if (o + W < out_width) store_before<T>(y, o + W, high, out_width - o - W, end);
         }
     }
 
@@ -141,7 +160,7 @@ class RowFilter {
 
     const Resample2dArgs& args_;
     const Phases<A> f_;
-    const int window_;
+    const bool repeats_;
     std::vector<A> memory_;
     std::int64_t pitch_ = 0;
     A* rows_[2]{};

@@ -1,10 +1,9 @@
-// Host side of resample2d for the frequent filters: two or four taps, centred. Outputs come from a window of
-// filtered columns that moves along the row in registers; nothing is stored on the way. Sums have the order
-// of the general path, and so its bits.
+// Host side of resample2d for pixels of channels and the frequent filters: two or four taps, centred. Outputs
+// come from a window of filtered columns that moves along the row in registers; nothing is stored on the way.
+// Sums have the order of the general path, and so its bits.
 #pragma once
 
 #include <cstdint>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -122,64 +121,6 @@ void slide_pixels(const Resample2dArgs& args, const WindowTaps<Win, Acc<T>>& tap
     for (; c + U * W <= inner; c += U * W) slide_pixels<T, Win, N, U, true>(args, taps, sum, c, W, y);
     for (; c + W <= inner; c += W) slide_pixels<T, Win, N, 1, true>(args, taps, sum, c, W, y);
     if (c < inner) slide_pixels<T, Win, N, 1, false>(args, taps, sum, c, inner - c, y);
-}
-
-// Lanes D further on in a row of which three neighbouring vectors are given.
-template <int D, class V, int... I>
-GAS_HD V shifted(V before, V here, V after, std::integer_sequence<int, I...>) {
-    static_assert(D >= -1 && D <= 1);
-    if constexpr (D < 0)
-        return __builtin_shufflevector(before, here, static_cast<int>(sizeof...(I)) - 1 + I...);
-    if constexpr (D > 0) return __builtin_shufflevector(here, after, 1 + I...);
-    return here;
-}
-
-// One row of y of NCHW, W outputs of each phase at a time. `end`: elements from y on that may be overwritten.
-template <class T, class Win, int N>
-void slide_row(const Resample2dArgs& args, const WindowTaps<Win, Acc<T>>& taps, const ColumnSum<T, N>& sum,
-               T* y, std::int64_t end) {
-    constexpr int W = kLanes<T>, S = Win::Step;
-    using V = Vec<Acc<T>, W>;
-    using Lanes = std::make_integer_sequence<int, W>;
-    const std::int64_t width = args.width, out_width = args.out_width;
-    const auto columns = [&](std::int64_t w) {
-        if (w >= width) return V{};
-        const V v = sum(w, width - w);
-        return w + W <= width ? v : first_lanes(v, width - w);
-    };
-    struct Piece {
-        V part[S];  // for step 2 the even and the odd columns
-    };
-    const auto piece = [&](std::int64_t w) {
-        Piece p;
-        p.part[0] = columns(w);
-        if constexpr (S == 2)
-            std::tie(p.part[0], p.part[1]) = deinterleave(p.part[0], columns(w + W), Lanes{});
-        return p;
-    };
-    Piece before{}, here = piece(0);
-    std::int64_t w = 0;
-    for (std::int64_t o = 0; o < out_width; o += Win::Phases * W) {
-        const Piece after = piece(w += S * W);
-        V window[Win::L];
-        [&]<int... I>(std::integer_sequence<int, I...>) {
-            // Column d of the window is in part d mod S, shifted by d / S, rounded down.
-            ((window[I] = shifted<((Win::First + I + S) / S - 1)>(
-                  before.part[(Win::First + I + S) % S], here.part[(Win::First + I + S) % S],
-                  after.part[(Win::First + I + S) % S], Lanes{})),
-             ...);
-        }(std::make_integer_sequence<int, Win::L>{});
-        const V first = taps.sum(window, 0);
-        if constexpr (Win::Phases == 1) {
-            store_before<T>(y, o, first, out_width - o, end);
-        } else {
-            const auto [low, high] = interleave(first, taps.sum(window, 1), Lanes{});
-            store_before<T>(y, o, low, out_width - o, end);
-            if (o + W < out_width) store_before<T>(y, o + W, high, out_width - o - W, end);
-        }
-        before = here;
-        here = after;
-    }
 }
 
 }  // namespace gas

@@ -90,7 +90,7 @@ def _read_from_main() -> list[Experiment]:
                 Claim("GAS is nearer to the data (FD) than GS at every K.", below("GAS", ("GS",), "fd_data"),
                       "Both are close to the teacher's own FD, with other solvers on either side of it, and runs are "
                       "short for a discriminator: with 800 updates GAS is below GS at K = 4 "
-                      "(bench/results/digits_gas_k4_*.csv)."),
+                      "(below)."),
                 Claim("The distance to the teacher is larger with it at every K.", below("GS", ("GAS",), "l1")),
             ),
         ),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiment import Row
-from hardware import cards, gpu_ops
+from hardware import adversarial, cards, cpu_ops, gpu_ops, memory
 from jobs import ROOT
 from tables import markdown, rank, read
 
@@ -139,6 +139,9 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "gas": gas,
     "any": any_steps,
     "guidance": guidance,
+    "adversarial": adversarial,
+    "memory": memory,
+    "ops": cpu_ops,
     "gpu": gpu_ops,
     "cards": cards,
 }
