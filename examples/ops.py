@@ -60,6 +60,16 @@ def a_transformer_feed_forward() -> torch.Tensor:
     return down(ops.geglu(up(tokens)))
 
 
+def a_llama_feed_forward() -> torch.Tensor:
+    """silu_mul: SwiGLU of two projections, or of the halves of one; PyTorch keeps silu's output besides them."""
+    tokens = torch.randn(2, 77, 64, requires_grad=True)
+    gate, value = (nn.Linear(64, 256, bias=False).requires_grad_(False) for _ in range(2))
+    down = nn.Linear(256, 64, bias=False).requires_grad_(False)
+    y = down(ops.silu_mul(gate(tokens), value(tokens)))
+    assert torch.allclose(y, down(ops.silu_mul(torch.cat([gate(tokens), value(tokens)], -1))), atol=1e-6)
+    return y
+
+
 def a_discriminator_with_gradient_penalty() -> torch.Tensor:
     """bias_leaky_relu keeps one bit an element, resample2d nothing; both have second derivatives."""
     weight, bias = torch.randn(8, 3, 3, 3, requires_grad=True), torch.zeros(8, requires_grad=True)
@@ -87,14 +97,26 @@ def guidance() -> torch.Tensor:
     return ops.lincomb([uncond, cond], torch.tensor([1 - 7.5, 7.5]))
 
 
+def projected_guidance() -> torch.Tensor:
+    """dots: inner products with one tensor, in one pass; here guidance without its part along the picture."""
+    uncond, cond = torch.randn(2, 4, 64, 64)
+    direction = cond - uncond
+    along, square = ops.dots(cond, [direction, cond])
+    across = ops.lincomb([direction, cond], torch.stack([torch.ones_like(along), -along / square]))
+    assert ops.dots(cond, [across]).abs() < 1e-5 * square
+    return ops.lincomb([cond, across], torch.tensor([1.0, 6.5]))
+
+
 EXAMPLES = (
     a_multistep_sampler,
     gradients_of_a_sampler_step,
     gradients_through_a_frozen_block,
     a_transformer_feed_forward,
+    a_llama_feed_forward,
     a_discriminator_with_gradient_penalty,
     a_step_and_its_exact_inverse,
     guidance,
+    projected_guidance,
 )
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jobs import Job
 
 from gas_engine.adapters import EMBEDDED
+from gas_engine.training.presets import name_of
 
 Row = dict[str, str]  # a line of a CSV file
 SELECTION = ("--selection", "16", "--held-out", "16", "--evaluation", "student")
@@ -26,6 +29,7 @@ class Setting:
     long: int = 800  # the quick recipe as it stands
     train_seeds: str = "0-1399"
     held_out: str = "50000-50511"
+    other_seeds: str = "70000-70511"
     steps: tuple[int, ...] = (4, 6, 8, 10)
 
     @property
@@ -37,15 +41,47 @@ class Setting:
     def place(self) -> Path:
         return self.runs / self.name
 
-    @property
-    def of_model(self) -> tuple[str, ...]:
-        return ("--model", self.model, *self.options)
+    def of_model(self, verb: str) -> tuple[str, ...]:
+        """``--model``, and the options that this verb has; ``--teacher.steps`` is ``--steps`` of the verb teacher."""
+        words = ["--model", self.model]
+        for option, *values in self.passed():
+            own = option.replace("--teacher.", "--") if verb == "teacher" else option
+            words += [own, *values] if name_of(own).partition(".")[0] in options_of(verb) else []
+        return tuple(words)
+
+    def passed(self) -> list[list[str]]:
+        """The options passed through, each with its values. Raises ValueError for what no verb has."""
+        found: list[list[str]] = []
+        for word in self.options:
+            if word.startswith("--"):
+                found.append([])
+            elif not found:
+                raise ValueError(f"{word!r} is no option; those of run.py come first, others begin with --")
+            found[-1].append(word)
+        known = {name for verb in ("teacher", "train", "evaluate", "sample") for name in options_of(verb)}
+        unknown = [option for option, *_ in found if name_of(option).partition(".")[0] not in known]
+        if unknown:
+            raise ValueError(f"no command has an option {unknown[0]}; see gas-engine train --help")
+        return found
 
     def smoke(self) -> Setting:
         """Two updates and few seeds: only that everything runs."""
         return dataclasses.replace(
-            self, updates=2, long=2, train_seeds="0-7", held_out="50000-50007", steps=self.steps[:1]
+            self,
+            updates=2,
+            long=2,
+            train_seeds="0-7",
+            held_out="50000-50007",
+            other_seeds="70000-70007",
+            steps=self.steps[:1],
         )
+
+
+@functools.cache
+def options_of(verb: str) -> frozenset[str]:
+    config = importlib.import_module(f"gas_engine.{verb}").Config
+    flags = {f"no_{field.name}" for field in dataclasses.fields(config) if isinstance(field.default, bool)}
+    return frozenset({field.name for field in dataclasses.fields(config)} | flags)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,20 +128,21 @@ class Experiment:
 
 
 def teacher(setting: Setting) -> Job:
-    words = (*setting.of_model, "--seeds", setting.train_seeds)
+    words = (*setting.of_model("teacher"), "--seeds", setting.train_seeds)
     return Job("teacher", words, setting.place / "teacher")
 
 
 def train(setting: Setting, name: str, *words: str, updates: int | None = None, needs: tuple[Job, ...] = ()) -> Job:
     """A run of the quick recipe with this many updates, without a comparison of its own: evaluate makes that."""
     made = teacher(setting)
-    recipe = () if {"--recipe", "--config"} & {*setting.options} else ("--recipe", "quick")
-    memory = ("--checkpoint-every", "0") if setting.model in EMBEDDED else ()
+    given = {name_of(option) for option, *_ in setting.passed()}
+    recipe = () if {"recipe", "config"} & given else ("--recipe", "quick")
+    memory = ("--checkpoint-every", "0") if setting.model in EMBEDDED and "memory_budget" not in given else ()
     seeds = () if "--train-seeds" in words else ("--train-seeds", setting.train_seeds)
     return Job(
         "train",
         (
-            *setting.of_model, *recipe, *words, "--iterations", str(updates or setting.updates), *seeds,
+            *setting.of_model("train"), *recipe, *words, "--iterations", str(updates or setting.updates), *seeds,
             "--teacher-set", str(made.out), *memory, *SELECTION, *QUIET,
         ),
         setting.place / name, (made, *needs),
@@ -114,18 +151,34 @@ def train(setting: Setting, name: str, *words: str, updates: int | None = None, 
 
 def evaluate(setting: Setting, name: str, runs: Sequence[Job], *more: str, steps: str = "", seeds: str = "") -> Job:
     """One evaluation of runs, and of what ``more`` names: classical solvers."""
-    words = (*setting.of_model, "--solver", *(str(run.out) for run in runs), *more)
+    words = (*setting.of_model("evaluate"), "--solver", *(str(run.out) for run in runs), *more)
     words += ("--steps", steps) if steps else ()
     words += ("--selection", "32") if "classical" in more and "--selection" not in more else ()
     return Job("evaluate", (*words, "--seeds", seeds or setting.held_out), setting.place / name, tuple(runs))
 
 
-def sample(setting: Setting, name: str, solver: str | Job, *words: str, seeds: str = "50000-50011") -> Job:
+def sample(setting: Setting, name: str, solver: str | Job, *words: str, seeds: str) -> Job:
     """Samples as numbers."""
     of = str(solver.out / "solver.safetensors") if isinstance(solver, Job) else solver
     needs = (solver,) if isinstance(solver, Job) else ()
-    words = (*setting.of_model, "--solver", of, *words, "--seeds", seeds, "--format", "npy")
+    words = (*setting.of_model("sample"), "--solver", of, *words, "--seeds", seeds, "--format", "npy")
     return Job("sample", words, setting.place / name, needs)
+
+
+def side_by_side(
+    setting: Setting, runs: dict[str, Job], classical: dict[str, tuple[str, ...]], seeds: str = "50000-50011"
+) -> tuple[Job, ...]:
+    """Samples of the teacher, of runs and of classical solvers, from the same noise."""
+    solvers: dict[str, tuple[str | Job, ...]] = {
+        "teacher": ("unipc3-bh1", "--steps", "20", "--grid", "logSNR", "--t-eps", "1e-4"),
+        **{label: (run,) for label, run in runs.items()},
+        **classical,
+    }
+    return tuple(sample(setting, f"samples-{slug(label)}", *words, seeds=seeds) for label, words in solvers.items())
+
+
+def slug(label: str) -> str:
+    return label.lower().replace("'", "").replace(", ", "-").replace(" ", "-")
 
 
 def plan(setting: Setting, name: str, *words: str) -> Job:

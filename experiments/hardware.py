@@ -12,6 +12,8 @@ from tables import markdown, read
 BENCHES = ROOT / "bench" / "results"
 CPU_OPS = BENCHES / "ops_amd-epyc_2026-11-30.csv"
 MEMORY = BENCHES / "memory_amd-epyc_2026-11-30.csv"
+GPU_MEMORY = BENCHES / "memory_nvidia-h200_2026-11-28.csv"
+CHECKS = BENCHES / "checks_nvidia-h200_2026-11-28.csv"
 GPU_OPS = BENCHES / "ops_nvidia-h200_2026-11-28.csv"
 ADVERSARIAL = BENCHES / "adversarial_amd-epyc_2026-11-21.csv"
 CARDS = BENCHES / "cards_nvidia-h200_2026-11-28.csv"
@@ -92,6 +94,19 @@ def gpu_ops(_: Path) -> str:
         ratios = [_times(theirs.get("device_ratio") or theirs["ratio"]) for _, theirs in pairs]
         lines.append([name, " / ".join(ratios), " / ".join(f"{float(mine['of_copy']):.2f}" for mine, _ in pairs)])
     return markdown(lines) if len(lines) > 1 else ""
+
+
+def gpu_iteration(_: Path) -> str:
+    """Time of an update of the CIFAR-10 network in eager mode on a GPU, against stock layers."""
+    rows = [row for row in read(GPU_MEMORY) if row["what"] == "seconds, K = 10"]
+    lines = [[f"an update of the CIFAR-10 network, K = 10, batch {row['batch']}", "ms", "ratio"] for row in rows[:1]]
+    return markdown([*lines, *([row["name"], row["p50_ms"], f"{float(row['ratio']):.2f}"] for row in rows)])
+
+
+def checks(_: Path) -> str:
+    """What ran on a GPU without a finding."""
+    lines = [["on an H200", "ended without a finding", "of"]]
+    return markdown([*lines, *([row["what"], row["passed"], row["of"]] for row in read(CHECKS))])
 
 
 def _pairs(path: Path, lines: Sequence[Line]) -> list[tuple[str, list[tuple[Row, Row]]]]:

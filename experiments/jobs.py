@@ -106,7 +106,7 @@ def run(job: Job, threads: int = 1) -> float:
     took = {name: round(known.get(name, 0) + value, 1) for name, value in took.items()}
     known = {"command": job.command, **took, "threads": threads, **machine()}
     if process.exitcode == 0:
-        known["finished"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        known["finished"] = now()
     _write(job.stamp, known)
     if process.exitcode:
         last = job.stamp.with_suffix(".log").read_text(errors="replace").strip().splitlines()[-1:]
@@ -161,6 +161,10 @@ def run_all(
                 process.terminate()
             raise
     return failures
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def machine() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +25,7 @@ def page(experiments: Sequence[Experiment], results: Path) -> str:
             parts.append(section(experiment, rows, results))
         else:
             missing.append(experiment.title)
-    text = HEAD + summary(read(results / "commands.csv")) + "\n".join(parts)
+    text = HEAD + summary(read(results / "commands.csv"), read(results / "whole.csv")) + "\n".join(parts)
     if missing:
         text += f"\n## Not run yet\n\n{'; '.join(missing)}.\n"
     return text + "\n" + budget(read(results / "commands.csv"))
@@ -92,28 +91,25 @@ def _costs(rows: Sequence[Row]) -> str:
     return text
 
 
-def summary(commands: Sequence[Row]) -> str:
-    """Machine, versions, time."""
+def summary(commands: Sequence[Row], whole: Sequence[Row]) -> str:
+    """Machine, versions, time; of the last call that ran all commands in one go, how long it took."""
     if not commands:
         return ""
     names = ("device", "torch", "gas_engine")
     several = {name: ", ".join(dict.fromkeys(row[name] for row in commands)) for name in names}
     days = sorted({row["finished"][:10] for row in commands})
     wall, cpu = (sum(float(row[name]) for row in commands) for name in ("seconds", "cpu_seconds"))
-    passed = _passed(commands)
-    whole = f" {passed / 60:.0f} minutes from the first to the last," if passed < wall else ""  # else with breaks
-    return (
-        f"{len(commands)} commands, two at a time with a thread each, took{whole} {wall / 60:.0f} minutes one after "
-        f"the other and {cpu / 60:.0f} of CPU time: {several['device']}, torch {several['torch']}, "
-        f"gas_engine {several['gas_engine']}, {' to '.join(dict.fromkeys((days[0], days[-1])))}. Seeds are "
-        "fixed; one run was made of each solver, so how far another seed falls was not measured.\n\n"
+    together = "".join(
+        f" In one go, two at a time, {row['commands']} commands took {float(row['seconds']) / 60:.0f} minutes "
+        f"({row['finished'][:10]})."
+        for row in whole
     )
-
-
-def _passed(commands: Sequence[Row]) -> float:
-    """Seconds from the start of the first to the end of the last."""
-    ends = [datetime.datetime.fromisoformat(row["finished"]).timestamp() for row in commands]
-    return max(ends) - min(end - float(row["seconds"]) for end, row in zip(ends, commands, strict=True))
+    return (
+        f"{len(commands)} commands with a thread each took {wall / 60:.0f} minutes one after the other, "
+        f"{cpu / 60:.0f} of CPU time: {several['device']}, torch {several['torch']}, gas_engine "
+        f"{several['gas_engine']}, {' to '.join(dict.fromkeys((days[0], days[-1])))}.{together} Seeds are fixed; one "
+        "run was made of each solver, so how far another seed falls was not measured.\n\n"
+    )
 
 
 def budget(commands: Sequence[Row]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiment import Row
-from hardware import adversarial, cards, cpu_ops, gpu_ops, memory
+from hardware import adversarial, cards, checks, cpu_ops, gpu_iteration, gpu_ops, memory
 from jobs import ROOT
 from tables import markdown, rank, read
 
@@ -43,9 +43,20 @@ def digits(results: Path) -> str:
     lines = [["L1 / RMSE to the teacher", *(f"K = {k}" for k in steps)]]
     lines.append(["**learned**", *(_pair(mine.get(k)) for k in steps)])
     lines += [[label, *(_pair(found[label].get(k)) for k in steps)] for label in others]
-    best = {k: min(float(found[label][k]["l1"]) for label in others if k in found[label]) for k in steps}
-    lines.append(["best classical / learned", *(f"{best[k] / float(mine[k]['l1']):.2f}x" for k in steps)])
+    lines.append(["best classical / learned", *_ratios(rows, steps)])
+    lines.append(["the same on 512 other seeds", *_ratios(read(results / "other-seeds.csv"), steps)])
     return markdown(lines)
+
+
+def _ratios(rows: Sequence[Row], steps: Sequence[int]) -> list[str]:
+    """L1 of the best classical solver over that of GS at each K."""
+    said = []
+    for k in steps:
+        here = [row for row in rows if row["steps"] == str(k)]
+        mine = [float(row["l1"]) for row in here if row["label"] == "GS"]
+        best = [float(row["l1"]) for row in here if row["kind"] == "classical"]
+        said.append(f"{min(best) / mine[0]:.2f}x" if mine and best else "")
+    return said
 
 
 def students(results: Path) -> str:
@@ -116,20 +127,58 @@ def guidance(results: Path) -> str:
         "the same at every scale": "one that is the same at every scale",
         "classical": "best classical",
     }
-    return _beside(rows, names, "guidance", "g = ")
+    return _beside(rows, names, "guidance", "g = ", fd=True)
 
 
-def _beside(rows: Sequence[Row], names: dict[str, str], column: str, head: str) -> str:
-    """L1 of labels, called by ``names``, over a column, and the ratio of the first to the second."""
-    found = {(row["label"], row[column]): float(row["l1"]) for row in rows if row["kind"] == "learned"}
+def photos(results: Path) -> str:
+    """Distance and fine detail of solvers on the photographs; and of solvers at another resolution than their own."""
+    rows = [row for row in read(results / "photos.csv") if row["kind"] != "teacher"]
+    here = [row for row in rows if row["kind"] == "classical" or row["label"] == "GS of photos"]
+    if not here:
+        return ""
+    here.sort(key=lambda row: float(row["l1"]))
+    lines = [["photographs, K = 4", "L1 to the teacher", "detail / the teacher's", "FD to the teacher"]]
+    figures = (("l1", ".4f"), ("detail", ".2f"), ("fd_teacher", ".0f"))
+    for row in here:
+        name = "**learned**" if row["kind"] == "learned" else row["label"]
+        lines.append([name, *(_figure(row, metric, form) for metric, form in figures)])
+    return markdown(lines)
+
+
+def resolutions(results: Path) -> str:
+    """L1 of solvers learned at one resolution and used at another."""
+    rows = read(results / "transfer.csv")
+    places = {"photos": "at 32 pixels", "photos at 40 px": "at 40 pixels"}
+    labels = {"GS of photos": "learned at 32 pixels", "GS of photos at 40 px": "learned at 40 pixels"}
+    found = {(row["label"], row["model"]): float(row["l1"]) for row in rows}
+    best = {
+        p: min((float(r["l1"]) for r in rows if r["kind"] == "classical" and r["model"] == p), default=0.0)
+        for p in places
+    }
+    if not all(best.values()) or not all((label, place) in found for label in labels for place in places):
+        return ""
+    lines = [["L1 to the teacher", *places.values()]]
+    lines += [[said, *(f"{found[label, place]:.4f}" for place in places)] for label, said in labels.items()]
+    return markdown([*lines, ["best classical", *(f"{best[place]:.4f}" for place in places)]])
+
+
+def _beside(rows: Sequence[Row], names: dict[str, str], column: str, head: str, fd: bool = False) -> str:
+    """L1 of labels, called by ``names``, over a column, and the ratio of the first to the second; ``fd``: in FD to the
+    teacher as well."""
+    found, apart = (
+        {(row["label"], row[column]): float(row[metric]) for row in rows if row["kind"] == "learned" and metric in row}
+        for metric in ("l1", "fd_teacher")
+    )
     places = sorted({v for _, v in found if all((label, v) in found for label in names)}, key=rank)
     if not places:
         return ""
     lines = [["L1 to the teacher", *(f"{head}{v}" for v in places)]]
     lines += [[name, *(f"{found[label, v]:.4f}" for v in places)] for label, name in names.items()]
     first, second = [*names][:2]
-    ratio = ["ratio of the first two" if len(names) > 2 else "ratio"]
-    return markdown([*lines, [*ratio, *(f"{found[first, v] / found[second, v]:.2f}" for v in places)]])
+    lines.append(["ratio of the first two", *(f"{found[first, v] / found[second, v]:.2f}" for v in places)])
+    if fd and all((label, v) in apart for label in (first, second) for v in places):
+        lines.append(["in FD to the teacher", *(f"{apart[first, v] / apart[second, v]:.2f}" for v in places)])
+    return markdown(lines)
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
@@ -139,10 +188,14 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "gas": gas,
     "any": any_steps,
     "guidance": guidance,
+    "photos": photos,
+    "resolutions": resolutions,
     "adversarial": adversarial,
     "memory": memory,
     "ops": cpu_ops,
     "gpu": gpu_ops,
+    "gpu_iteration": gpu_iteration,
+    "checks": checks,
     "cards": cards,
 }
 

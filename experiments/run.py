@@ -7,7 +7,10 @@ to ``experiments/RESULTS.md``.
     python experiments/run.py --list                       # the experiments, and the commands of each
     python experiments/run.py --only main gan-kinds        # some of them
     python experiments/run.py --render                     # figures and RESULTS.md again, from the CSV files
-    python experiments/run.py --model PATH --guidance 7.5  # the same of another model; other options are passed on
+    python experiments/run.py --model PATH --guidance 7.5 --memory-budget 8GiB   # the same of another model
+
+Other options go to the commands that have them: --recipe, --config, --loss and the like to train, --teacher.steps to
+all.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import dataclasses
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +28,7 @@ import figures
 import readme
 import tables
 from experiment import Experiment, Row, Setting
-from jobs import ROOT, Failed, Job, in_order, run_all
+from jobs import ROOT, Failed, Job, in_order, machine, now, run_all
 from page import page, rows_of
 from questions import questions
 
@@ -34,7 +38,8 @@ from gas_engine.files import write_text
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, Setting, Path]:
     """Options, the setting that they make, and where results go: of models that are not embedded, to their runs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how, allow_abbrev=False)
     parser.add_argument("--list", action="store_true", help="print the experiments and their commands")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these experiments")
     parser.add_argument("--render", action="store_true", help="only write figures and pages again")
@@ -58,7 +63,11 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, Setting, Path]:
 
 def main(words: Sequence[str] | None = None) -> int:
     options, setting, results = parse(sys.argv[1:] if words is None else words)
-    every = questions(setting)
+    try:
+        every = questions(setting)
+    except ValueError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 2
     unknown = {*(options.only or ())} - {e.name for e in every}
     if unknown:
         print(f"no experiment {min(unknown)!r}; known: {', '.join(e.name for e in every)}", file=sys.stderr)
@@ -86,7 +95,7 @@ def _run(
             console.print(f"left out  {experiment.name}: {experiment.lacks}", soft_wrap=True)
     chosen = [experiment for experiment in chosen if not experiment.lacks]
     jobs = in_order(job for experiment in chosen for job in experiment.jobs)
-    todo = [job for job in jobs if not job.done]
+    todo, begun = [job for job in jobs if not job.done], time.monotonic()
     console.print(f"{len(jobs)} commands, {len(jobs) - len(todo)} of them done", soft_wrap=True)
     with progress() as bar:
         task = bar.add_task("experiments", total=len(jobs), completed=len(jobs) - len(todo), note="")
@@ -102,6 +111,10 @@ def _run(
                     _collect(experiment, every, results)
 
         failures = run_all(todo, processes, threads, said)
+    if not failures and len(todo) == len(in_order(job for experiment in every for job in experiment.jobs)):
+        took = {"commands": str(len(todo)), "seconds": f"{time.monotonic() - begun:.0f}", "processes": str(processes)}
+        row = {"command": "python experiments/run.py", **took, **machine(), "finished": now()}
+        tables.write(results / "whole.csv", [row])
     for experiment in chosen:
         _collect(experiment, every, results)
     return failures

@@ -33,7 +33,8 @@ def row(label, k, l1, kind="learned", **more):
 @pytest.mark.parametrize("name", EVERY)
 def test_commands_parse(name, monkeypatch):
     """Every command line is one that the verb takes, also with options passed through."""
-    for setting in (Setting(), Setting(model="some/model", options=("--guidance", "7.5"))):
+    passed = ("--guidance", "7.5", "--memory-budget", "8GiB", "--loss", "l2", "--teacher.steps", "12", "--no-pictures")
+    for setting in (Setting(), Setting(model="some/model", options=passed)):
         experiment = next((e for e in questions(setting) if e.name == name), None)
         for job in jobs.in_order(experiment.jobs) if experiment else ():
             words = [*job.words, "--out", str(job.out)]
@@ -94,6 +95,7 @@ def test_a_smoke_run_ends_in_a_page_and_is_not_repeated(tmp_path, capsys, monkey
     assert [row["command"].split()[1] for row in tables.read(tmp_path / "results" / "commands.csv")] == [
         "teacher", "train", "evaluate",
     ]  # fmt: skip
+    assert not (tmp_path / "results" / "whole.csv").exists()  # there is another experiment
     page = (tmp_path / "RESULTS.md").read_text()
     assert "## One\n" in page and "results/one.png" in page and "## Not run yet\n\nNever run." in page
     assert (tmp_path / "results" / "one.png").stat().st_size > 5_000
@@ -136,6 +138,18 @@ def test_another_command_is_another_job(tmp_path):
     job = Job("doctor", (), tmp_path / "a")
     jobs._write(job.stamp, {"command": job.command, "finished": "now"})
     assert job.done and not Job("doctor", ("--more",), tmp_path / "a").done
+
+
+def test_options_go_to_the_commands_that_have_them(capsys):
+    passed = Setting(model="m", options=("--guidance", "2:9", "--teacher.steps", "12", "--recipe", "paper"))
+    assert passed.of_model("teacher") == ("--model", "m", "--guidance", "2:9", "--steps", "12")
+    assert passed.of_model("evaluate") == ("--model", "m", "--guidance", "2:9", "--teacher.steps", "12")
+    words = train(passed, "x").words
+    assert words[:8] == ("--model", "m", "--guidance", "2:9", "--teacher.steps", "12", "--recipe", "paper")
+    assert words.count("--recipe") == 1
+    for wrong, said in (("--nonsense", "no command has an option --nonsense"), ("stray", "'stray' is no option")):
+        assert run.main(["--list", wrong]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_unknown_names_are_refused(capsys):

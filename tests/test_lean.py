@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from twin import relative
 
 from gas_engine.memory import ByteTracker, lean
 from gas_engine.networks import build_edm
@@ -79,6 +80,7 @@ def test_coverage_says_what_was_left() -> None:
     small = lean(network.requires_grad_(False))
     assert small.coverage == {"Conv2d": (1, 1), "MaxPool2d": (0, 1), "GroupNorm": (1, 0)}
     assert "MaxPool2d" in str(small.coverage)
+    assert small.coverage.told == "Conv2d 1, GroupNorm 1; as they are: Conv2d 1, MaxPool2d 1"
     torch.testing.assert_close(small(torch.ones(1, 3, 4, 4)), network(torch.ones(1, 3, 4, 4)))
 
 
@@ -158,6 +160,7 @@ def test_diffusers_unet() -> None:
             network.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
         small = lean(network)
         assert small.coverage["GEGLU"][1] == 0 and small.coverage["Conv2d"][1] == 0
+        assert small.coverage["Attention"][0 if explicit else 1] > 0
 
         def call(model: nn.Module) -> nn.Module:
             return lambda x, text: model(x, torch.tensor([431.3]), text).sample
@@ -165,10 +168,21 @@ def test_diffusers_unet() -> None:
         inputs = [torch.randn(2, 4, 16, 16), torch.randn(2, 7, 32)]
         y, grads, kept = run(call(small), inputs)
         want, want_grads, stock = run(call(network), inputs)
-        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+        assert relative(y, want) < 1e-6
         for got, expected in zip(grads, want_grads, strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+            assert relative(got, expected) < 1e-5
         assert kept < (0.5 if explicit else 0.75) * stock, (kept, stock)
+
+
+@pytest.mark.parametrize("options", [{"scale_qk": False}, {"qk_norm": "layer_norm"}, {"upcast_softmax": True}])
+def test_attention_of_another_formula_stays(options) -> None:
+    """Explicit attention that scaled_dot_product_attention would make another is left, and said to be."""
+    processors = pytest.importorskip("diffusers.models.attention_processor", reason="needs diffusers")
+    torch.manual_seed(0)
+    network = processors.Attention(16, heads=2, dim_head=8, processor=processors.AttnProcessor(), **options)
+    small, x = lean(network.requires_grad_(False)), torch.randn(2, 5, 16)
+    assert small.coverage["Attention"] == (0, 1)
+    assert torch.equal(small(x), network(x))
 
 
 class Modulated(nn.Module):

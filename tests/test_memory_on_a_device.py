@@ -12,7 +12,8 @@ from gas_engine import BELMSolver, Denoiser, GeneralizedSolver, MemoryPolicy, Sc
 from gas_engine.architectures import architecture
 from gas_engine.execution import Execution
 from gas_engine.gradients import loss_backward
-from gas_engine.planner import plan
+from gas_engine.memory import ByteTracker
+from gas_engine.planner import LIBRARIES, plan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -119,6 +120,10 @@ def test_planned_bytes_are_those_of_the_allocator(execution):
         iteration(denoiser, execution, batch=4)
     peak = torch.cuda.max_memory_allocated() - before
     assert 1.0 <= found.bytes / peak <= 1.15, (found.bytes, peak)
+    with ByteTracker() as bytes:
+        iteration(denoiser, execution, batch=4)
+    # Tensors, and what libraries take for a moment.
+    assert 0.99 * bytes.peak <= bytes.cuda_peak <= bytes.peak + LIBRARIES, (bytes.peak, bytes.cuda_peak)
 
 
 def test_attention_runs_by_torchs_own_kernels():

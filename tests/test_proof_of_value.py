@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from twin import plain_rollout, relative
 
-from gas_engine import GeneralizedSolver, MemoryPolicy, guided
+from gas_engine import BELMSolver, GeneralizedSolver, MemoryPolicy, guided
 from gas_engine.architectures import ARCHITECTURES, architecture
 from gas_engine.execution import Execution
 from gas_engine.gradients import loss_backward
@@ -42,45 +42,69 @@ def case(name, dtype):
 def iteration(denoiser, x, target, cond, solver, memory=None, micro_batch=None):
     """(losses, gradients, peak bytes, rows that the network saw) of one training iteration."""
     solver.zero_grad()
-    rows = []
+    rows, tableau = [], solver.tableau(denoiser.prediction)  # what solvers make once and keep is not counted
     base = denoiser.base
     handle = base.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     with ByteTracker() as bytes:
         losses = loss_backward(
-            denoiser, x, solver.tableau(denoiser.prediction),
+            denoiser, x, tableau,
             lambda y, part: (y - target[part]).square().flatten(1).mean(1), cond, memory, micro_batch,
         )  # fmt: skip
     handle.remove()
     return losses, [p.grad.clone() for p in solver.parameters()], bytes.peak, rows
 
 
+def of_plain_autograd(denoiser, x, target, cond, solver):
+    """(losses, gradients) of the same by the twin of the rollout, whose graph keeps everything."""
+    solver.zero_grad()
+    out = plain_rollout(denoiser, x, solver.tableau(denoiser.prediction), cond)
+    losses = (out - target).square().flatten(1).mean(1)
+    losses.mean().backward()
+    return losses, [p.grad.clone() for p in solver.parameters()]
+
+
+def flat(grads):
+    return torch.cat([g.flatten() for g in grads])
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_everything_at_once_equals_plain_autograd_of_the_stock_network(name):
     """float64, 1e-9: lean, blocks, one graph, split guidance, offload, the loss alone, micro-batches, together."""
     denoiser, wrap, x, target, cond, solver = case(name, torch.float64)
-    out = plain_rollout(wrap(denoiser), x, solver.tableau(denoiser.prediction), cond)
-    wanted = (out - target).square().flatten(1).mean(1)
-    solver.zero_grad()
-    wanted.mean().backward()
-    grads = torch.cat([p.grad.flatten() for p in solver.parameters()])
+    wanted, grads = of_plain_autograd(wrap(denoiser), x, target, cond, solver)
     small = wrap(checkpoint_blocks(lean(denoiser)))
     split = MemoryPolicy(1, "offload", split_guidance=True, loss_alone=True)
     for memory, size in ((MemoryPolicy(1), None), (split, 1)):
         losses, got, _, _ = iteration(small, x, target, cond, solver, memory, size)
         assert relative(losses, wanted) < 1e-9
-        assert relative(torch.cat([g.flatten() for g in got]), grads) < 1e-9
+        assert relative(flat(got), flat(grads)) < 1e-9
         assert all(float(g.norm()) > 0 for g in got)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_reversible_walk_equals_plain_autograd_of_the_stock_network(name):
+    """float64, 1e-12, gradients of a flow 1e-10: two states and codes, lean, with guidance."""
+    denoiser, wrap, x, target, cond, _ = case(name, torch.float64)
+    solver = BELMSolver(STEPS, denoiser.schedule, start="quadratic")
+    wanted, grads = of_plain_autograd(wrap(denoiser), x, target, cond, solver)
+    memory = MemoryPolicy(trajectory="reversible")
+    losses, got, _, _ = iteration(wrap(lean(denoiser)), x, target, cond, solver, memory)
+    assert relative(losses, wanted) < 1e-12
+    # Coefficients are folded by 1 / alpha, which is 1e6 where a flow starts.
+    assert relative(flat(got), flat(grads)) < (1e-10 if denoiser.prediction == "flow" else 1e-12)
+    assert all(float(g.norm()) > 0 for g in got)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_only_rebuilds_agrees_bit_for_bit(name):
-    """float32: one graph or all, checkpoints in blocks, the loss alone; and the bytes fall at every step."""
+    """float32: one graph or all, checkpoints in blocks, nested or not, the loss alone; the bytes fall at every step."""
     denoiser, wrap, x, target, cond, solver = case(name, torch.float32)
     thin = lean(denoiser)
     runs = {
         "all": iteration(wrap(thin), x, target, cond, solver, MemoryPolicy(0)),
         "one": iteration(wrap(thin), x, target, cond, solver, MemoryPolicy(1)),
         "blocks": iteration(wrap(checkpoint_blocks(thin)), x, target, cond, solver, MemoryPolicy(1)),
+        "nested": iteration(wrap(checkpoint_blocks(thin, "nested")), x, target, cond, solver, MemoryPolicy(1)),
         "alone": iteration(
             wrap(checkpoint_blocks(thin, "all")), x, target, cond, solver, MemoryPolicy(loss_alone=True)
         ),
@@ -94,7 +118,9 @@ def test_what_only_rebuilds_agrees_bit_for_bit(name):
     assert all(less <= more for more, less in itertools.pairwise(peaks)), peaks
     assert peaks[-1] < 0.6 * peaks[0]
     calls = len(wrap(denoiser).terms(cond)) * BATCH
-    assert [len(runs[k][3]) for k in runs] == [STEPS, 2 * STEPS - 1, 2 * STEPS - 1, 2 * STEPS]
+    # Nested blocks run twice more, and the network around them once more like any other.
+    again = 2 * STEPS - 1
+    assert [len(runs[k][3]) for k in runs] == [STEPS, again, again, again, 2 * STEPS]
     assert all(rows == calls for *_, seen in runs.values() for rows in seen)
 
 

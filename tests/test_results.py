@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import claims
+import hardware
 import pytest
 import readme
 import tables
@@ -17,6 +19,19 @@ EVERY = questions(Setting())
 def test_readme():
     text = (ROOT / "README.md").read_text()
     assert readme.filled(text) == text, "run python experiments/readme.py"
+
+
+def test_every_table_has_rows():
+    text = (ROOT / "README.md").read_text()
+    parts = {name: part.strip() for _, name, part, _ in readme.MARKED.findall(text)}
+    assert parts.keys() == readme.BLOCKS.keys() and not [name for name, part in parts.items() if not part]
+
+
+@pytest.mark.parametrize(
+    ("path", "lines"), [(hardware.CPU_OPS, hardware.ON_CPU), (hardware.GPU_OPS, hardware.ON_GPU)], ids=["cpu", "gpu"]
+)
+def test_every_line_of_the_ops_was_measured(path, lines):
+    assert [name for name, _ in hardware._pairs(path, lines)] == [name for _, name, *_ in lines]
 
 
 def test_results_page():
@@ -44,3 +59,15 @@ def test_every_command_and_its_time_is_kept():
         if not experiment.source and rows_of(experiment, RESULTS):
             for job in in_order(experiment.jobs):
                 assert float(commands[job.command]["seconds"]) > 0
+
+
+def test_what_must_hold_is_in_the_rows():
+    """GS beside classical solvers, S4S's form and the paper's rivals; one solver for every K, and for every scale."""
+    main, forms = rows_of(EVERY[0], RESULTS), ("GS in S4S's form", "GS in the linear form", "LD3", "S4S", "S4S-Alt")
+    longer, others = (tables.read(RESULTS / f"{name}.csv") for name in ("longer", "other-seeds"))
+    for rows in (main, longer, others):
+        assert claims.below("GS", kind="classical")(rows)[0] and {row["steps"] for row in rows} >= {"4", "6", "8", "10"}
+    assert claims.below("GS", forms)(main)[0]
+    assert claims.within(0.1, "one for all K", "each its own")(tables.read(RESULTS / "any-steps.csv"))[0]
+    guided = tables.read(RESULTS / "guidance.csv")
+    assert claims.within(0.1, "one for all scales", "each its own", over="guidance")(guided)[0]

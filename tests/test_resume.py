@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import toy
 from runs import HERE, brief, checkpoints, flat_of, hidden, options, rows, toy_trainer
+from twin import relative
 
 import gas_engine
 from gas_engine import Denoiser, load_solver, train
@@ -74,6 +76,43 @@ def test_what_did_not_fit_is_not_tried_again(tmp_path):
     asked._asked = "micro-batch 3, 1 graph(s)"
     asked.load(*through_a_file(first, tmp_path))
     assert str(asked.execution) == "micro-batch all, 1 graph(s)"
+
+
+def test_a_budget_that_was_too_large_gives_way_to_cheaper_plans(small, no_pictures, tmp_path, monkeypatch, capsys):
+    """The solver, to rounding, of a device with room; a resumed run begins with the plan that fitted."""
+    room, refused = [4], []
+
+    class Tight(toy.Perceptron):
+        def forward(self, x, t, cond=None):
+            if torch.is_grad_enabled() and len(x) > room[0]:
+                refused.append(len(x))
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x, t, cond)
+
+    def make_tight():
+        torch.manual_seed(0)
+        return Denoiser(Tight(), toy.mixture().schedule, "data", toy.SHAPE, name="tight")
+
+    monkeypatch.setattr(toy, "make_tight", make_tight, raising=False)
+    short = ["--model", "toy:make_tight", "--steps", "3", "--iterations", "6", "--save-every", "3"]
+    wide, tight = tmp_path / "wide", tmp_path / "tight"
+    for most, out in ((4, wide), (2, tight)):
+        room[:] = [most]
+        capsys.readouterr()
+        train.main(brief(out, *short, "--memory-budget", "1GiB"))
+        said = capsys.readouterr().out
+        assert "plan      micro-batch 4, all graph(s), lean" in said and bool(refused) == (out == tight)
+    notices = [line for line in said.splitlines() if "out of memory" in line]
+    assert notices[0].startswith("update 0: out of memory with micro-batch 4, all graph(s), lean; going on with ")
+    assert len(notices) == len(refused) and "going on with micro-batch 2" in notices[-1]
+    whole, tightly = (load_solver(out / "solver.safetensors") for out in (wide, tight))
+    assert relative(flat_of(tightly), flat_of(whole)) < 1e-6
+    # As if stopped after update 3.
+    shutil.rmtree(tight / "checkpoints" / "step-000006")
+    train.main(["--out", str(tight), "--resume", "--device", "cpu", "--evaluation", "student"])
+    said = capsys.readouterr().out
+    assert "at update 3" in said and "out of memory" not in said and len(notices) == len(refused)
+    assert torch.equal(flat_of(load_solver(tight / "solver.safetensors")), flat_of(tightly))
 
 
 def test_run_directory_is_complete_and_resume_is_exact(small, tmp_path):

@@ -110,6 +110,29 @@ def test_network_calls_are_exactly_k_forward_and_k_minus_k_kept_rebuilt(every):
     assert denoiser.function.calls == 5 + (5 - kept)
 
 
+@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_constant_noise_takes_no_derivative_through_the_first_evaluation(every, wanted):
+    """But by its told time; noise that wants a gradient takes one. The solver's gradient is the same."""
+    inner, solver, graphs = mixture(), perturbed(4), {}
+
+    def network(x, t, cond):
+        if torch.is_grad_enabled():
+            graphs[float(t.detach())] = x.requires_grad, t.requires_grad
+        return inner(x, t)
+
+    found = []
+    for run, options in ((plain_rollout, {}), (rollout, {"memory": MemoryPolicy(every)})):
+        solver.zero_grad()
+        graphs.clear()
+        x = noise().requires_grad_(wanted)
+        run(Denoiser(network, VP, "data", SHAPE), x, solver.tableau(), **options).sin().sum().backward()
+        found.append([p.grad.clone() for p in solver.parameters()])
+    # Times fall from noise to data.
+    assert [graphs[t] for t in sorted(graphs, reverse=True)] == [(wanted, True)] + 3 * [(True, True)]
+    assert all(relative(a, b) < 1e-12 for a, b in zip(*found[::-1], strict=True))
+
+
 class LiveBytes(TorchDispatchMode):
     """Bytes of distinct storages that are alive, and their peak."""
 

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
+from math import expm1, hypot, log2
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import options, rows, toy_trainer
-from toy import mixture, noise
+from toy import SHAPE, mixture, noise
 from twin import plain_rollout, relative
 
-from gas_engine import GeneralizedSolver, MemoryPolicy, Schedule, load_solver, rollout, save_solver, train
+from gas_engine import (
+    BELMSolver,
+    Denoiser,
+    GeneralizedSolver,
+    MemoryPolicy,
+    Schedule,
+    load_solver,
+    rollout,
+    save_solver,
+    train,
+)
+from gas_engine.memory import BitsLost
+from gas_engine.ops import ResidualCodes
 from gas_engine.solvers import (
     FAMILIES,
     AlternatingS4SSolver,
@@ -115,6 +129,50 @@ def test_weights_that_sum_to_s_make_a_step_s_times_as_long():
         tableau, (alpha, sigma, _) = solver.tableau("noise"), solver.schedule(solver.times())
         u = sigma / alpha
         assert float(tableau.B[1].sum() / alpha[2]) == pytest.approx(1.25 * float(u[2] - u[1]), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_belm_starts_of_second_order(kind):
+    """Step by step against the formulas, with a floor of 0.01 under A[n,n-1], which A[n,n] makes up for; Euler first.
+    A walk back would lose log2 1 / A[n,n-1] bits."""
+    schedule, solver = SCHEDULES[kind], BELMSolver(STEPS, SCHEDULES[kind], start="quadratic")
+    alpha, sigma, lam = (values.tolist() for values in schedule(grid("quadratic", schedule, STEPS)))
+    h = [after - before for before, after in pairwise(lam)]
+    a, b = torch.zeros(2, STEPS, STEPS, dtype=torch.float64)
+    a[0, 0], b[0, 0] = sigma[1] / sigma[0], -alpha[1] * expm1(-h[0])
+    for n in range(1, STEPS):
+        q2 = (h[n] / h[n - 1]) ** 2
+        below = hypot(q2 * sigma[n + 1] / sigma[n - 1], 0.01)
+        floor = below - q2 * sigma[n + 1] / sigma[n - 1]
+        a[n, n - 1], a[n, n] = below, (1 - q2) * sigma[n + 1] / sigma[n] - floor * sigma[n - 1] / sigma[n]
+        b[n, n] = alpha[n + 1] - a[n, n - 1] * alpha[n - 1] - a[n, n] * alpha[n]
+    found = solver.tableau("data")
+    rounding = 1e-12 + 2e-16 / alpha[0]  # folding divides by alpha, which is 5e-7 where a flow starts
+    assert relative(found.A, a) < rounding and relative(found.B, b) < 1e-12 and found.reversible
+    lost = [max(0.0, -log2(v)) for v in a.diagonal(-1).tolist()]
+    assert solver.bits_lost().tolist() == pytest.approx(lost, rel=1e-9) and max(lost) > 0.1
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("apart", [0.0, 0.5])
+def test_belm_is_exact_for_a_constant_data_estimate(kind, apart):
+    """The estimate comes in with alpha and the noise goes with sigma, whatever A[n,n-1] is."""
+    schedule, data = SCHEDULES[kind], torch.linspace(-1, 1, 18, dtype=torch.float64).view(SHAPE)
+    solver = BELMSolver(STEPS, schedule, start="quadratic")
+    with torch.no_grad():
+        solver.phi_r += apart * torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+        alpha, sigma, _ = schedule(solver.times())
+    found = result(solver.tableau("data"), Denoiser(lambda x, t, cond: data.expand_as(x), schedule, "data", SHAPE))
+    assert relative(found, alpha[-1] * data + sigma[-1] / sigma[0] * (noise() - alpha[0] * data)) < 1e-12
+
+
+def test_bits_of_codes_are_counted():
+    """log2 of all the distances that a code of its size tells apart, escapes included."""
+    meter = BitsLost()
+    meter.add(ResidualCodes(torch.tensor([0, 1, -1, 3], dtype=torch.int8), torch.zeros(0), torch.zeros(0)))
+    assert meter.mean == pytest.approx((2 * log2(3) + log2(7)) / 4) and meter.escaped == 0
+    meter.add(ResidualCodes(torch.tensor([-128], dtype=torch.int8), torch.zeros(1), torch.zeros(1)))
+    assert meter.mean == pytest.approx((2 * log2(3) + log2(7) + log2(257)) / 5) and meter.escaped == 1 / 5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -38,7 +38,14 @@ __all__ = ["Coverage", "lean"]
 
 
 class Coverage(dict[str, tuple[int, int]]):
-    """For each class of leaf module: how many became lean, and how many were left as they are."""
+    """For each class that `lean` knows, and each other class of leaf module: how many became lean, and how many not."""
+
+    @property
+    def told(self) -> str:
+        """In one line."""
+        done = ", ".join(f"{name} {count}" for name, (count, _) in sorted(self.items()) if count)
+        left = ", ".join(f"{name} {count}" for name, (_, count) in sorted(self.items()) if count)
+        return f"{done or 'nothing'}{'; as they are: ' if left else ''}{left}"
 
     def __str__(self) -> str:
         rows = [f"{'module':24} lean  left" if self else "no module"]
@@ -49,8 +56,8 @@ class Coverage(dict[str, tuple[int, int]]):
 def lean(network: nn.Module) -> nn.Module:
     """A network of the same weights whose graph keeps less; `.coverage` says what was converted.
 
-    Same outputs: to float32 rounding (1e-6) where a group norm, a gated unit or batch norm runs as one op, to the bit
-    elsewhere; gradients for the input, the time label and the conditioning. A module that is not known, or has hooks,
+    Same outputs: to float32 rounding (1e-6 of the output, 1e-5 of a gradient) where a group norm, a gated unit, batch
+    norm or explicit attention runs as one op, to the bit elsewhere; gradients for the input, the time label and the conditioning. A module that is not known, or has hooks,
     stays as it is. The result follows later changes of the weights' values, since it shares them, and its `.to()` moves
     or casts them for both; its `.train()` does not reach the original.
     Raises RuntimeError for trainable weights: they would need what is dropped here.
@@ -67,7 +74,7 @@ def lean(network: nn.Module) -> nn.Module:
         if rule is not None and not hooked(module) and rule(copy.copy(module)) is not None:
             done[name] += 1
             return rule if rule is _group_norm else lambda m: _settled(rule(m))
-        if not any(True for _ in module.children()):
+        if rule is not None or not any(True for _ in module.children()):
             left[name] += 1
         return joining(module)
 
@@ -164,11 +171,13 @@ def _swiglu(m: Any) -> Forward | None:
 
 
 def _attention(m: Any) -> Forward | None:
-    """diffusers' explicit softmax attention becomes scaled_dot_product_attention: the same formula."""
+    """diffusers' explicit softmax attention becomes scaled_dot_product_attention where both are one formula."""
     from diffusers.models import attention_processor as processors  # it is there: the module comes from it
 
     if type(m.processor) is not processors.AttnProcessor or m.upcast_attention or m.upcast_softmax:
         return None
+    if not m.scale_qk or m.norm_q is not None or m.norm_k is not None:
+        return None  # the other processor scales all the same, and norms what this one leaves
     m.processor = processors.AttnProcessor2_0()
     own: Forward = type(m).forward.__get__(m)
     return own

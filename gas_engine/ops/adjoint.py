@@ -174,6 +174,14 @@ def _adjoint_step_inplace_fake(
     return _prepare_inplace(x, f, g, a, b)[1], a.new_empty(a.shape), b.new_empty(b.shape)
 
 
+def _bump(keys: Any, x: Tensor, *rest: Any) -> Any:
+    """For the dispatcher, which does not do it by itself: autograd learns that x changed, before the kernel runs."""
+    torch.autograd.graph.increment_version(x)
+    return torch.ops.gas_engine.adjoint_step_.default.redispatch(
+        keys & torch._C._after_ADInplaceOrView_keyset, x, *rest
+    )
+
+
 def _dots(x: Tensor, states: list[Tensor]) -> Tensor:
     core.check_states("dots", "states", states, like=x)
     (x, *states), _ = core.one_layout([x, *states])
@@ -244,4 +252,5 @@ core.register(
     _adjoint_step_inplace,
     _adjoint_step_inplace_fake,
 )
+core.LIBRARY.impl("adjoint_step_", _bump, "ADInplaceOrView", with_keyset=True)
 core.register("dots(Tensor x, Tensor[] states) -> Tensor", _dots, _dots_fake, _backward_dots, _setup_dots)

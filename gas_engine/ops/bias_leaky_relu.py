@@ -32,8 +32,9 @@ def bias_leaky_relu(x: Tensor, bias: Tensor | None = None, slope: float = 0.2) -
     channels_last; anything else is made contiguous). slope: any finite number. v is formed in float32 (float64
     where x is float64) and rounded once; dbias is summed in short float32 runs, and those in float64, in a fixed
     order: the same bits for every run and every number of threads.
-    Error against the float64 twin, relative L2 (bias over norm): y float32 2.8e-8 (2e-9), bfloat16 1.8e-3 and
-    float16 2.3e-4 (the rounding of the result; 6e-6 and 2e-6); dbias 1e-7 (< 1e-8) before it takes bias's dtype.
+    Error against the float64 twin at [8, 96, 32, 32], relative L2 (bias over norm): y float32 2.8e-8 (< 2e-9), bfloat16
+    1.8e-3 and float16 2.3e-4 (the rounding of the result; < 6e-6 and < 2e-6); dbias 1e-7 (< 1e-8) before it takes
+    bias's dtype.
     Memory: reads x once, writes y once and, where a gradient is wanted, N / 8 bytes of signs: all that is kept,
     1/32 of x in float32, whatever else happens to x and y. Backward: reads g once, writes dx once.
     Raises: ValueError (shapes, devices, slope) or TypeError (dtypes), with the value seen.

@@ -175,7 +175,7 @@ _conv_frozen_backward = core.register(
 def conv_frozen_samples(
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", requires_grad: bool = False
 ) -> Iterator[Sample]:
-    """1-D to 3-D, strides, groups, dilation, transposed, channels_last, 1 to 129 pixels."""
+    """1-D to 3-D, strides, groups, dilation, transposed, channels_last, 1 to 1134 pixels, no batch, a slice."""
     generator = torch.Generator().manual_seed(0)
 
     def sample(
@@ -198,3 +198,7 @@ def conv_frozen_samples(
     yield sample((1, 2, 3, 4, 3), (3, 2, 1, 1, 1))
     yield sample((2, 4, 4, 3), (4, 3, 4, 4), stride=2, padding=1, transposed=True, output_padding=1)
     yield sample((3, 2, 1, 1), (5, 2, 1, 1))
+    yield sample((2, 2, 1134), (3, 2, 3), padding=1)
+    yield sample((0, 3, 5, 7), (4, 3, 3, 3), padding=1, stride=2)
+    (x, *constant), kwargs = sample((2, 3, 5, 14), (4, 3, 3, 3), padding=1)
+    yield Sample((x.detach()[..., ::2].requires_grad_(requires_grad), *constant), kwargs)

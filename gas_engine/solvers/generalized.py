@@ -28,7 +28,8 @@ class GeneralizedSolver(LearnedTimes):
 
     ``theory=False`` is the S4S form of the paper's Table 3, ``x+ = r y + C sum a_i m_{i-1}`` with
     ``y = r x + C sum c_i m_{i-1}``, ``C = -alpha phi1``; ``theory="linear"`` the plain linear multistep form
-    ``x+ = sum a_i x_{n-i+1} + sum c_i m_{i-1}``. Both start at the DPM-Solver++ weights.
+    ``x+ = sum a_i x_{n-i+1} + sum c_i m_{i-1}``. Both start at the DPM-Solver++ weights, and the latter so at its
+    samples: the former has r^2 before x, whatever is learned.
 
     Another ``base`` (a name of ``named_solver``, but heun) is any tableau A, B of estimates S, of data or noise, as a
     function of the learned times, with corrections of its newest ``order`` lags::

@@ -18,6 +18,7 @@ from ..execution import Execution, out_of_memory
 from ..gradients import loss_backward
 from ..losses.distillation import Loss
 from ..memory import offload, phase
+from ..memory.lean import Coverage
 from ..rollout import rollout
 from ..solvers import LearnedTimes
 from ..tableau import Tableau
@@ -81,6 +82,12 @@ class Trainer:
         self.optimizer = recipe.optimizer_of(solver.parameters(), len(self.turns))
         self.best = Best()
         self.step, self.skipped, self.skipped_in_a_row, self.rollbacks = 0, 0, 0, 0
+
+    @property
+    def coverage(self) -> Coverage:
+        """What became lean of the network as updates see it."""
+        found = getattr(self._view, "coverage", None)
+        return found if isinstance(found, Coverage) else Coverage()
 
     @property
     def finished(self) -> bool:

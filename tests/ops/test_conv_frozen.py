@@ -32,10 +32,17 @@ def test_keeps_no_byte(layout: torch.memory_format) -> None:
     weight, bias = torch.randn(8, 8, 3, 3), torch.randn(8)
     assert kept_bytes(lambda: ops.conv_frozen(x * 1, weight, bias, padding=1), weight, bias) == 0
     assert kept_bytes(lambda: F.conv2d(x * 1, weight, bias, padding=1), weight, bias) == x.nbytes
-    # Linear and matrix products need no such op.
-    flat, matrix = torch.randn(5, 8, requires_grad=True), torch.randn(4, 8)
-    assert kept_bytes(lambda: F.linear(flat * 1, matrix, bias[:4]), matrix) == 0
-    assert kept_bytes(lambda: (flat * 1) @ matrix.t(), matrix) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 8), (2, 5, 8)], ids=str)
+def test_linear_needs_no_such_op(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Nor do matrix products: with a constant matrix PyTorch keeps nothing of x."""
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    matrix, bias = torch.randn(4, 8, dtype=dtype), torch.randn(4, dtype=dtype)
+    assert kept_bytes(lambda: F.linear(x * 1, matrix, bias), matrix) == 0
+    assert kept_bytes(lambda: F.linear(x * 1, matrix), matrix) == 0
+    assert kept_bytes(lambda: (x * 1) @ matrix.t(), matrix) == 0
 
 
 def test_autocast_as_pytorch() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -203,13 +204,33 @@ def test_bits_do_not_depend_on_run_or_threads(name: str, device: str) -> None:
         assert all(torch.equal(got, want) for got, want in zip(other, results[0], strict=True))
 
 
+CXX = os.environ.get("CXX", "g++")
+INDUCTOR = pytest.param(
+    "inductor",
+    1,
+    marks=[
+        pytest.mark.slow,
+        pytest.mark.skipif(
+            shutil.which(CXX) is None, reason=f"Inductor needs a C++ compiler: install {CXX}, or name another in CXX"
+        ),
+    ],
+)
+
+
 @pytest.mark.parametrize("name", OPS)
-def test_compile_fullgraph(name: str) -> None:
+@pytest.mark.parametrize(("backend", "count"), [("aot_eager", 4), INDUCTOR])
+def test_compile_fullgraph(backend: str, count: int, name: str) -> None:
+    """With a neighbour that the compiler makes code of."""
     op = OPS[name]
-    compiled = torch.compile(op.op, backend="aot_eager", fullgraph=True)
-    for sample in itertools.islice(op.samples(torch.float32, "cpu", requires_grad=True), 3, 7):
+
+    def doubled(*args: Any, **kwargs: Any) -> list[Tensor]:
+        return [2 * t for t in tensors(op.op(*args, **kwargs))]
+
+    torch.compiler.reset()  # one function for all ops: what they compiled would add up
+    compiled = torch.compile(doubled, backend=backend, fullgraph=True)
+    for sample in itertools.islice(op.samples(torch.float32, "cpu", requires_grad=True), 3, 3 + count):
         for got, want in zip(
-            itertools.chain(*gradients(compiled, sample)), itertools.chain(*gradients(op.op, sample)), strict=True
+            itertools.chain(*gradients(compiled, sample)), itertools.chain(*gradients(doubled, sample)), strict=True
         ):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 

@@ -66,15 +66,20 @@ def test_error_statistics_of_the_docstrings() -> None:
 
 
 def test_threads_and_runs_agree_to_the_bit() -> None:
-    x = torch.randn(3, 70_002)
+    """At sizes that wake the threads, forward and backward."""
+    x = torch.randn(3, 70_002, requires_grad=True)
+    g = torch.randn(3, 35_001)
     threads, results = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 3):
             torch.set_num_threads(count)
-            results.append(ops.geglu(x))
+            gate, value = x.chunk(2, -1)
+            each = (ops.geglu(x), ops.geglu(x, "tanh"), ops.silu_mul(x), ops.silu_mul(gate, value))
+            results.append([t for y in each for t in (y, *torch.autograd.grad(y, x, g))])
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    for other in results[1:]:
+        assert all(torch.equal(got, want) for got, want in zip(other, results[0], strict=True))
 
 
 @pytest.mark.parametrize(

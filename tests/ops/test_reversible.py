@@ -141,6 +141,23 @@ def test_layouts_agree_with_the_twin() -> None:
     assert torch.equal(ops.reversible_inverse_reference(twin_next, x, f, coef, twin_code), x_prev)
 
 
+def test_threads_and_runs_agree_to_the_bit() -> None:
+    """At a size that wakes the threads, with escapes."""
+    x_prev, x, f = draw((3, 70_001), torch.float32)
+    coef = torch.tensor([0.01, 1.0, -0.2])
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 3):
+            torch.set_num_threads(count)
+            x_next, codes = ops.reversible_step(x_prev, x, f, coef)
+            results.append((x_next, *codes, ops.reversible_inverse(x_next, x, f, coef, codes)))
+    finally:
+        torch.set_num_threads(threads)
+    assert codes.escaped.numel() > 1000
+    for other in results[1:]:
+        assert all(same_bits(got, want) for got, want in zip(other, results[0], strict=True))
+
+
 def test_compiled_with_a_number_of_escapes_that_depends_on_data() -> None:
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         compiled = torch.compile(lambda *v: ops.reversible_inverse(*_forth(*v)), backend="aot_eager", fullgraph=True)
