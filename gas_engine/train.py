@@ -64,7 +64,7 @@ def _run(config: Config, given: Collection[str], group: Group) -> None:
     trainer = Trainer(
         denoiser, solver, seeds, targets, loss, recipe, execution, config.seed, device, adversary, group, stored
     )  # fmt: skip
-    if execution.lean:
+    if execution.lean and any(done for done, _ in trainer.coverage.values()):  # EDM networks are lean as they are
         console.print(f"lean      {trainer.coverage.told}", soft_wrap=True)
     if plans is not None:
         trainer.cheaper = (plan.execution for plan in plans.choice.cheaper_ones())

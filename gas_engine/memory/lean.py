@@ -57,9 +57,10 @@ def lean(network: nn.Module) -> nn.Module:
     """A network of the same weights whose graph keeps less; `.coverage` says what was converted.
 
     Same outputs: to float32 rounding (1e-6 of the output, 1e-5 of a gradient) where a group norm, a gated unit, batch
-    norm or explicit attention runs as one op, to the bit elsewhere; gradients for the input, the time label and the conditioning. A module that is not known, or has hooks,
-    stays as it is. The result follows later changes of the weights' values, since it shares them, and its `.to()` moves
-    or casts them for both; its `.train()` does not reach the original.
+    norm or explicit attention runs as one op, to the bit elsewhere; gradients for the input, the time label and the
+    conditioning. A module that is not known, or has hooks, stays as it is. The result follows later changes of the
+    weights' values, since it shares them, and its `.to()` moves or casts them for both; its `.train()` does not reach
+    the original.
     Raises RuntimeError for trainable weights: they would need what is dropped here.
 
         small = lean(network.requires_grad_(False).eval())

@@ -3,7 +3,7 @@
 | | on the device | per network call |
 |---|---|---|
 | resident | all | |
-| `stream_weights` | what is in no block, and three blocks | one copy of the blocks to the device, beside the arithmetic |
+| `stream_weights` | what is in no block, and three blocks | a copy of the blocks to the device, beside the arithmetic |
 | `quantize_weights` | a byte, or a little more than half of one, a weight of linear layers | their dequantisation |
 """
 
