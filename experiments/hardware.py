@@ -19,6 +19,7 @@ ADVERSARIAL = BENCHES / "adversarial_amd-epyc_2026-11-21.csv"
 CARDS = BENCHES / "cards_nvidia-h200_2026-11-28.csv"
 DTYPES = ("float32", "bfloat16")
 BOTH = {"pass": "forward + backward"}
+OLDER = {"taps": "1331"}  # of files without the column
 # What tells a line's rows, what it is called, the row that is ours, and the one that it is held against.
 Line = tuple[dict[str, str], str, str, str]
 
@@ -60,7 +61,10 @@ ON_CPU: list[Line] = [
     *(line for size in ("8x384x64x64", "8x768x16x16", "8x768x4x4")
       for line in _laid_out("bias_leaky_relu", size, "stock", {})),
     *(line for size in ("8x384x64x64", "8x128x32x32", "8x768x8x8") for way in ("down", "up")
-      for line in _laid_out("resample2d", size, "grouped convolution", {"way": way}, f", {way}")),
+      for line in _laid_out("resample2d", size, "grouped convolution", {"way": way, "taps": "1331"}, f", {way}")),
+    *(line for way in ("down", "up")
+      for line in _laid_out("resample2d", "8x384x64x64", "grouped convolution", {"way": way, "taps": "11"},
+                            f", {way}, two taps")),
     *(
         ({"op": "reversible_step", "size": size}, f"`reversible_step`, {size}", "step with codes",
          "eager twin of the step")
@@ -75,7 +79,7 @@ ON_GPU: list[Line] = [
     *_normed("32x320x64x64", PLAIN, MODULATED, MODULATED_LAST),
     *(({"op": op, "size": "16384x10240"}, f"`{op}`, 16384x10240", "native", "stock") for op in ("geglu", "silu_mul")),
     *_laid_out("bias_leaky_relu", "32x384x64x64", "stock", {}),
-    *_laid_out("resample2d", "32x384x64x64", "grouped convolution", {"way": "down"}, ", down"),
+    *_laid_out("resample2d", "32x384x64x64", "grouped convolution", {"way": "down", "taps": "1331"}, ", down"),
 ]  # fmt: skip
 
 
@@ -113,7 +117,7 @@ def _pairs(path: Path, lines: Sequence[Line]) -> list[tuple[str, list[tuple[Row,
     """The name of each line, and for each dtype its row and the other's; lines that were not measured are left out."""
     rows, found = read(path), []
     for told, name, mine, other in lines:
-        here = [row for row in rows if all(row.get(k) == v for k, v in told.items())]
+        here = [row for row in rows if all(row.get(k, OLDER.get(k)) == v for k, v in told.items())]
         named = {(row["dtype"], row["name"]): row for row in here}
         if all((dtype, which) in named for dtype in DTYPES for which in (mine, other)):
             found.append((name, [(named[dtype, mine], named[dtype, other]) for dtype in DTYPES]))

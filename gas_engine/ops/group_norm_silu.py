@@ -40,7 +40,7 @@ def group_norm_silu(
     Error against the float64 twin at [4, 128, 32, 32], 32 groups, modulated, relative L2 (bias over norm): the result
     float32 7.5e-8 (< 1e-8), float64 2e-16 (< 1e-17), dx 1.1e-7 and 5e-16 (likewise), dscale and dshift 1.5e-7 (< 4e-8)
     and 5e-16 (< 1e-16), in channels_last 3e-7 and 9e-16; all of them in bfloat16 1.7e-3 and in float16 2.1e-4 (the
-    rounding of each; < 5e-6 and < 1e-6, of dscale and dshift < 2e-4 and < 2e-5).
+    rounding of each; < 5e-6 and < 2e-6, of dscale and dshift < 2e-4 and < 2e-5).
     Differentiable once in x, scale and shift; weight and bias are constants here.
     Memory: keeps x, scale, shift and 2BG numbers for the gradient, where stock PyTorch keeps x, the norm's output
     and, modulated, the sum. On the CPU a group stays in the cache: the forward pass reads x and writes out once,
