@@ -24,6 +24,7 @@ class Setting:
 
     model: str = "digits"
     options: tuple[str, ...] = ()
+    other: str = ""  # a second model, for solvers away from home
     runs: Path = Path("experiments/runs")
     updates: int = 250
     long: int = 800  # the quick recipe as it stands

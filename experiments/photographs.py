@@ -1,4 +1,4 @@
-"""The experiments on the embedded photographs: fine detail, and solvers away from home."""
+"""The experiments on the embedded photographs: fine detail, solvers away from home; the latter of any two models too."""
 
 from __future__ import annotations
 
@@ -78,4 +78,26 @@ def photographs(digits: Setting, main: dict[str, Job]) -> list[Experiment]:
             ),
             note=lengths, lacks=lacks,
         ),
+    ]  # fmt: skip
+
+
+def transfer(setting: Setting, main: dict[str, Job]) -> list[Experiment]:
+    """Solvers of two models, each on both; nothing where no other model was named."""
+    if not setting.other:
+        return []
+    k, other = str(setting.steps[0]), dataclasses.replace(setting, model=setting.other, other="")
+    runs = {
+        f"GS of {setting.name}": main[f"GS, K = {k}"],
+        f"GS of {other.name}": train(other, f"gs-k{k}", "--steps", k),
+    }
+    return [
+        Experiment(
+            "transfer", "A solver on a model that it was not learned on",
+            "Table 7: a solver learned on one data set serves another, worse than one of its own, better than none.",
+            learned=runs, table=("l1",), over="model",
+            evaluations=tuple(
+                evaluate(where, "evaluation-transfer", [*runs.values()], "classical", steps=k)
+                for where in (setting, other)
+            ),
+        )
     ]  # fmt: skip

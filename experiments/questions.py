@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from claims import below, moves_less
 from experiment import Claim, Experiment, Setting, evaluate, plan, side_by_side, slug, train
-from photographs import photographs
+from photographs import photographs, transfer
 from ranges import any_steps, guidance
 
 FD = ("l1", "rmse", "fd_data", "fd_teacher")
@@ -32,7 +32,7 @@ def questions(setting: Setting) -> list[Experiment]:
     found = [_main(setting, main), *_read_from_main(), any_steps(setting)]
     found += [*(guidance(setting) if setting.model == "digits" else []), _kinds(setting, main)]
     found += [_samples(setting, main), _schedule(main), _pictures(setting, main), _spectrum(setting, main, found[0])]
-    found += [_memory(setting, main), *(photographs(setting, main) if setting.model == "digits" else [])]
+    found += [_memory(setting, main), *(photographs if setting.model == "digits" else transfer)(setting, main)]
     found += [_bases(setting, main), *_longer(setting)]
     return found
 

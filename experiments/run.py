@@ -45,13 +45,14 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, Setting, Path]:
     parser.add_argument("--render", action="store_true", help="only write figures and pages again")
     parser.add_argument("--smoke", action="store_true", help="two updates, few seeds: only that everything runs")
     parser.add_argument("--model", default="digits", help="as train takes it")
+    parser.add_argument("--transfer", metavar="MODEL", default="", help="a second model: solvers of both, on both")
     parser.add_argument("--updates", type=int, help="of most runs (250)")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="commands at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each command")
     parser.add_argument("--runs", type=Path, default=Path("experiments/runs"), help="where runs lie")
     parser.add_argument("--results", type=Path, help="where CSV files and figures go")
     options, passed = parser.parse_known_args(words)
-    setting = Setting(options.model, tuple(passed), options.runs)
+    setting = Setting(options.model, tuple(passed), options.transfer, options.runs)
     if options.updates:
         setting = dataclasses.replace(setting, updates=options.updates)
     if options.smoke:

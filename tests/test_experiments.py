@@ -34,7 +34,7 @@ def row(label, k, l1, kind="learned", **more):
 def test_commands_parse(name, monkeypatch):
     """Every command line is one that the verb takes, also with options passed through."""
     passed = ("--guidance", "7.5", "--memory-budget", "8GiB", "--loss", "l2", "--teacher.steps", "12", "--no-pictures")
-    for setting in (Setting(), Setting(model="some/model", options=passed)):
+    for setting in (Setting(), Setting("some/model", passed, other="another/model")):
         experiment = next((e for e in questions(setting) if e.name == name), None)
         for job in jobs.in_order(experiment.jobs) if experiment else ():
             words = [*job.words, "--out", str(job.out)]
