@@ -1,4 +1,4 @@
-"""The experiments on the embedded photographs: fine detail, solvers away from home; the latter of any two models too."""
+"""The experiments on the embedded photographs: fine detail, solvers away from home; those also of any two models."""
 
 from __future__ import annotations
 
