@@ -85,7 +85,8 @@ def transfer(setting: Setting, main: dict[str, Job]) -> list[Experiment]:
     """Solvers of two models, each on both; nothing where no other model was named."""
     if not setting.other:
         return []
-    k, other = str(setting.steps[0]), dataclasses.replace(setting, model=setting.other, other="")
+    k = str(setting.steps[0])
+    other = dataclasses.replace(setting, model=setting.other, other="", runs=setting.runs / "transfer")
     runs = {
         f"GS of {setting.name}": main[f"GS, K = {k}"],
         f"GS of {other.name}": train(other, f"gs-k{k}", "--steps", k),
