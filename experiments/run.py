@@ -57,7 +57,7 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, Setting, Path]:
         setting = dataclasses.replace(setting, updates=options.updates)
     if options.smoke:
         setting = dataclasses.replace(setting, runs=options.runs / "smoke").smoke()
-    own = options.model == "digits" and not passed and not options.smoke and not options.updates
+    own = setting == Setting(runs=options.runs)
     results = options.results or (Path("experiments/results") if own else setting.place / "results")
     return options, setting, ROOT / results
 

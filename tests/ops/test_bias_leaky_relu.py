@@ -6,28 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import DEVICES, needs_core
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from gas_engine import ops
-from gas_engine.ops import _native
 from gas_engine.ops._samples import Sample, draw
 from gas_engine.ops.bias_leaky_relu import bias_leaky_relu_samples
 
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run bench/gpu.sh on one"),
-    ],
-)
-DEVICES = ["cpu", CUDA]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 3e-7, torch.float64: 1e-15, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-needs_core = pytest.mark.skipif(
-    _native.native is None, reason="the native core is off: the twins are no registered ops"
-)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:

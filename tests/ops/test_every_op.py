@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import DEVICES
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,14 +29,6 @@ from gas_engine.ops.glu import geglu_samples, silu_mul_samples
 from gas_engine.ops.resample2d import resample2d_samples
 from gas_engine.ops.reversible import reversible_step_samples
 
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run bench/gpu.sh on one"),
-    ],
-)
-DEVICES = ["cpu", CUDA]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-13, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
 

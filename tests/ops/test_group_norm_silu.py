@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import DEVICES
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -18,14 +19,6 @@ from gas_engine.ops import _native
 from gas_engine.ops._samples import Sample
 from gas_engine.ops._samples import group_norm_silu_samples as samples
 
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run bench/gpu.sh on one"),
-    ],
-)
-DEVICES = ["cpu", CUDA]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # One rounding to storage, plus the arithmetic.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 8e-3, torch.float16: 1e-3}

@@ -9,23 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from marks import DEVICES, needs_core
 from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gas_engine import ops
-from gas_engine.ops import _native, _samples
-
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run bench/gpu.sh on one"),
-    ],
-)
-DEVICES = ["cpu", CUDA]
-needs_core = pytest.mark.skipif(
-    _native.native is None, reason="the native core is off: the twins are no registered ops"
-)
+from gas_engine.ops import _samples
 
 
 class Watcher(TorchDispatchMode):

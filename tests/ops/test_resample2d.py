@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import DEVICES, needs_core
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
@@ -15,22 +16,11 @@ from gas_engine.ops import _native
 from gas_engine.ops._samples import draw
 from gas_engine.ops.resample2d import resample2d_samples
 
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run bench/gpu.sh on one"),
-    ],
-)
-DEVICES = ["cpu", CUDA]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 FACTORS = [(1, 2), (2, 1), (1, 1)]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 TAPS = [0.4, 1.0, 3.0, 2.5, -0.5, 0.7, 0.1, 0.3]
-needs_core = pytest.mark.skipif(
-    _native.native is None, reason="the native core is off: the twins are no registered ops"
-)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -8,20 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import DEVICES
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from gas_engine import ops
 from gas_engine.ops import _native, _samples
 
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run bench/gpu.sh on one"),
-    ],
-)
-DEVICES = ["cpu", CUDA]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # One rounding of the result to storage, plus the sum itself in the accumulation dtype.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3, torch.float16: 1e-3}
