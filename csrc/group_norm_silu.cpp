@@ -64,7 +64,8 @@ void planar(Choice act, const GroupNormArgs& args, std::int64_t group) {
     using V = Vec<A, W>;
     const std::int64_t N = args.N, channels = args.C / args.G, size = channels * N;
     const T* x = static_cast<const T*>(args.x) + group * size;
-    T* out = static_cast<T*>(args.out) + group * size;
+    const std::int64_t b = group / args.G, first = group % args.G * channels;
+    T* out = static_cast<T*>(args.out) + b * args.out_stride + first * N;
 
     A mean;
     double variance;
@@ -72,7 +73,6 @@ void planar(Choice act, const GroupNormArgs& args, std::int64_t group) {
     const A rstd = static_cast<A>(1 / std::sqrt(variance + args.eps));
     store_statistics(args, group, mean, rstd);
 
-    const std::int64_t b = group / args.G, first = group % args.G * channels;
     for (std::int64_t c = 0; c < channels; ++c, x += N, out += N) {
         A gain, offset;
         folded(args, b, first + c, gain, offset);

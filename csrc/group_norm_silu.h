@@ -42,8 +42,12 @@ struct GroupNormArgs {
     void* workspace;
     void* mean;  // written by the forward pass (on the host null leaves both out), read by the backward pass
     void* rstd;
-    void* out;      // dx in the backward pass
+    void* out;  // dx in the backward pass
+    // Elements from one sample of it, and of g, to the next: C N, but for the host's forward pass (out) and
+    // backward pass (g) without channels_last, where samples may be parts of wider ones.
+    std::int64_t out_stride;
     const void* g;  // from here on backward only
+    std::int64_t g_stride;
     void* dscale;
     void* dshift;
 };

@@ -34,7 +34,7 @@ void planar(Choice act, const GroupNormArgs& args, std::int64_t group, bool kept
     const std::int64_t N = args.N, channels = args.C / args.G, size = channels * N;
     const std::int64_t b = group / args.G, first = group % args.G * channels;
     const T* const x = static_cast<const T*>(args.x) + group * size;
-    const T* const g = static_cast<const T*>(args.g) + group * size;
+    const T* const g = static_cast<const T*>(args.g) + b * args.g_stride + first * N;
     const A mean = static_cast<const A*>(args.mean)[group], rstd = static_cast<const A*>(args.rstd)[group];
     Affine<V> affine[kPair];
     const auto set_affine = [&](std::int64_t c) {

@@ -1,5 +1,6 @@
 // group_norm_silu on the host against loops in double: odd sizes, both layouts, guard words behind every
 // output, any number of threads.
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -96,6 +97,7 @@ void check(std::int64_t B, std::int64_t C, std::int64_t G, std::int64_t N, bool 
         args.act = act, args.eps = 1e-5, args.channels_last = last;
         args.B = B, args.C = C, args.G = G, args.N = N;
         args.mean = mean.data(), args.rstd = rstd.data(), args.out = out.data();
+        args.out_stride = args.g_stride = C * N;
         group_norm_silu_cpu(args, threads);
         CHECK(mean[B * G] == kGuard && rstd[B * G] == kGuard);
         args.out = dx.data(), args.g = p.g.data(), args.dscale = dscale.data(), args.dshift = dshift.data();
@@ -104,6 +106,26 @@ void check(std::int64_t B, std::int64_t C, std::int64_t G, std::int64_t N, bool 
         check_near(dx, want.dx, 1e-5);
         check_near(dscale, want.dscale, 1e-5);
         check_near(dshift, want.dshift, 1e-5);
+        if (last) continue;
+        // As the middle channels of wider samples: the same bits, and nothing beside them is written.
+        const std::int64_t wide = (C + 3) * N, before = 2 * N;
+        const auto middle = [&](const std::vector<float>& whole) {
+            std::vector<float> cut;
+            for (std::int64_t b = 0; b < B; ++b)
+                cut.insert(cut.end(), &whole[b * wide + before], &whole[b * wide + before] + C * N);
+            cut.push_back(kGuard);
+            return cut;
+        };
+        std::vector<float> wide_out(B * wide, kGuard), wide_g = wide_out, again(B * C * N + 1, kGuard);
+        for (std::int64_t b = 0; b < B; ++b) std::copy_n(&p.g[b * C * N], C * N, &wide_g[b * wide + before]);
+        args.out_stride = args.g_stride = wide;
+        args.out = &wide_out[before];
+        group_norm_silu_cpu(args, threads);
+        CHECK(middle(wide_out) == out);
+        CHECK(std::count(wide_out.begin(), wide_out.end(), kGuard) >= 3 * N * B);
+        args.out = again.data(), args.out_stride = C * N, args.g = &wide_g[before];
+        group_norm_silu_backward_cpu(args, threads);
+        CHECK(again == dx);
     }
     for (int i = 0; i < 4; ++i) CHECK(results[0][i] == results[1][i]);
 }

@@ -21,16 +21,21 @@ from ._rebuilt import untransformed
 def conv_of_parts(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
     """``W x + b = sum_i W_i x_i + b``, a pointwise convolution: no part is copied, and no gradient cut from a whole.
 
-    Each part's sum is rounded: relative L2 from the joined convolution below 3e-7 in float32, 1e-15 in float64.
+    Matrix products that add to what is there. Each part's sum is rounded: relative L2 from the joined convolution below
+    3e-7 in float32, 1e-15 in float64.
     """
-    if weight.dtype not in (torch.float32, torch.float64):
+    if weight.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(parts[0].device.type):
         return conv_frozen(join(parts), weight, bias)  # two roundings to 16 bits would show
-    out: Tensor | None = None
+    core.check_frozen("conv_frozen", weight=weight, bias=bias)
+    first = parts[0]
+    size, last = len(first), core.layout(first) != torch.contiguous_format
+    out = first.new_zeros(()) if bias is None else bias if last else bias[:, None]
     for at, part in _ranges(parts):
-        y = conv_frozen(part, weight[:, at], bias if out is None else None)
-        out = y if out is None else out.add_(y)  # a convolution of frozen weights keeps no output
-    assert out is not None
-    return out
+        x, w = part.flatten(2), weight[:, at].flatten(1).expand(size, -1, -1)
+        product = (x.mT, w.mT) if last else (w, x)
+        # Written over from the second on: a product keeps its frozen factor, and no result.
+        out = torch.baddbmm(out, *product) if out.dim() < 3 else out.baddbmm_(*product)
+    return (out.mT if last else out).unflatten(2, first.shape[2:])
 
 
 def norm_of_parts(
@@ -39,7 +44,8 @@ def norm_of_parts(
     """``group_norm_silu`` of the joined parts, which keeps the parts; the same bits.
 
     Where no group reaches from one part to the next, each is normalised into its place: neither they nor their
-    gradients are ever joined. Memory beside the parts: the result and a part of it, where joining takes it twice.
+    gradients are ever joined. Memory beside the parts: the result (and, on a GPU or with channels_last, a part of it),
+    where joining takes it twice.
     """
     if untransformed() and _apart(parts, num_groups):
         core.check_frozen("group_norm_silu", weight=weight, bias=bias)
@@ -72,12 +78,9 @@ class _NormOfParts(torch.autograd.Function):
             out = first.new_empty((size, *spatial, channels)).movedim(-1, 1)
         statistics: list[Tensor] = []
         for at, part in _ranges(parts):
-            piece, *numbers = torch.ops.gas_engine.group_norm_silu(
-                part, part.shape[1] // per_group, _of(weight, at), _of(bias, at), None, None, eps, act
+            statistics += _group_norm.forward_into(
+                out[:, at], part, part.shape[1] // per_group, _of(weight, at), _of(bias, at), eps, act
             )
-            out[:, at] = piece
-            statistics += numbers
-            del piece
         ctx.per_group, ctx.eps, ctx.act = per_group, eps, act
         ctx.save_for_backward(weight, bias, *parts, *statistics)
         return out
@@ -99,9 +102,11 @@ class _NormOfParts(torch.autograd.Function):
             if several:
                 grads.append(torch.ops.gas_engine.group_norm_silu_backward(g[:, at], *rest)[0])
                 continue
-            # A copy, of one sample too: its memory takes the gradient, and bytes are affine in the batch.
-            piece = g[:, at].clone(memory_format=core.layout(part))
-            grads.append(_group_norm.gradients(piece, *rest, into=piece)[0])  # type: ignore[misc]
+            piece, into = g[:, at], None
+            if not _group_norm.samples_apart(piece, part):
+                # A copy, of one sample too: its memory takes the gradient, and bytes are affine in the batch.
+                piece = into = piece.clone(memory_format=core.layout(part))
+            grads.append(_group_norm.gradients(piece, *rest, into=into)[0])  # type: ignore[misc]
         return (None,) * 5 + tuple(grads)
 
 

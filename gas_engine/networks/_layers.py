@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..memory._frames import rebuilding
 from ..memory._joined import join
 from ..memory._parts import conv_of_parts, norm_of_parts
+from ..ops import _native as core
 from ..ops import conv_frozen, group_norm_silu, resample2d
 
 
@@ -258,4 +259,5 @@ class UNetBlock(nn.Module):
         # Dense heads: the fused attention kernels ask for them, and the others keep the attention matrix.
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous().unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(2, 3).reshape(x.shape))
+        # In the layout of x: heads lie channels last, and the layers behind would copy their weights to fit.
+        return self.proj(mixed.transpose(2, 3).reshape(x.shape).contiguous(memory_format=core.layout(x)))

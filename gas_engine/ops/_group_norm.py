@@ -13,7 +13,9 @@ from torch import Tensor
 from . import _native as core
 from .reference import accumulation_dtype
 
-__all__ = ["backward", "backward_fake", "check", "forward", "forward_alone", "forward_fake", "gradients"]
+__all__ = [
+    "backward", "backward_fake", "check", "forward", "forward_alone", "forward_fake", "forward_into", "gradients",
+]  # fmt: skip
 
 
 def check(x: Tensor, num_groups: int, act: str, *small: Tensor | None) -> None:
@@ -76,9 +78,11 @@ def _launch(
     act: str,
     statistics: tuple[Tensor | None, Tensor | None],
     out: Tensor | None,
-    *more: Tensor | None,
+    g: Tensor | None = None,
+    dscale: Tensor | None = None,
+    dshift: Tensor | None = None,
 ) -> None:
-    """Run the kernel on a dense x; `more` is g, dscale, dshift in the backward pass."""
+    """Run the kernel on a dense x; g, dscale and dshift are the backward pass's."""
     shape, elements = x.shape, x.numel()
     B, C = shape[0], shape[1]
     N = elements // (B * C)
@@ -99,8 +103,9 @@ def _launch(
         *(B, C, num_groups, N),
         *(length, chunks, workspace),
         *statistics,
-        out,
-        *(more or (None, None, None)),
+        *(out, 0 if out is None else out.stride(0)),
+        *(g, 0 if g is None else g.stride(0)),
+        *(dscale, dshift),
     )
 
 
@@ -150,6 +155,42 @@ def _run_forward(
             if t is not None:
                 t.zero_()
     return out
+
+
+def forward_into(
+    out: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+) -> tuple[Tensor, Tensor]:
+    """The statistics; `out` is some channels of a dense tensor, and takes the result."""
+    if not samples_apart(out, x):
+        op = torch.ops.gas_engine.group_norm_silu
+        result, mean, rstd = op(x, num_groups, weight, bias, None, None, eps, act)
+        out.copy_(result)
+        return mean, rstd
+    small = (weight, bias, None, None)
+    check(x, num_groups, act, *small)
+    mean, rstd = _statistics(x, num_groups)
+    if not _is_fake(x):
+        _launch("forward", x, num_groups, small, eps, act, (mean, rstd), out)
+    return mean, rstd
+
+
+def samples_apart(t: Tensor, x: Tensor) -> bool:
+    """Whether the kernels can work on some channels of a dense tensor where they lie, with a dense x beside them.
+
+    Those of the host can, as long as it is the samples that lie apart, and not their pixels.
+    """
+    pixels = x.shape[2:].numel()
+    return x.is_cpu and x.is_contiguous() and t.dtype == x.dtype and pixels > 1 and t.stride()[1:] == x.stride()[1:]
+
+
+def _is_fake(x: Tensor) -> bool:
+    return x.is_meta or isinstance(x, torch._subclasses.FakeTensor)
 
 
 def forward_fake(
@@ -206,7 +247,7 @@ def gradients(
     small = (weight, bias, scale, shift)
     check(x, num_groups, act, *small)
     dx, dscale, dshift = grads = _gradients(g, x, scale, shift, wanted, into)
-    if x.is_meta or isinstance(x, torch._subclasses.FakeTensor):
+    if _is_fake(x):
         return grads
     if x.numel() == 0:
         for t in grads:
@@ -214,7 +255,8 @@ def gradients(
                 t.zero_()
         return grads
     layout = core.layout(x)
-    x, g = x.contiguous(memory_format=layout), g.to(x.dtype).contiguous(memory_format=layout)
+    x, g = x.contiguous(memory_format=layout), g.to(x.dtype)
+    g = g if samples_apart(g, x) else g.contiguous(memory_format=layout)
     statistics = (mean.contiguous(), rstd.contiguous())
     _launch("backward", x, num_groups, small, eps, act, statistics, dx, g, dscale, dshift)
     return grads

@@ -46,7 +46,8 @@ def conv_frozen(
         y = conv_frozen(x, weight, padding=1)
         y.sum().backward()                                # x.grad is there; x itself was not kept
     """
-    core.check_list("conv_frozen", "(x, weight)", (x, weight))
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
+        core.check_list("conv_frozen", "(x, weight)", (x, weight))
     if isinstance(padding, str):
         raise ValueError(
             f"conv_frozen: padding must be numbers, got {padding!r}; 'same' is (kernel - 1) * dilation / 2"
@@ -62,10 +63,14 @@ def conv_frozen(
         return conv_frozen_reference(x, weight, bias, stride, padding, dilation, groups, transposed, output_padding)
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = (_autocast(t, x.device.type) for t in (x, weight, bias))
-    stride, padding, dilation, output_padding = (
-        [v] * dims if isinstance(v, int) else list(v) for v in (stride, padding, dilation, output_padding)
+    stride, padding, dilation = _each(stride, dims), _each(padding, dims), _each(dilation, dims)
+    return _conv_frozen(
+        x, weight, bias, stride, padding, dilation, transposed, _each(output_padding, dims), groups
     )
-    return _conv_frozen(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+
+
+def _each(v: int | Sequence[int], dims: int) -> Sequence[int]:
+    return (v,) * dims if isinstance(v, int) else v
 
 
 def _autocast(t: Tensor | None, device: str) -> Any:
@@ -76,20 +81,20 @@ def _autocast(t: Tensor | None, device: str) -> Any:
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    return torch.ops.aten.convolution(x, weight, bias, *geometry)
+    return torch.convolution(x, weight, bias, *geometry)
 
 
 def _conv_input_gradient(g: Tensor, weight: Tensor, size: list[int], channels_last: bool, *geometry: Any) -> Tensor:
     # Of the input, aten reads the size and the layout. Where g has the room, its own memory plays that part.
     layout = core.CHANNELS_LAST[g.dim()] if channels_last else torch.contiguous_format
     g = g.contiguous(memory_format=layout)
-    if g.shape == torch.Size(size):
+    if g.shape == tuple(size):
         x = g
     elif math.prod(size) <= g.numel() and not isinstance(g, torch._subclasses.FakeTensor):
         x = g.as_strided(size, _strides(size, channels_last))
     else:
         x = torch.empty(size, dtype=g.dtype, device=g.device, memory_format=layout)
-    return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, [True, False, False])[0]
+    return torch.ops.aten.convolution_backward.default(g, x, weight, None, *geometry, (True, False, False))[0]
 
 
 def _strides(size: Sequence[int], channels_last: bool) -> list[int]:
