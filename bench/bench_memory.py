@@ -40,13 +40,17 @@ def stock_edm() -> Iterator[None]:
         h = h if scale is None else torch.addcmul(shift, h, scale + 1)
         return F.silu(h) if act == "silu" else h
 
+    def conv_of_parts(parts: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+        (x,) = parts
+        return F.conv2d(x, weight, bias)
+
     block = _layers.UNetBlock.forward
 
     def forward(self: Any, x: Tensor, embedding: Tensor, encoded: Tensor | None = None) -> Tensor:
         return block(self, x if encoded is None else torch.cat([x, encoded], 1), embedding)
 
     with (
-        mock.patch.multiple(_layers, conv_frozen=conv, group_norm_silu=norm),
+        mock.patch.multiple(_layers, conv_frozen=conv, conv_of_parts=conv_of_parts, group_norm_silu=norm),
         mock.patch.object(_layers.UNetBlock, "forward", forward),
     ):
         yield

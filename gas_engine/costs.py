@@ -186,6 +186,7 @@ def _conv_backward_flops(g: Any, weight: Any, size: Any, channels_last: Any, *ge
 
 _FLOPS = {
     **flop_registry,
+    torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
     torch.ops.gas_engine.conv_frozen: _conv_flops,
     torch.ops.gas_engine.conv_frozen_backward: _conv_backward_flops,
 }

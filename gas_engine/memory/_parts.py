@@ -33,8 +33,9 @@ def conv_of_parts(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None) 
     for at, part in _ranges(parts):
         x, w = part.flatten(2), weight[:, at].flatten(1).expand(size, -1, -1)
         product = (x.mT, w.mT) if last else (w, x)
-        # Written over from the second on: a product keeps its frozen factor, and no result.
-        out = torch.baddbmm(out, *product) if out.dim() < 3 else out.baddbmm_(*product)
+        # Written over from the second on: a product keeps its frozen factor, and no result. Transforms cannot.
+        over = out.dim() == 3 and untransformed()
+        out = out.baddbmm_(*product) if over else torch.baddbmm(out, *product)
     return (out.mT if last else out).unflatten(2, first.shape[2:])
 
 

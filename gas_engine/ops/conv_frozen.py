@@ -64,9 +64,7 @@ def conv_frozen(
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = (_autocast(t, x.device.type) for t in (x, weight, bias))
     stride, padding, dilation = _each(stride, dims), _each(padding, dims), _each(dilation, dims)
-    return _conv_frozen(
-        x, weight, bias, stride, padding, dilation, transposed, _each(output_padding, dims), groups
-    )
+    return _conv_frozen(x, weight, bias, stride, padding, dilation, transposed, _each(output_padding, dims), groups)
 
 
 def _each(v: int | Sequence[int], dims: int) -> Sequence[int]:
