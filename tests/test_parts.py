@@ -132,3 +132,12 @@ def test_projections(channels, dtype, most, layout) -> None:
     found = [*both(lambda p: conv_of_parts(p, weight, bias), joined, parts)]
     assert all(relative(got, wanted) <= most for got, wanted in found)
     assert found[0][0].stride() == found[0][1].stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_part_alone_is_not_copied(dtype) -> None:
+    (part,) = parts_of((8,), batch=4, size=(16, 16), dtype=dtype)
+    weight = torch.ones(8, 8, 1, 1, dtype=dtype)
+    with ByteTracker() as bytes:
+        y = conv_of_parts([part], weight, None)
+        assert y.nbytes <= bytes.peak <= y.nbytes + 1024

@@ -27,6 +27,8 @@ def join(parts: Sequence[Tensor], dim: int = 1) -> Tensor:
     connection, which waits until the encoder's turn, keeps the decoder's half alive with it. The first part is the
     decoder's own state, whose gradient is used at once.
     """
+    if len(parts) == 1:
+        return parts[0]
     out: Tensor = _Join.apply(dim, *parts)
     return out
 

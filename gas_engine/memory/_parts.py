@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..ops import _checks as checks
 from ..ops import _group_norm, conv_frozen, group_norm_silu
 from ..ops import _native as core
 from ._joined import join, keeping_parts
@@ -21,12 +22,23 @@ from ._rebuilt import untransformed
 def conv_of_parts(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
     """``W x + b = sum_i W_i x_i + b``, a pointwise convolution: no part is copied, and no gradient cut from a whole.
 
-    Matrix products that add to what is there. Each part's sum is rounded: relative L2 from the joined convolution below
-    3e-7 in float32, 1e-15 in float64.
+    Each part's sum is rounded: relative L2 from the joined convolution below 3e-7 in float32, 1e-15 in float64.
     """
     if weight.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(parts[0].device.type):
         return conv_frozen(join(parts), weight, bias)  # two roundings to 16 bits would show
-    core.check_frozen("conv_frozen", weight=weight, bias=bias)
+    if parts[0].is_cpu:
+        return _products(parts, weight, bias)
+    out: Tensor | None = None  # cuDNN's convolutions may run in TF32, by a switch that products do not heed
+    for at, part in _ranges(parts):
+        y = conv_frozen(part, weight[:, at], bias if out is None else None)
+        out = y if out is None else out.add_(y)  # a convolution of frozen weights keeps no output
+    assert out is not None
+    return out
+
+
+def _products(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same by products of matrices that add to what is there: no slower, up to twice as fast with the gradient."""
+    checks.check_frozen("conv_frozen", weight=weight, bias=bias)
     first = parts[0]
     size, last = len(first), core.layout(first) != torch.contiguous_format
     out = first.new_zeros(()) if bias is None else bias if last else bias[:, None]
@@ -49,7 +61,7 @@ def norm_of_parts(
     where joining takes it twice.
     """
     if untransformed() and _apart(parts, num_groups):
-        core.check_frozen("group_norm_silu", weight=weight, bias=bias)
+        checks.check_frozen("group_norm_silu", weight=weight, bias=bias)
         out: Tensor = _NormOfParts.apply(num_groups, weight, bias, eps, act, *parts)
         return out
     whole = join(parts)

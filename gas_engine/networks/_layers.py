@@ -82,7 +82,6 @@ class Conv2d(nn.Module):
         pad = 0 if weight is None else weight.shape[-1] // 2
         if self.resample_filter is None:
             assert weight is not None
-            # A product of matrices, which is no slower, and up to twice as fast on a CPU.
             return conv_of_parts([x], weight, bias) if frozen and pad == 0 else conv(x, weight, bias, padding=pad)
         filter_ = self.resample_filter.to(x.dtype)
         filter_pad = (filter_.shape[-1] - 1) // 2
@@ -250,7 +249,7 @@ class UNetBlock(nn.Module):
     def _skip(self, parts: Sequence[Tensor]) -> Tensor:
         """The block's input on the short way: as it is, resampled, or projected."""
         if self.skip is None:
-            return parts[0] if len(parts) == 1 else join(parts)
+            return join(parts)
         return self.skip(parts[0]) if len(parts) == 1 else self.skip.of_parts(parts)
 
     def _attend(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@
 Registered with `torch.library` as `gas_engine::*`: they work under autograd, torch.compile, torch.func, fake tensors.
 """
 
-from ._native import MAX_STATES
+from ._checks import MAX_STATES
 from .adjoint import adjoint_step, adjoint_step_, dots
 from .bias_leaky_relu import bias_leaky_relu
 from .conv_frozen import conv_frozen

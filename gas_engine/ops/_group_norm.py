@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _checks as checks
 from . import _native as core
 from .reference import accumulation_dtype
 
@@ -28,7 +29,7 @@ def check(x: Tensor, num_groups: int, act: str, *small: Tensor | None) -> None:
     B, C = shape[0], shape[1]
     if num_groups < 1 or C % num_groups != 0:
         raise ValueError(f"group_norm_silu: num_groups must divide the channels, got {num_groups} for {C} channels")
-    if x.dtype not in core.DTYPES:
+    if x.dtype not in checks.DTYPES:
         raise TypeError(f"group_norm_silu: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
     per_channel, per_sample = (C,), (B, C)
     for name, t, wanted in zip(_SMALL, small, (per_channel, per_channel, per_sample, per_sample), strict=True):
@@ -38,7 +39,7 @@ def check(x: Tensor, num_groups: int, act: str, *small: Tensor | None) -> None:
             raise ValueError(f"group_norm_silu: {name} must have shape {list(wanted)}, got {list(t.shape)}")
         if t.device != device:
             raise ValueError(f"group_norm_silu: all tensors must be on {device}, got {name} on {t.device}")
-        if t.dtype not in core.DTYPES:
+        if t.dtype not in checks.DTYPES:
             raise TypeError(f"group_norm_silu: {name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
 
 

@@ -1,7 +1,7 @@
 """Finds the native core, decides between it and the twins, and holds what every op's wrapper needs.
 
 The core (`gas_engine._native`, csrc/) does not link torch: Python owns allocation, devices and streams, and hands
-over tensors (read through DLPack) and sizes. The checks here run before any pointer is taken.
+over tensors (read through DLPack) and sizes, once `_checks` has let them pass.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ import torch  # before the core, so that both share the OpenMP run-time that tor
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["LIBRARY", "MAX_STATES", "direct", "kernel", "native", "register", "runs_on"]
+__all__ = ["LIBRARY", "direct", "kernel", "native", "register", "runs_on"]
 
-MAX_STATES = 64
 LIBRARY = torch.library.Library("gas_engine", "DEF")
 
-DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 # The order of `enum class Act` in csrc/activation.h.
 ACTIVATIONS: dict[str, int] = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 # What dense tensors may be besides contiguous.
@@ -239,70 +237,11 @@ def _observed() -> bool:
     )
 
 
-def check_list(op: str, name: str, states: Sequence[Tensor]) -> None:
-    """Refuse anything but a list of 1..64 tensors: what the dispatcher would refuse less readably."""
-    if not isinstance(states, list | tuple) or not all(isinstance(s, Tensor) for s in states):
-        raise TypeError(f"{op}: {name} must be a list of tensors, got {_describe(states)}")
-    if not 1 <= len(states) <= MAX_STATES:
-        raise ValueError(f"{op}: {name} must hold 1 to {MAX_STATES} tensors, got {len(states)}")
-
-
-def check_states(op: str, name: str, states: Sequence[Tensor], like: Tensor | None = None) -> None:
-    """Refuse all but 1..64 tensors of one shape and device, each of a known dtype, saying what was seen."""
-    if not 1 <= len(states) <= MAX_STATES:
-        raise ValueError(f"{op}: {name} must hold 1 to {MAX_STATES} tensors, got {len(states)}")
-    first = states[0] if like is None else like
-    shape, device = first.shape, first.device
-    for s in states:
-        if s.dtype not in DTYPES:
-            raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {s.dtype}")
-        if s.shape != shape:
-            raise ValueError(f"{op}: all tensors must have one shape, got {name} {list(s.shape)} beside {list(shape)}")
-        if s.device != device:
-            raise ValueError(f"{op}: all tensors must be on one device, got {name} on {s.device} beside {device}")
-
-
-def check_frozen(op: str, **weights: Tensor | None) -> None:
-    """Refuse weights that want a gradient: an op that keeps no input has none to give."""
-    if torch.is_grad_enabled():
-        check_constant(op, **weights)
-
-
-def check_constant(op: str, **weights: Tensor | None) -> None:
-    """The same where the tape records the op, which it does with gradients switched off."""
-    for name, weight in weights.items():
-        if weight is not None and weight.requires_grad:
-            raise RuntimeError(
-                f"{op}: {name} wants a gradient, and this op keeps nothing to make one from: freeze it with "
-                f"{name}.requires_grad_(False), or call the twin gas_engine.ops.{op}_reference"
-            )
-
-
-def check_coef(op: str, name: str, coef: Tensor, length: int) -> None:
-    """Refuse a coefficient vector that is not a floating tensor of shape [length]."""
-    if not isinstance(coef, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor of shape [{length}], got {type(coef).__name__}")
-    if not coef.is_floating_point():
-        raise TypeError(f"{op}: {name} must be a floating tensor, got {coef.dtype}")
-    if coef.shape != (length,):
-        raise ValueError(f"{op}: {name} must have shape [{length}], one number per state, got {list(coef.shape)}")
-
-
 def coefficients(coef: Tensor, device: torch.device) -> Tensor:
     """Float64 on the states' device; a host tensor is copied without waiting for the device."""
     if coef.dtype == torch.float64 and coef.device == device:
         return coef
     return coef.to(device=device, dtype=torch.float64, non_blocking=True)
-
-
-def check_raw(op: str, states: Sequence[Tensor], *coefs: Tensor) -> None:
-    """What the public wrappers have done, for whoever calls `torch.ops.gas_engine`: float64, same device."""
-    for coef in coefs:
-        if coef.dtype != torch.float64 or coef.device != states[0].device:
-            raise ValueError(
-                f"{op}: coefficients must be float64 on {states[0].device}, got {coef.dtype} on "
-                f"{coef.device}; call gas_engine.ops, which converts them"
-            )
 
 
 def layout(x: Tensor) -> torch.memory_format:
@@ -321,9 +260,3 @@ def one_layout(tensors: Sequence[Tensor]) -> tuple[list[Tensor], torch.memory_fo
     if other is not None and all(t.is_contiguous(memory_format=other) for t in tensors):
         return list(tensors), other
     return [t.contiguous() for t in tensors], torch.contiguous_format
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return f"{type(value).__name__} with {sorted({type(v).__name__ for v in value})}"
-    return type(value).__name__

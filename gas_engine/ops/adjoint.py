@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _checks as checks
 from . import _native as core
 from .reference import adjoint_step_reference, dots_reference
 
@@ -43,10 +44,10 @@ def adjoint_step(
     """
     small = core.uniform(g, (x, f), (a, b))
     if not small:
-        core.check_list("adjoint_step", "(x, f)", (x, f))
-        core.check_list("adjoint_step", "g", g)
-    core.check_coef("adjoint_step", "a", a, len(g))
-    core.check_coef("adjoint_step", "b", b, len(g))
+        checks.check_list("adjoint_step", "(x, f)", (x, f))
+        checks.check_list("adjoint_step", "g", g)
+    checks.check_coef("adjoint_step", "a", a, len(g))
+    checks.check_coef("adjoint_step", "b", b, len(g))
     a, b = core.coefficients(a, x.device), core.coefficients(b, x.device)
     if small:
         mu, g_x, da, db = map(torch.empty_like, (f, x, a, b))
@@ -67,8 +68,8 @@ def adjoint_step_(x: Tensor, f: Tensor, g: Sequence[Tensor], a: Tensor, b: Tenso
 
         mu, da, db = adjoint_step_(x, f, [g1, g2], a, b)    # x now holds its own cotangent
     """
-    core.check_list("adjoint_step_", "(x, f)", (x, f))
-    core.check_list("adjoint_step_", "g", g)
+    checks.check_list("adjoint_step_", "(x, f)", (x, f))
+    checks.check_list("adjoint_step_", "g", g)
     _check("adjoint_step_", x, f, g, a, b)
     a, b = core.coefficients(a, x.device), core.coefficients(b, x.device)
     if not core.runs_on(x):
@@ -87,19 +88,19 @@ def dots(x: Tensor, states: Sequence[Tensor]) -> Tensor:
     Shapes, dtypes, errors as in `adjoint_step`. Memory: reads x and each state once, J+1 moves.
     Differentiable in all inputs, any number of times.
     """
-    core.check_list("dots", "(x,)", (x,))
-    core.check_list("dots", "states", states)
+    checks.check_list("dots", "(x,)", (x,))
+    checks.check_list("dots", "states", states)
     if not core.runs_on(x) or core.batched(x, *states):
-        core.check_states("dots", "states", states, like=x)
+        checks.check_states("dots", "states", states, like=x)
         return dots_reference(x, list(states))
     return torch.ops.gas_engine.dots(x, list(states))
 
 
 def _check(op: str, x: Tensor, f: Tensor, g: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
-    core.check_states(op, "g", g, like=x)
-    core.check_states(op, "(x, f)", (x, f))
-    core.check_coef(op, "a", a, len(g))
-    core.check_coef(op, "b", b, len(g))
+    checks.check_states(op, "g", g, like=x)
+    checks.check_states(op, "(x, f)", (x, f))
+    checks.check_coef(op, "a", a, len(g))
+    checks.check_coef(op, "b", b, len(g))
 
 
 def _launch(
@@ -130,7 +131,7 @@ def _prepare(
 ) -> tuple[list[Tensor], torch.memory_format, Tensor]:
     """Checked tensors in one layout, and the empty mu."""
     _check("adjoint_step", x, f, g, a, b)
-    core.check_raw("adjoint_step", [x], a, b)
+    checks.check_raw("adjoint_step", [x], a, b)
     dense, layout = core.one_layout([x, f, *g])
     return dense, layout, torch.empty_like(f, memory_format=layout)
 
@@ -183,7 +184,7 @@ def _bump(keys: Any, x: Tensor, *rest: Any) -> Any:
 
 
 def _dots(x: Tensor, states: list[Tensor]) -> Tensor:
-    core.check_states("dots", "states", states, like=x)
+    checks.check_states("dots", "states", states, like=x)
     (x, *states), _ = core.one_layout([x, *states])
     sums = x.new_empty(len(states), dtype=torch.float64)
     _launch(x, None, states, (sums,))
@@ -191,7 +192,7 @@ def _dots(x: Tensor, states: list[Tensor]) -> Tensor:
 
 
 def _dots_fake(x: Tensor, states: list[Tensor]) -> Tensor:
-    core.check_states("dots", "states", states, like=x)
+    checks.check_states("dots", "states", states, like=x)
     return x.new_empty(len(states), dtype=torch.float64)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _checks as checks
 from . import _native as core
 from ._samples import Sample, draw
 from .reference import accumulation_dtype, bias_leaky_relu_reference
@@ -57,7 +58,7 @@ def bias_leaky_relu(x: Tensor, bias: Tensor | None = None, slope: float = 0.2) -
 def _check(op: str, x: Tensor, bias: Tensor | None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
-    if x.dtype not in core.DTYPES:
+    if x.dtype not in checks.DTYPES:
         raise TypeError(f"{op}: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if bias is None:
         return

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _checks as checks
 from . import _native as core
 from ._samples import Sample, draw
 from .reference import conv_frozen_reference
@@ -47,7 +48,7 @@ def conv_frozen(
         y.sum().backward()                                # x.grad is there; x itself was not kept
     """
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
-        core.check_list("conv_frozen", "(x, weight)", (x, weight))
+        checks.check_list("conv_frozen", "(x, weight)", (x, weight))
     if isinstance(padding, str):
         raise ValueError(
             f"conv_frozen: padding must be numbers, got {padding!r}; 'same' is (kernel - 1) * dilation / 2"
@@ -58,7 +59,7 @@ def conv_frozen(
             f"conv_frozen: x must be [B, C, *] with 1 to 3 spatial dimensions and weight of the same rank, got "
             f"{list(x.shape)} and {list(weight.shape)}"
         )
-    core.check_frozen("conv_frozen", weight=weight, bias=bias)
+    checks.check_frozen("conv_frozen", weight=weight, bias=bias)
     if core.transformed():
         return conv_frozen_reference(x, weight, bias, stride, padding, dilation, groups, transposed, output_padding)
     if torch.is_autocast_enabled(x.device.type):

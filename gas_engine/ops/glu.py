@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _checks as checks
 from . import _native as core
 from ._samples import Sample, draw
 from .reference import geglu_reference, silu_mul_reference
@@ -56,8 +57,8 @@ def silu_mul(gate: Tensor, value: Tensor | None = None) -> Tensor:
         if not core.runs_on(gate):
             return silu_mul_reference(gate)
         return _glu(gate, core.ACTIVATIONS["silu"], True)
-    core.check_list("silu_mul", "(gate, value)", (gate, value))
-    core.check_states("silu_mul", "(gate, value)", (gate, value))
+    checks.check_list("silu_mul", "(gate, value)", (gate, value))
+    checks.check_states("silu_mul", "(gate, value)", (gate, value))
     if gate.dtype != value.dtype:
         raise TypeError(f"silu_mul: gate and value must have one dtype, got {gate.dtype} and {value.dtype}")
     if not core.runs_on(gate):
@@ -66,8 +67,8 @@ def silu_mul(gate: Tensor, value: Tensor | None = None) -> Tensor:
 
 
 def _check_halves(op: str, x: Tensor) -> None:
-    core.check_list(op, "(x,)", (x,))
-    core.check_states(op, "x", (x,))
+    checks.check_list(op, "(x,)", (x,))
+    checks.check_states(op, "x", (x,))
     if x.dim() == 0 or x.shape[-1] % 2:
         raise ValueError(f"{op}: the last dimension holds two halves, so it must be even, got {list(x.shape)}")
 

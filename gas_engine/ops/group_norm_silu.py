@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _checks as checks
 from . import _group_norm
 from . import _native as core
 from .reference import group_norm_silu_reference
@@ -70,7 +71,7 @@ def _check_public(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tenso
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and not isinstance(t, Tensor):
             raise TypeError(f"group_norm_silu: {name} must be a tensor [C] or None, got {type(t).__name__}")
-    core.check_frozen("group_norm_silu", weight=weight, bias=bias)
+    checks.check_frozen("group_norm_silu", weight=weight, bias=bias)
 
 
 def _per_channel(x: Tensor, name: str, t: Tensor | None) -> Tensor | None:
@@ -87,7 +88,7 @@ def _per_channel(x: Tensor, name: str, t: Tensor | None) -> Tensor | None:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, ctx.num_groups, weight, bias, scale, shift, ctx.eps, ctx.act = inputs
-    core.check_constant("group_norm_silu", weight=weight, bias=bias)
+    checks.check_constant("group_norm_silu", weight=weight, bias=bias)
     ctx.wanted = [t is not None and t.requires_grad for t in (x, scale, shift)]
     ctx.save_for_backward(x, *output[1:], weight, bias, scale, shift)
 

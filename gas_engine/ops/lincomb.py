@@ -12,6 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from . import _checks as checks
 from . import _native as core
 from .adjoint import dots
 from .reference import lincomb_reference
@@ -57,8 +58,8 @@ def lincomb(
     """
     small = core.uniform(states, (), (coef,))
     if not small:
-        core.check_list("lincomb", "states", states)
-    core.check_coef("lincomb", "coef", coef, len(states))
+        checks.check_list("lincomb", "states", states)
+    checks.check_coef("lincomb", "coef", coef, len(states))
     if small and scale is None and cast is None:
         out = torch.empty_like(states[0])
         _launch(states, core.coefficients(coef, out.device), out)
@@ -66,11 +67,11 @@ def lincomb(
     if scale is not None and (not isinstance(scale, Tensor) or scale.numel() != 1 or not scale.is_floating_point()):
         seen = f"{scale.dtype} {list(scale.shape)}" if isinstance(scale, Tensor) else type(scale).__name__
         raise ValueError(f"lincomb: scale must be a floating tensor of one element, got {seen}")
-    if cast is not None and cast not in core.DTYPES:
+    if cast is not None and cast not in checks.DTYPES:
         raise TypeError(f"lincomb: cast must be float32, float64, bfloat16 or float16, got {cast}")
     device = states[0].device
     if not core.runs_on(states[0]) or core.batched(coef, *states):
-        core.check_states("lincomb", "states", states)
+        checks.check_states("lincomb", "states", states)
         return lincomb_reference(list(states), coef, scale, cast)
     coef = core.coefficients(coef, device)
     if scale is None and cast is None:
@@ -90,9 +91,9 @@ def promoted(states: Sequence[Tensor]) -> torch.dtype:
 
 def _prepare(states: Sequence[Tensor], coef: Tensor, *scale: Tensor) -> tuple[list[Tensor], Tensor]:
     """Checked states in one layout, and the empty result."""
-    core.check_states("lincomb", "states", states)
-    core.check_coef("lincomb", "coef", coef, len(states))
-    core.check_raw("lincomb", states, coef, *scale)
+    checks.check_states("lincomb", "states", states)
+    checks.check_coef("lincomb", "coef", coef, len(states))
+    checks.check_raw("lincomb", states, coef, *scale)
     if scale and scale[0].numel() != 1:
         raise ValueError(f"lincomb: scale must have one element, got {list(scale[0].shape)}")
     states, layout = core.one_layout(states)

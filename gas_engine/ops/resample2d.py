@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _checks as checks
 from . import _native as core
 from ._samples import Sample, draw
 from .reference import resample2d_reference
@@ -83,7 +84,7 @@ def normalised(taps: Sequence[float] | Tensor) -> list[float]:
 
 def out_size(x: Tensor, T: int, up: int, down: int) -> tuple[Any, Any, int]:
     """Height and width of the result, and the padding; refuses what has none."""
-    if x.dtype not in core.DTYPES:
+    if x.dtype not in checks.DTYPES:
         raise TypeError(f"resample2d: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if x.dim() != 4:
         raise ValueError(f"resample2d: x must be [B, C, H, W], got {list(x.shape)}")
@@ -124,7 +125,7 @@ def _prepare(
     x: Tensor, taps: Sequence[float], up: int, down: int, pad: int, out_h: int, out_w: int
 ) -> tuple[Tensor, Tensor]:
     """Checked x in a dense layout, and the empty result in the same."""
-    if x.dtype not in core.DTYPES or x.dim() != 4:
+    if x.dtype not in checks.DTYPES or x.dim() != 4:
         raise ValueError(f"resample2d: x must be floating [B, C, H, W], got {x.dtype} {list(x.shape)}")
     if not 1 <= len(taps) <= MAX_TAPS or not 0 <= pad < len(taps):
         raise ValueError(f"resample2d: 1 to {MAX_TAPS} taps and 0 <= pad < taps wanted, got {len(taps)} and {pad}")

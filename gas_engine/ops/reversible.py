@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _checks as checks
 from . import _native as core
 from ._samples import Sample, draw
 from .lincomb import gradients, lincomb
@@ -129,18 +130,18 @@ def _coordinates(index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
 
 
 def _check(op: str, name: str, other: Tensor, x: Tensor, f: Tensor, coef: Tensor) -> Tensor:
-    core.check_list(op, f"({name}, x, f)", (other, x, f))
-    core.check_states(op, f"({name}, x, f)", (other, x, f))
+    checks.check_list(op, f"({name}, x, f)", (other, x, f))
+    checks.check_states(op, f"({name}, x, f)", (other, x, f))
     if other.dtype != x.dtype:
         raise TypeError(f"{op}: {name} and x must have one dtype, got {other.dtype} and {x.dtype}")
-    core.check_coef(op, "coef", coef, 3)
+    checks.check_coef(op, "coef", coef, 3)
     return core.coefficients(coef, x.device)
 
 
 def _prepare(other: Tensor, x: Tensor, f: Tensor, coef: Tensor, *code: Tensor) -> tuple[list[Tensor], Tensor]:
     """Dense tensors of one layout, and the empty state."""
     _check("reversible", "the other state", other, x, f, coef)
-    core.check_raw("reversible", [x], coef)
+    checks.check_raw("reversible", [x], coef)
     dense, layout = core.one_layout([other, x, f, *code])
     return dense, torch.empty_like(x, memory_format=layout)
 
