@@ -170,12 +170,10 @@ def side_by_side(
     setting: Setting, runs: dict[str, Job], classical: dict[str, tuple[str, ...]], seeds: str = "50000-50011"
 ) -> tuple[Job, ...]:
     """Samples of the teacher, of runs and of classical solvers, from the same noise."""
-    solvers: dict[str, tuple[str | Job, ...]] = {
-        "teacher": ("unipc3-bh1", "--steps", "20", "--grid", "logSNR", "--t-eps", "1e-4"),
-        **{label: (run,) for label, run in runs.items()},
-        **classical,
-    }
-    return tuple(sample(setting, f"samples-{slug(label)}", *words, seeds=seeds) for label, words in solvers.items())
+    solvers: dict[str, tuple[str | Job, ...]] = {**{label: (run,) for label, run in runs.items()}, **classical}
+    drawn = (sample(setting, f"samples-{slug(label)}", *words, seeds=seeds) for label, words in solvers.items())
+    words = (*setting.of_model("teacher"), "--seeds", seeds)
+    return Job("teacher", words, setting.place / "samples-teacher"), *drawn
 
 
 def slug(label: str) -> str:

@@ -16,6 +16,7 @@ GPU_MEMORY = BENCHES / "memory_nvidia-h200_2026-11-28.csv"
 CHECKS = BENCHES / "checks_nvidia-h200_2026-11-28.csv"
 GPU_OPS = BENCHES / "ops_nvidia-h200_2026-11-28.csv"
 ADVERSARIAL = BENCHES / "adversarial_amd-epyc_2026-11-21.csv"
+BUDGET = BENCHES / "budget_amd-epyc_2026-11-21.csv"
 CARDS = BENCHES / "cards_nvidia-h200_2026-11-28.csv"
 DTYPES = ("float32", "bfloat16")
 BOTH = {"pass": "forward + backward"}
@@ -182,6 +183,16 @@ def adversarial(_: Path) -> str:
         for name, said in names.items():
             peak, time = found[step, name, False], found[step, name, True]
             lines.append([said, _mib(peak["peak_mib"]), _times(time["ratio"]), f"{float(time['p50_ms']) / 1e3:.1f}"])
+    return markdown(lines)
+
+
+def budget(_: Path) -> str:
+    """Bytes and seconds of an update within a budget, on the CPU, and the time of the plain loop."""
+    lines = [["on two CPU threads", "planned", "peak", "seconds"]]
+    for row in read(BUDGET):
+        planned, seconds = f"{row['execution']}, {row['budget_gib']} GiB", (row["seconds"], row["plain_seconds"])
+        lines.append([planned, _gib(row, "planned_gib"), _gib(row, "peak_gib"), f"{float(seconds[0]):.0f}"])
+        lines.append(["the plain loop", "", "", f"{float(seconds[1]):.0f}"])
     return markdown(lines)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiment import Row
-from hardware import adversarial, cards, checks, cpu_ops, gpu_iteration, gpu_ops, memory
+from hardware import adversarial, budget, cards, checks, cpu_ops, gpu_iteration, gpu_ops, memory
 from jobs import ROOT
 from tables import markdown, rank, read
 
@@ -191,6 +191,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "photos": photos,
     "resolutions": resolutions,
     "adversarial": adversarial,
+    "budget": budget,
     "memory": memory,
     "ops": cpu_ops,
     "gpu": gpu_ops,

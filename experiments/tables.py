@@ -14,6 +14,8 @@ from experiment import Experiment, Row
 from jobs import ROOT, Job
 from questions import PAPER_GB
 
+from gas_engine.teacher import load_teacher_set
+
 TITLES = {
     "l1": "L1 to the teacher", "rmse": "RMSE to the teacher", "psnr": "PSNR, dB", "fd_data": "FD to the data",
     "fd_teacher": "FD to the teacher", "detail": "fine detail / the teacher's", "seconds": "seconds of an iteration",
@@ -72,12 +74,14 @@ def spectra(experiment: Experiment, results: Path) -> list[Row]:
 
 
 def samples(experiment: Experiment, results: Path) -> list[Row]:
-    """The pictures, as bytes in an .npz beside the CSV, and their L1 to the teacher's, the first."""
+    """The pictures, as bytes in an .npz beside the CSV, and their L1 to the teacher's, the first; none of latents."""
     if not all(job.done for job in experiment.others):
         return []
     names = {job.out: _solver_label(job, experiment) for job in experiment.others}
-    arrays = {names[job.out]: np.load(ROOT / job.out / "samples.npy") for job in experiment.others}
+    arrays = {names[job.out]: _samples(job) for job in experiment.others}
     teacher = next(iter(arrays.values()))
+    if teacher.ndim != 4 or teacher.shape[1] not in (1, 3):
+        return []
     quantised = {n: np.rint((x.clip(-1, 1) + 1) * 127.5).astype(np.uint8) for n, x in arrays.items()}
     np.savez_compressed(results / f"{experiment.name}.npz", **quantised)
     return [
@@ -131,7 +135,14 @@ def _run_of(solver: str, learned: dict[str, Job]) -> tuple[str, Job | None]:
 def _solver_label(job: Job, experiment: Experiment) -> str:
     of = {str(run.out / "solver.safetensors"): label for label, run in experiment.learned.items()}
     solver = _word(job, "--solver")
-    return of.get(solver) or ("teacher" if "20" in job.words else solver)
+    return "teacher" if job.verb == "teacher" else of.get(solver, solver)
+
+
+def _samples(job: Job) -> np.ndarray:
+    """[B, C, H, W] of a command that sampled, or made a teacher's set."""
+    if job.verb == "teacher":
+        return load_teacher_set(ROOT / job.out)[1].numpy()
+    return np.load(ROOT / job.out / "samples.npy")
 
 
 def _training(job: Job) -> Row:

@@ -46,6 +46,15 @@ def test_commands_parse(name, monkeypatch):
                 pytest.fail(job.command)
 
 
+def test_pictures_are_beside_the_teacher_of_the_runs():
+    """With its own steps and end of time; of latents there are none."""
+    passed = ("--teacher.steps", "12", "--teacher.t-eps", "0.01")
+    pictures = next(e for e in questions(Setting("some/model", passed)) if e.name == "pictures")
+    first, *others = pictures.others
+    assert first.verb == "teacher" and " ".join(first.words).count("--steps 12 --t-eps 0.01") == 1
+    assert all(job.verb == "sample" and "12" not in job.words for job in others)
+
+
 def test_names_are_different():
     every = [job for experiment in EVERY.values() for job in experiment.jobs]
     assert len({job.out for job in jobs.in_order(every)}) == len(jobs.in_order(every))

@@ -54,9 +54,10 @@ def test_norms_have_the_same_bits(channels, groups, dtype, layout, act) -> None:
         assert torch.equal(got, wanted) and got.dtype == dtype
 
 
+@pytest.mark.parametrize("size", [(1, 1), (5, 7)])
 @pytest.mark.parametrize("batch", [0, 1, 3])
-def test_norms_of_any_batch_without_weights(batch) -> None:
-    parts = parts_of((4, 8), batch=batch, size=(1, 1))
+def test_norms_of_any_batch_without_weights(batch, size) -> None:
+    parts = parts_of((4, 8), batch=batch, size=size)
     norms = (
         lambda p: norm_of_parts(p, 3, None, None, 1e-5, "silu"),
         lambda x: group_norm_silu(x, 3, act="silu"),
@@ -132,6 +133,12 @@ def test_projections(channels, dtype, most, layout) -> None:
     found = [*both(lambda p: conv_of_parts(p, weight, bias), joined, parts)]
     assert all(relative(got, wanted) <= most for got, wanted in found)
     assert found[0][0].stride() == found[0][1].stride()
+
+
+def test_projections_of_an_empty_batch() -> None:
+    parts = parts_of((4, 8), batch=0)
+    y = conv_of_parts(parts, torch.ones(9, 12, 1, 1, dtype=torch.float64), None)
+    assert y.shape == (0, 9, 5, 7) and [g.shape for g in torch.autograd.grad(y.sum(), parts)] == [p.shape for p in parts]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -176,7 +176,7 @@ def forward_into(
     small = (weight, bias, None, None)
     check(x, num_groups, act, *small)
     mean, rstd = _statistics(x, num_groups)
-    if not _is_fake(x):
+    if x.numel() > 0 and not _is_fake(x):
         _launch("forward", x, num_groups, small, eps, act, (mean, rstd), out)
     return mean, rstd
 
