@@ -83,21 +83,22 @@ def test_everything_at_once_equals_plain_autograd_of_the_stock_network(name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_reversible_walk_equals_plain_autograd_of_the_stock_network(name):
-    """float64, 1e-12, gradients of a flow 1e-10: two states and codes, lean, with guidance."""
+    """float64, 1e-12, gradients of a flow 1e-10: two states, with codes or carried, lean, with guidance."""
     denoiser, wrap, x, target, cond, _ = case(name, torch.float64)
     solver = BELMSolver(STEPS, denoiser.schedule, start="quadratic")
     wanted, grads = of_plain_autograd(wrap(denoiser), x, target, cond, solver)
-    memory = MemoryPolicy(trajectory="reversible")
-    losses, got, _, _ = iteration(wrap(lean(denoiser)), x, target, cond, solver, memory)
-    assert relative(losses, wanted) < 1e-12
-    # Coefficients are folded by 1 / alpha, which is 1e6 where a flow starts.
-    assert relative(flat(got), flat(grads)) < (1e-10 if denoiser.prediction == "flow" else 1e-12)
-    assert all(float(g.norm()) > 0 for g in got)
+    for carry in (False, True):
+        memory = MemoryPolicy(trajectory="reversible", carry=carry)
+        losses, got, _, _ = iteration(wrap(lean(denoiser)), x, target, cond, solver, memory)
+        assert relative(losses, wanted) < 1e-12
+        # Coefficients are folded by 1 / alpha, which is 1e6 where a flow starts.
+        assert relative(flat(got), flat(grads)) < (1e-10 if denoiser.prediction == "flow" else 1e-12)
+        assert all(float(g.norm()) > 0 for g in got)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_only_rebuilds_agrees_bit_for_bit(name):
-    """float32: one graph or all, checkpoints in blocks, nested or not, the loss alone; the bytes fall at every step."""
+    """float32: one graph, two or all, blocks, nested or not, the loss alone; the bytes fall at every step."""
     denoiser, wrap, x, target, cond, solver = case(name, torch.float32)
     thin = lean(denoiser)
     runs = {
@@ -108,6 +109,7 @@ def test_what_only_rebuilds_agrees_bit_for_bit(name):
         "alone": iteration(
             wrap(checkpoint_blocks(thin, "all")), x, target, cond, solver, MemoryPolicy(loss_alone=True)
         ),
+        "two": iteration(wrap(thin), x, target, cond, solver, MemoryPolicy(2)),
     }
     losses, grads, most, _ = runs["all"]
     for other_losses, other_grads, _, _ in runs.values():
@@ -120,7 +122,7 @@ def test_what_only_rebuilds_agrees_bit_for_bit(name):
     calls = len(wrap(denoiser).terms(cond)) * BATCH
     # Nested blocks run twice more, and the network around them once more like any other.
     again = 2 * STEPS - 1
-    assert [len(runs[k][3]) for k in runs] == [STEPS, again, again, again, 2 * STEPS]
+    assert [len(runs[k][3]) for k in runs] == [STEPS, again, again, again, 2 * STEPS, again - 1]
     assert all(rows == calls for *_, seen in runs.values() for rows in seen)
 
 
