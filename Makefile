@@ -1,6 +1,6 @@
 # make demo    set up, train a solver on the embedded model, end with a table and pictures (75 to 100 seconds)
 # make test    set up, run the tests, in WORKERS=2 processes of one thread
-# make experiments  set up, run the experiments on the embedded models: experiments/RESULTS.md (an hour on two cores)
+# make experiments  set up, run the experiments on the embedded models: experiments/RESULTS.md (three quarters of an hour on two cores)
 # make bench   set up, run the benches, write bench/results/*.csv
 # make fuzz    set up, fuzz the readers of foreign files for five minutes (FUZZ_SECONDS=300)
 # make docs    set up, build the documentation into site/

@@ -133,9 +133,11 @@ def _run_of(solver: str, learned: dict[str, Job]) -> tuple[str, Job | None]:
 
 
 def _solver_label(job: Job, experiment: Experiment) -> str:
+    if job.verb == "teacher":
+        return "teacher"
     of = {str(run.out / "solver.safetensors"): label for label, run in experiment.learned.items()}
     solver = _word(job, "--solver")
-    return "teacher" if job.verb == "teacher" else of.get(solver, solver)
+    return of.get(solver, solver)
 
 
 def _samples(job: Job) -> np.ndarray:
