@@ -166,5 +166,5 @@ def _check_seal(x: Tensor, seal: Tensor) -> None:
         raise RuntimeError(
             "the state that the reversible trajectory came back to is not the one it started from, so these gradients "
             "would be wrong: the network does not repeat its own bits; try torch.use_deterministic_algorithms(True), "
-            "or trajectory='keep'"
+            "or trajectory='keep'; with carry=True float64 may have lost a bit: codes (carry=False) lose none"
         )
