@@ -14,8 +14,16 @@ from gas_engine.ops import _samples
 
 J = 10
 # Ten states of 16 MiB: memory-bound. A CIFAR-10 batch of 24: in cache, where calls and launches show.
-SHAPES = {"16MiB": (4, 2**20), "24x3x32x32": (24, 3, 32, 32), "128MiB": (32, 2**20)}
 CASES = sizes_on_devices(["16MiB", "24x3x32x32"], ["128MiB"])
+
+
+def shape_of(size: str, dtype: torch.dtype = torch.float32, smoke: bool = False) -> tuple[int, ...]:
+    """The state that fills so many bytes, or has so many numbers."""
+    if smoke:
+        return (3, 43)
+    if size.endswith("MiB"):
+        return (int(size[:-3]), 2**20 // dtype.itemsize)
+    return tuple(map(int, size.split("x")))
 
 
 def copies(states: list[Tensor]) -> Callable[[], None]:
@@ -36,8 +44,7 @@ def rounds_for(size: str) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("size", "device"), CASES)
 def bench_lincomb(compare: Callable[..., None], smoke: bool, size: str, dtype: torch.dtype, device: str) -> None:
-    shape = (3, 43) if smoke else SHAPES[size]
-    states, coef = _samples.lincomb_inputs(shape, J, dtype, device)
+    states, coef = _samples.lincomb_inputs(shape_of(size, dtype, smoke), J, dtype, device)
     scale = coef[:1]
     callables = {
         "native": lambda: ops.lincomb(states, coef),
@@ -57,7 +64,7 @@ def bench_lincomb(compare: Callable[..., None], smoke: bool, size: str, dtype: t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("size", "device"), CASES)
 def bench_adjoint_step(compare: Callable[..., None], smoke: bool, size: str, dtype: torch.dtype, device: str) -> None:
-    x, f, g, a, b = _samples.adjoint_step_inputs((3, 43) if smoke else SHAPES[size], J, dtype, device)
+    x, f, g, a, b = _samples.adjoint_step_inputs(shape_of(size, dtype, smoke), J, dtype, device)
     y = x.clone()
     callables = {
         "native": lambda: ops.adjoint_step(x, f, g, a, b),
@@ -84,7 +91,7 @@ def bench_call_overhead(compare: Callable[..., None]) -> None:
 @pytest.mark.parametrize(("size", "device"), CASES)
 def bench_guidance(compare: Callable[..., None], smoke: bool, size: str, device: str) -> None:
     """Guidance is a lincomb of two: it moves the three arrays that a kernel of its own would move."""
-    (uncond, cond), _ = _samples.lincomb_inputs((3, 43) if smoke else SHAPES[size], 2, device=device)
+    (uncond, cond), _ = _samples.lincomb_inputs(shape_of(size, smoke=smoke), 2, device=device)
     coef = torch.tensor([-6.5, 7.5], dtype=torch.float64, device=device)
     callables = {
         "lincomb": lambda: ops.lincomb([uncond, cond], coef),
@@ -99,7 +106,7 @@ def bench_guidance(compare: Callable[..., None], smoke: bool, size: str, device:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("size", "device"), CASES)
 def bench_reversible(compare: Callable[..., None], smoke: bool, size: str, dtype: torch.dtype, device: str) -> None:
-    (x_prev, x, f), _ = _samples.lincomb_inputs((3, 43) if smoke else SHAPES[size], 3, dtype, device)
+    (x_prev, x, f), _ = _samples.lincomb_inputs(shape_of(size, dtype, smoke), 3, dtype, device)
     coef = torch.tensor([0.9, 0.05, 0.1], dtype=torch.float64, device=device)
     x_next, codes = ops.reversible_step(x_prev, x, f, coef)
     callables = {

@@ -43,9 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # would be most of what is timed. Keep them, for all contenders alike, as CUDA's allocator does.
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        m_trim_threshold, m_mmap_threshold = -1, -3
+        m_trim_threshold, m_mmap_max = -1, -4
         mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_mmap_threshold, 32 << 20)  # the most it takes
+        mallopt(m_mmap_max, 0)
     config.stash[RECORDS] = {}
     config.stash[COMMAND] = shlex.join(["pytest", *map(str, config.invocation_params.args)])
 

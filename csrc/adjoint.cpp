@@ -8,7 +8,7 @@
 namespace gas {
 namespace {
 
-constexpr int kUnroll = 4;
+constexpr int kUnroll = 2;
 constexpr std::int64_t kChunk = 4096;  // first stage: a chunk is summed in lanes of Acc<T>, chunks in double
 constexpr std::int64_t kParallelFrom = 32768;
 

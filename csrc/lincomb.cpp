@@ -7,7 +7,7 @@
 namespace gas {
 namespace {
 
-constexpr int kUnroll = 4;             // vectors in flight: their sums stay in registers over all J states
+constexpr int kUnroll = 8;             // vectors in flight: their sums stay in registers over all J states
 constexpr std::int64_t kChunk = 4096;  // elements a thread takes at a time
 constexpr std::int64_t kParallelFrom = 32768;  // below this, waking the threads costs more than the sum
 

@@ -20,7 +20,7 @@ constexpr std::int64_t kSmall = 256;           // pixels of planes that are tran
 
 // channels_last. The filtered row is kept for as many channels as the cache holds; both passes are vectors of
 // channels.
-template <class T>
+template <class T, bool Stream>
 class PixelFilter {
     using A = Acc<T>;
     static constexpr int W = kLanes<T>;
@@ -52,9 +52,10 @@ class PixelFilter {
         const std::int64_t begin = (plane * args_.out_height + o) * args_.out_width * args_.inner;
         T* const y = static_cast<T*>(args_.y) + begin;
         if (window_ > 0) {
-            return with_window(window_, column.count, [&]<class Win>(Win, auto n) {
+            return with_window(window_, [&]<class Win>(Win) {
                 const WindowTaps<Win, A> taps(f_);
-                slide_pixels<T, Win, n>(args_, taps, ColumnSum<T, n>(column), y);
+                with_sum<Win>(column,
+                              [&](const auto& sum) { slide_pixels<T, Win, Stream>(args_, taps, sum, y); });
             });
         }
         // With one block alone, in one phase, what is stored over the end of a pixel is overwritten by the
@@ -127,7 +128,7 @@ class PixelFilter {
             V total{};
 #pragma GCC unroll 4
             for (int j = 0; j < n; ++j) total += taps[j] * load<true>(row + j * stride + k, W);
-            store_before<T>(y, k, total, channels - k, channels - k >= W ? k + W : last - y);
+            store_before<T, Stream>(y, k, total, channels - k, channels - k >= W ? k + W : last - y);
         }
     }
 
@@ -157,7 +158,7 @@ class SmallFilter {
         pixels_.y = y_.data();
         pixels_.planes = 1;
         pixels_.inner = W;
-        filter_ = std::make_unique<PixelFilter<A>>(pixels_);
+        filter_ = std::make_unique<PixelFilter<A, false>>(pixels_);
     }
 
     void operator()(std::int64_t first) {
@@ -192,7 +193,7 @@ class SmallFilter {
     const std::int64_t in_, out_;
     std::vector<A> x_, y_;
     Resample2dArgs pixels_;
-    std::unique_ptr<PixelFilter<A>> filter_;
+    std::unique_ptr<PixelFilter<A, false>> filter_;
 };
 
 template <class Filter>
@@ -212,6 +213,7 @@ void filter_rows(const Resample2dArgs& args, int threads) {
                 o += batch;
                 if (o == args.out_height) ++plane, o = 0;
             }
+            stream_fence();
         }
     }
 }
@@ -231,15 +233,20 @@ void filter_planes(const Resample2dArgs& args, int threads) {
 }  // namespace
 
 void resample2d_cpu(const Resample2dArgs& args, int threads) {
-    if (args.planes * args.out_height * args.out_width * args.inner == 0) return;
+    const std::int64_t outputs = args.planes * args.out_height * args.out_width * args.inner;
+    if (outputs == 0) return;
     visit(args.dtype, [&]<class T>(T) {
         const std::int64_t pixels = std::max(args.height * args.width, args.out_height * args.out_width);
+        const std::int64_t run = args.inner > 1 ? args.inner : args.out_width;
+        const bool stream = run % kLanes<T> == 0 && streams(args.y, outputs * bytes(args.dtype));
         if (args.inner > 1)
-            filter_rows<PixelFilter<T>>(args, threads);
+            stream ? filter_rows<PixelFilter<T, true>>(args, threads)
+                   : filter_rows<PixelFilter<T, false>>(args, threads);
         else if (pixels <= kSmall && args.planes >= kLanes<T>)
             filter_planes<T>(args, threads);
         else
-            filter_rows<RowFilter<T>>(args, threads);
+            stream ? filter_rows<RowFilter<T, true>>(args, threads)
+                   : filter_rows<RowFilter<T, false>>(args, threads);
     });
 }
 

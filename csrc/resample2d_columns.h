@@ -24,6 +24,12 @@ GAS_HD std::pair<V, V> interleave(V a, V b, std::integer_sequence<int, I...>) {
             __builtin_shufflevector(a, b, W / 2 + I / 2 + I % 2 * W...)};
 }
 
+// W lanes of two vectors that lie side by side, from lane First on.
+template <int First, class V, int... I>
+GAS_HD V across(V a, V b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, First + I...);
+}
+
 // W vectors of W lanes: log2 W rounds of the perfect shuffle exchange rows and columns.
 template <class V, int W>
 GAS_HD void transpose(V (&v)[W]) {
@@ -119,12 +125,12 @@ class ColumnSum {
 };
 
 // Store the lanes that count, or all where they end before `end`: what follows a row is written after it.
-template <class T>
+template <class T, bool Stream = false>
 GAS_HD void store_before(T* y, std::int64_t at, Vec<Acc<T>, kLanes<T>> v, std::int64_t left,
                          std::int64_t end) {
     constexpr int W = kLanes<T>;
     if (at + W <= end)
-        store_lanes<true, T, Vec<Acc<T>, W>, W>(y + at, v, left);
+        store_lanes<true, T, Vec<Acc<T>, W>, W, Stream>(y + at, v, left);
     else
         store_lanes<false, T, Vec<Acc<T>, W>, W>(y + at, v, left);
 }

@@ -10,13 +10,14 @@
 
 #include "resample2d.h"
 #include "resample2d_columns.h"
+#include "resample2d_window.h"
 #include "simd.h"
 
 namespace gas {
 
 // NCHW. The filtered row lies in a buffer between zeros; for step 2 its even and odd elements lie in two, so
 // that every load along the row is contiguous.
-template <class T>
+template <class T, bool Stream>
 class RowFilter {
     using A = Acc<T>;
     static constexpr int W = kLanes<T>;
@@ -27,8 +28,8 @@ class RowFilter {
     static constexpr std::int64_t kBatch = 8;
 
     explicit RowFilter(const Resample2dArgs& args)
-        : args_(args), f_(phases_of<A>(args)), repeats_(repeats(f_)) {
-        if (repeats_) return;
+        : args_(args), f_(phases_of<A>(args)), window_(window_of(f_)) {
+        if (window_ > 0) return;
         const std::int64_t steps = (args.out_width + f_.phases - 1) / f_.phases;
         std::int64_t reach = args.width;
         for (int s = 0; s < f_.phases; ++s)
@@ -48,51 +49,29 @@ class RowFilter {
     // A batch of rows of one plane: down the columns for all of them, then along, so that what was stored has
     // reached the cache when it is loaded at another offset.
     void operator()(std::int64_t plane, std::int64_t o, std::int64_t rows, std::int64_t end) {
-        if (repeats_) return repeat(plane, o, rows, end);
+        const std::int64_t width = args_.out_width, begin = (plane * args_.out_height + o) * width;
+        T* const y = static_cast<T*>(args_.y) + begin;
+        if (window_ > 0) {
+            return with_window(window_, [&]<class Win>(Win) {
+                const WindowTaps<Win, A> taps(f_);
+                for (std::int64_t r = 0, at = 0; r < rows; ++r, at += width) {
+                    with_sum<Win>(Column<T>(args_, f_, plane, o + r), [&](const auto& sum) {
+                        slide_row<T, Win, Stream>(args_, taps, sum, y + at, end - begin - at);
+                    });
+                }
+            });
+        }
         for (std::int64_t r = 0; r < rows; ++r) {
             const Column<T> column(args_, f_, plane, o + r);
             with_taps(column.count, [&](auto n) { down<n>(column, r * pitch_); });
         }
         const int taps = f_.phases == 1 || f_.count[0] == f_.count[1] ? f_.count[0] : 0;
-        const std::int64_t begin = (plane * args_.out_height + o) * args_.out_width;
-        T* const y = static_cast<T*>(args_.y) + begin;
         with_taps(taps, [&](auto n) {
             f_.phases == 1 ? along<n, 1>(y, end - begin, rows) : along<n, 2>(y, end - begin, rows);
         });
     }
 
   private:
-    // Whether each column of x is multiplied into two of y, which then need no filtered row.
-    static bool repeats(const Phases<A>& f) {
-        return f.phases == 2 && f.count[0] == 1 && f.count[1] == 1 && f.first[0] == 0 && f.first[1] == 0;
-    }
-
-    void repeat(std::int64_t plane, std::int64_t o, std::int64_t rows, std::int64_t end) const {
-        const std::int64_t width = args_.out_width, begin = (plane * args_.out_height + o) * width;
-        T* y = static_cast<T*>(args_.y) + begin;
-        for (end -= begin; rows > 0; --rows, ++o, y += width, end -= width) {
-            const Column<T> column(args_, f_, plane, o);
-            column.count == 1 ? repeat(ColumnSum<T, 1>(column), y, end)
-                              : repeat(ColumnSum<T, 0>(column), y, end);
-        }
-    }
-
-    template <int N>
-    void repeat(const ColumnSum<T, N>& sum, T* y, std::int64_t end) const {
-        const std::int64_t width = args_.width, out_width = args_.out_width;
-        const A even = f_.taps[0][0], odd = f_.taps[1][0];
-        for (std::int64_t o = 0, w = 0; o < out_width; o += 2 * W, w += W) {
-            V v{}, low{}, high{};  // beyond the image there are zeros
-            if (w < width) v = sum(w, width - w);
-            if (w + W > width) v = first_lanes(v, width - w);
-            low += even * v;
-            high += odd * v;
-            std::tie(low, high) = interleave(low, high, Lanes{});
-            store_before<T>(y, o, low, out_width - o, end);
-            if (o + W < out_width) store_before<T>(y, o + W, high, out_width - o - W, end);
-        }
-    }
-
     template <int N>
     void down(const Column<T>& column, std::int64_t shift) {
         const ColumnSum<T, N> sum(column);
@@ -146,13 +125,13 @@ class RowFilter {
         for (std::int64_t shift = 0; rows > 0; --rows, shift += pitch_, y += width, end -= width) {
             if constexpr (P == 1) {
                 for (std::int64_t o = 0; o < width; o += W)
-                    store_before<T>(y, o, sum(0, shift + o), width - o, end);
+                    store_before<T, Stream>(y, o, sum(0, shift + o), width - o, end);
             } else {
                 for (std::int64_t o = 0; o < width; o += 2 * W) {
                     const auto [low, high] =
                         interleave(sum(0, shift + o / 2), sum(1, shift + o / 2), Lanes{});
-                    store_before<T>(y, o, low, width - o, end);
-                    if (o + W < width) store_before<T>(y, o + W, high, width - o - W, end);
+                    store_before<T, Stream>(y, o, low, width - o, end);
+                    if (o + W < width) store_before<T, Stream>(y, o + W, high, width - o - W, end);
                 }
             }
         }
@@ -160,7 +139,7 @@ class RowFilter {
 
     const Resample2dArgs& args_;
     const Phases<A> f_;
-    const bool repeats_;
+    const int window_;
     std::vector<A> memory_;
     std::int64_t pitch_ = 0;
     A* rows_[2]{};

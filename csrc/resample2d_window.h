@@ -1,9 +1,10 @@
-// Host side of resample2d for pixels of channels and the frequent filters: two or four taps, centred. Outputs
-// come from a window of filtered columns that moves along the row in registers; nothing is stored on the way.
-// Sums have the order of the general path, and so its bits.
+// Host side of resample2d for the frequent filters: two or four taps, centred. Outputs come from a window of
+// filtered columns that moves along the row in registers; nothing is stored on the way. Sums have the order
+// of the general path, and so its bits.
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -39,23 +40,25 @@ int window_of(const Phases<A>& f) {
     return Down4::fits(f) ? 1 : Down2::fits(f) ? 2 : Up4::fits(f) ? 3 : Up2::fits(f) ? 4 : 0;
 }
 
-// Call body with the window and the number of rows that meet (0: as the column says, near the border).
 template <class Body>
-GAS_HD void with_window(int window, int rows, Body&& body) {
-    const auto call = [&](auto w) {
-        constexpr int M = decltype(w)::M;
-        rows == M ? body(w, std::integral_constant<int, M>{}) : body(w, std::integral_constant<int, 0>{});
-    };
+GAS_HD void with_window(int window, Body&& body) {
     switch (window) {
         case 1:
-            return call(Down4{});
+            return body(Down4{});
         case 2:
-            return call(Down2{});
+            return body(Down2{});
         case 3:
-            return call(Up4{});
+            return body(Up4{});
         default:
-            return call(Up2{});
+            return body(Up2{});
     }
+}
+
+// Call body with the sum down a column: of as many rows as the window has taps, or, near the border, of
+// fewer.
+template <class Win, class T, class Body>
+GAS_HD void with_sum(const Column<T>& column, Body&& body) {
+    column.count == Win::M ? body(ColumnSum<T, Win::M>(column)) : body(ColumnSum<T, 0>(column));
 }
 
 template <class Win, class A>
@@ -78,8 +81,8 @@ struct WindowTaps {
 };
 
 // One row of y of channels_last: U vectors of channels from c on, of which `left` count.
-template <class T, class Win, int N, int U, bool Full>
-void slide_pixels(const Resample2dArgs& args, const WindowTaps<Win, Acc<T>>& taps, const ColumnSum<T, N>& sum,
+template <class T, class Win, int U, bool Full, bool Stream, class Sum>
+void slide_pixels(const Resample2dArgs& args, const WindowTaps<Win, Acc<T>>& taps, const Sum& sum,
                   std::int64_t c, std::int64_t left, T* y) {
     constexpr int W = kLanes<T>, L = Win::L, S = Win::Step;
     using V = Vec<Acc<T>, W>;
@@ -107,20 +110,60 @@ void slide_pixels(const Resample2dArgs& args, const WindowTaps<Win, Acc<T>>& tap
             if (s > 0 && o == out_width) break;
 #pragma GCC unroll 4
             for (int u = 0; u < U; ++u)
-                store_lanes<Full, T, V, W>(y + o * inner + c + u * W, taps.sum(window[u], s), left);
+                store_lanes<Full, T, V, W, Stream>(y + o * inner + c + u * W, taps.sum(window[u], s), left);
         }
     }
 }
 
-template <class T, class Win, int N>
-void slide_pixels(const Resample2dArgs& args, const WindowTaps<Win, Acc<T>>& taps, const ColumnSum<T, N>& sum,
-                  T* y) {
+template <class T, class Win, bool Stream, class Sum>
+void slide_pixels(const Resample2dArgs& args, const WindowTaps<Win, Acc<T>>& taps, const Sum& sum, T* y) {
     constexpr int W = kLanes<T>, U = 4;
     const std::int64_t inner = args.inner;
     std::int64_t c = 0;
-    for (; c + U * W <= inner; c += U * W) slide_pixels<T, Win, N, U, true>(args, taps, sum, c, W, y);
-    for (; c + W <= inner; c += W) slide_pixels<T, Win, N, 1, true>(args, taps, sum, c, W, y);
-    if (c < inner) slide_pixels<T, Win, N, 1, false>(args, taps, sum, c, inner - c, y);
+    for (; c + U * W <= inner; c += U * W) slide_pixels<T, Win, U, true, Stream>(args, taps, sum, c, W, y);
+    for (; c + W <= inner; c += W) slide_pixels<T, Win, 1, true, Stream>(args, taps, sum, c, W, y);
+    if (c < inner) slide_pixels<T, Win, 1, false, Stream>(args, taps, sum, c, inner - c, y);
+}
+
+// One row of y of NCHW, in vectors of columns; `end` as in store_before.
+template <class T, class Win, bool Stream, class Sum>
+void slide_row(const Resample2dArgs& args, const WindowTaps<Win, Acc<T>>& taps, const Sum& sum, T* y,
+               std::int64_t end) {
+    constexpr int W = kLanes<T>, S = Win::Step;
+    using V = Vec<Acc<T>, W>;
+    const std::make_integer_sequence<int, W> lanes;
+    const std::int64_t width = args.width, out_width = args.out_width;
+    struct Block {
+        V at[S];  // columns, or the even ones and the odd ones
+    };
+    const auto block = [&](std::int64_t column) {
+        Block v{};  // beyond the image there are zeros
+#pragma GCC unroll 2
+        for (int i = 0; i < S; ++i, column += W) {
+            if (column < width) v.at[i] = sum(column, width - column);
+            if (column < width && column + W > width) v.at[i] = first_lanes(v.at[i], width - column);
+        }
+        if constexpr (S == 2) std::tie(v.at[0], v.at[1]) = deinterleave(v.at[0], v.at[1], lanes);
+        return v;
+    };
+    Block before{}, here = block(0);
+    for (std::int64_t o = 0, column = S * W; o < out_width; o += Win::Phases * W, column += S * W) {
+        const Block after = block(column);
+        V window[Win::L];
+#pragma GCC unroll 4
+        for (int i = 0; i < Win::L; ++i) {
+            const int k = Win::First + i;
+            window[i] = k < 0    ? across<W - 1>(before.at[S - 1], here.at[S - 1], lanes)
+                        : k >= S ? across<1>(here.at[0], after.at[0], lanes)
+                                 : here.at[k];
+        }
+        V low = taps.sum(window, 0), high{};
+        if constexpr (Win::Phases == 2) std::tie(low, high) = interleave(low, taps.sum(window, 1), lanes);
+        store_before<T, Stream>(y, o, low, out_width - o, end);
+        if (Win::Phases == 2 && o + W < out_width)
+            store_before<T, Stream>(y, o + W, high, out_width - o - W, end);
+        before = here, here = after;
+    }
 }
 
 }  // namespace gas

@@ -193,13 +193,15 @@ GAS_HD void store_lanes(T* p, V v, std::int64_t count) {
 
 // The same for storage whose type is known at run time, with lanes of A. The branch is the same for all
 // vectors of a tensor, so it is always predicted. A dozen streams are more than the hardware follows by
-// itself: what comes eight lines later is asked for here.
+// itself: what comes sixteen lines later is asked for here, into the second level of cache. Large arrays
+// start at one offset within their pages, so that all streams meet in a few sets of the first level, and what
+// waits there is thrown out before it is read.
 template <bool Full, class A, int W, int U>
 GAS_HD void load_as(DType dtype, const void* p, std::int64_t at, std::int64_t count, Vec<A, W> (&v)[U]) {
     const auto from = [&]<class T>(T) {
         const T* q = static_cast<const T*>(p) + at;
         for (int u = 0; u < U; ++u) {
-            if constexpr (Full) __builtin_prefetch(q + u * W + 512 / sizeof(T));
+            if constexpr (Full) __builtin_prefetch(q + u * W + 1024 / sizeof(T), 0, 2);
             v[u] = __builtin_convertvector((load<Full, T, W>(q + u * W, count - u * W)), Vec<A, W>);
         }
     };

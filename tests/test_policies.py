@@ -156,14 +156,15 @@ def test_a_network_that_does_not_repeat_is_refused():
             rollout(denoiser, noise(2, torch.float32), solver.tableau(), memory=reversible)
 
 
-def test_a_walk_that_ends_elsewhere_is_refused():
+@pytest.mark.parametrize(("carry", "factor"), [(False, 1.001), (True, 1.001), (True, 1.000_001)])
+def test_a_walk_that_ends_elsewhere_is_refused(carry, factor):
     """The recovered first state is held against the noise of the seed."""
     calls = itertools.count()
 
     def late(x, t, cond):
-        return x * (1.0 if next(calls) < 5 else 1.001)
+        return x * (1.0 if next(calls) < 5 else factor)
 
-    solver, reversible = BELMSolver(4, VP), MemoryPolicy(trajectory="reversible")
+    solver, reversible = BELMSolver(4, VP), MemoryPolicy(trajectory="reversible", carry=carry)
     out = rollout(Denoiser(late, VP, "data", SHAPE), noise(2, torch.float32), solver.tableau(), memory=reversible)
     with pytest.raises(RuntimeError, match="not the one it started from"):
         out.sum().backward()

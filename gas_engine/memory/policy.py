@@ -22,7 +22,7 @@ class MemoryPolicy:
     memory, written while the next evaluation runs and streamed through a buffer of about one state; the device holds
     the newest state, output and cotangent. "reversible": two states, from which the others are walked back, with int8
     residual codes (a byte an element and step) that make it exact to the bit; the tableau must be a band of two
-    (``BELMSolver``). ``carry=True`` holds the two in float64 instead, without codes.
+    (``BELMSolver``). ``carry=True`` holds the two in float64 instead, without codes, exact to float64's rounding.
 
     ``split_guidance``: the two calls of a guided denoiser run one after the other, each a graph of its own among the k
     (2K calls), instead of as one call of twice the batch. ``loss_alone``: no network graph survives the forward pass,

@@ -176,6 +176,23 @@ def test_bits_do_not_depend_on_run_or_threads(size: tuple[int, int], layout: tor
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("T", [2, 4, 5])
+def test_a_large_result_is_that_of_its_parts(
+    T: int, layout: torch.memory_format, dtype: torch.dtype, device: str
+) -> None:
+    """Above 8 MiB the host writes around the caches; parts of it are written through them."""
+    channels = 2**22 // (64 * 64 * dtype.itemsize)
+    for up, down in FACTORS:
+        side = 64 // up * down
+        x = draw(torch.Generator().manual_seed(0), (4, channels, side, side), dtype, device, layout=layout)
+        whole = ops.resample2d(x, TAPS[:T], up, down)
+        assert whole.nbytes >= 2**23
+        assert torch.equal(whole, torch.cat([ops.resample2d(part, TAPS[:T], up, down) for part in x.split(1)]))
+
+
 def test_compile_fullgraph() -> None:
     def loss(x: Tensor) -> Tensor:
         return ops.resample2d(ops.resample2d(x, [1, 3, 3, 1], up=2, down=1), [1, 2, 1]).square().sum()
